@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a computation really spent, as data.
+
+`Cost` is a monoid: layers add, batches add, shards `psum`.  Its FLOPs are those
+of matrix products and convolutions (2 m n k), counted on the jaxpr of the very
+function that runs, so nobody has to keep a formula beside the code.
+
+`Signals` is its differentiable sibling: what a budget loss may push on.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+from jaxtyping import Array, Float
+
+
+class Cost(NamedTuple):
+  """Compute spent by an adaptive operation; every field is f32[].
+
+  Attributes:
+    spent: FLOPs really executed, padding included.
+    full: FLOPs of the dense twin.
+    items: items the decision asked for.
+    capacity: slots executed for them, padding included.
+    dropped: items asked for and not served (0 wherever we are exact).
+  """
+
+  spent: Float[Array, "..."]
+  full: Float[Array, "..."]
+  items: Float[Array, "..."]
+  capacity: Float[Array, "..."]
+  dropped: Float[Array, "..."]
+
+  def __add__(self, other: "Cost") -> "Cost":  # pyrefly: ignore[bad-override]
+    return jax.tree.map(jnp.add, self, other)
+
+  @property
+  def share(self) -> Float[Array, "..."]:
+    """Realised share of the dense twin's compute; 1 where it has none."""
+    return jnp.where(
+      self.full > 0, self.spent / jnp.where(self.full > 0, self.full, 1), 1.0
+    )
+
+  @classmethod
+  def zero(cls) -> "Cost":
+    """The cost of doing nothing where nothing was to be done."""
+    return cls(*(jnp.zeros((), jnp.float32) for _ in cls._fields))
+
+  @classmethod
+  def dense(cls, flops: float, items: int) -> "Cost":
+    """The cost of a dense operation: all `flops` for all `items`."""
+    fields = (flops, flops, items, items, 0)
+    return cls(*(jnp.asarray(field, jnp.float32) for field in fields))
+
+  def total(self) -> "Cost":
+    """Sums stacked costs (a leading layer or step axis) to scalars."""
+    return jax.tree.map(jnp.sum, self)
+
+
+class Signals(NamedTuple):
+  """Differentiable by-products of a layer; every field is f32[].
+
+  Attributes:
+    share: soft share of compute of the adaptive part, 1 where nothing adapts.
+    penalty: the method's own auxiliary loss, 0 where it has none.
+  """
+
+  share: Float[Array, "..."]
+  penalty: Float[Array, "..."]
+
+  @classmethod
+  def none(cls) -> "Signals":
+    """The signals of a layer that does not adapt."""
+    return cls(jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32))
+
+
+def flops(f: Callable[..., Any], *args: Any) -> float:
+  """FLOPs of the matrix products and convolutions of `f(*args)`.
+
+  Args:
+    f: a traceable function.
+    args: arrays or `jax.ShapeDtypeStruct`s; only their shapes matter.
+
+  Returns:
+    A Python float.  A conditional counts its dearest branch, a loop of unknown
+    length one round: conditional work is priced by the `Cost` it returns.
+  """
+  return jaxpr_flops(jax.make_jaxpr(f)(*args).jaxpr)
+
+
+def jaxpr_flops(jaxpr: jex.Jaxpr) -> float:
+  """`flops` of a jaxpr that is already at hand."""
+  return float(sum(_equation_flops(eqn) for eqn in jaxpr.eqns))
+
+
+def _equation_flops(eqn: jex.JaxprEqn) -> float:
+  name, params = eqn.primitive.name, eqn.params
+  if name == "dot_general":
+    (contract, _), _ = params["dimension_numbers"]
+    shape = eqn.invars[0].aval.shape
+    return (
+      2.0 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contract)
+    )
+  if name == "conv_general_dilated":
+    kernel = eqn.invars[1].aval
+    out_features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+    return 2.0 * eqn.outvars[0].aval.size * kernel.size / out_features
+  if name == "cond":
+    return max(jaxpr_flops(branch.jaxpr) for branch in params["branches"])
+  rounds = params["length"] if name == "scan" else 1
+  return rounds * sum(jaxpr_flops(sub) for sub in _subjaxprs(params))
+
+
+def _subjaxprs(params: dict[str, Any]) -> list[jex.Jaxpr]:
+  found = []
+  for value in params.values():
+    if isinstance(value, jex.ClosedJaxpr):
+      found.append(value.jaxpr)
+    elif isinstance(value, jex.Jaxpr):
+      found.append(value)
+  return found

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Covers: a data-dependent `count` of N rows by chunks of static size.
+
+A cover names the few chunk sizes that are compiled and says how often each
+runs for a given count; the chunks follow one another over the compacted rows.
+
+* `ladder`: one chunk, the smallest rung that holds `count`.
+* `tiles`: `ceil(count / tile)` equal chunks; one body to compile.
+* `coins`: falling sizes, each as often as it fits, like paying with coins.
+
+The rule (`default_cover`): coins of N/4, N/10, N/20 and N/80 rows, in whole
+multiples of 8, below one of min(N, 512).  A chunk has a fixed price, reading the
+weights: it is paid off at 512 rows, so no chunk is larger, and it makes many
+small chunks dear, so the sizes are the shares people choose as budgets (5, 10,
+25 %) and a coin is paid out as soon as it is nearly filled.  At most five bodies
+compile, whatever N is.  `benchmarks/conditional.py` compares the three covers.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+MIN_CHUNK = 8
+"""Rows below which a chunk costs as much as one of this size (CPU and TPU)."""
+
+
+MAX_CHUNK = 512
+"""Rows above which a chunk gains nothing: reading the weights is paid off."""
+
+
+class Cover(NamedTuple):
+  """Chunk sizes and how often each runs; all static but the count.
+
+  Attributes:
+    sizes: falling chunk sizes, at most N.
+    trips: `count -> i32[len(sizes)]`, rounds of each chunk, in that order.
+  """
+
+  sizes: tuple[int, ...]
+  trips: Callable[[Int[Array, ""]], Int[Array, " R"]]
+
+  def slots(self, count: Int[Array, ""]) -> Int[Array, ""]:
+    """Rows executed for `count` selected ones, padding included."""
+    return (self.trips(count) * jnp.asarray(self.sizes, jnp.int32)).sum()
+
+
+def ladder(*rungs: int) -> Cover:
+  """The smallest of the ascending `rungs` that holds all selected rows."""
+  if not rungs or list(rungs) != sorted(set(rungs)) or rungs[0] < 1:
+    raise ValueError(
+      f"`rungs` must ascend from at least 1 to the number of items; got {rungs}."
+    )
+
+  def trips(count):
+    steps = jnp.asarray(rungs, jnp.int32)
+    below = jnp.concatenate([jnp.zeros(1, jnp.int32), steps[:-1]])
+    return ((count > below) & (count <= steps)).astype(jnp.int32)[::-1]
+
+  return Cover(rungs[::-1], trips)
+
+
+def tiles(tile: int) -> Cover:
+  """Equal chunks of `tile` rows, as many as are needed."""
+  return coins(tile)
+
+
+def coins(*sizes: int) -> Cover:
+  """Falling `sizes`, each run as often as it is (nearly) filled."""
+  if not sizes or list(sizes) != sorted(set(sizes))[::-1] or sizes[-1] < 1:
+    raise ValueError(f"`sizes` must fall to at least 1 row; got {sizes}.")
+  slack = sizes[-1]
+
+  def trips(count):
+    rounds, left = [], count
+    for size in sizes:
+      last = size == slack
+      paid = (left + (slack - 1 if last else min(slack, size // 8))) // size
+      rounds.append(paid)
+      left = jnp.maximum(left - paid * size, 0)
+    return jnp.stack(rounds)
+
+  return Cover(sizes, trips)
+
+
+def default_cover(n: int) -> Cover:
+  """The cover that `bucketed` uses for `n` items; see the module docstring."""
+  whole = min(n, MAX_CHUNK)
+  sizes = {
+    -(-n // (fraction * MIN_CHUNK)) * MIN_CHUNK for fraction in (4, 10, 20, 80)
+  }
+  sizes = {size for size in sizes if size < whole}
+  return coins(*sorted(sizes | {whole}, reverse=True))
