@@ -281,10 +281,8 @@ def _run(cover: Cover, mask, step: Callable, state: Any) -> tuple[Any, Array]:
 
 def _folded(value: Callable) -> Callable:
   """Under `vmap`: the batch becomes rows, if the operands are shared."""
-  op = custom_vmap(value)
 
-  @op.def_vmap
-  def rule(batch, batched, theta, x, mask):
+  def rule(op, batch, batched, theta, x, mask):
     if any(batched[0]):
       return _loop(op, batch, batched, theta, x, mask)
     spread = lambda a, b: a if b else jnp.broadcast_to(a, (batch, *a.shape))
@@ -296,14 +294,25 @@ def _folded(value: Callable) -> Callable:
     shares = jnp.broadcast_to(slots / batch, (batch,))
     return (y, shares), ([True] * len(y), True)
 
-  return op
+  return _with_rule(value, rule)
 
 
 def _looped(f: Callable) -> Callable:
   """Under `vmap`: one example after the other, each with its own cover."""
+  return _with_rule(f, _loop)
+
+
+def _with_rule(f: Callable, rule: Callable) -> Callable:
+  """`f` batched by `rule(op, batch, batched, *args)`.
+
+  Its derivative is that of `f`: JAX's derivative of a `custom_vmap` mixes up
+  the axes where an argument is batched and its tangent is not (`hessian`).
+  """
   op = custom_vmap(f)
-  op.def_vmap(lambda batch, batched, *args: _loop(op, batch, batched, *args))
-  return op
+  op.def_vmap(lambda *args: rule(op, *args))
+  run = jax.custom_jvp(op)
+  run.defjvp(lambda primals, tangents: jax.jvp(f, primals, tangents))
+  return run
 
 
 def _loop(op, batch, batched, *args):
@@ -331,24 +340,29 @@ def _where(mask: Bool[Array, " N"], a: Array, b: Array) -> Array:
 
 
 def _check_items(x: Any, mask: Array) -> None:
-  if mask.dtype != jnp.bool_:
+  dtype = getattr(mask, "dtype", type(mask).__name__)
+  if dtype != jnp.bool_:
     raise ValueError(
-      f"`mask` must be boolean, one truth per item; got {mask.dtype}. Make one"
-      " with `core.select`."
+      f"`mask` must be a boolean array, one truth per item; got {dtype}. Make"
+      " one with `core.select`."
     )
   if mask.ndim == 0 or mask.size == 0:
     raise ValueError(f"`mask` must hold at least one item; got {mask.shape=}.")
   if not jax.tree.leaves(x):
     raise ValueError("`x` holds no array: there is nothing to compute on.")
   for a in jax.tree.leaves(x):
-    if a.shape[: mask.ndim] != mask.shape:
+    if jnp.shape(a)[: mask.ndim] != mask.shape:
       raise ValueError(
         f"the leading axes of `x` must be those of `mask`, {mask.shape}; got an"
-        f" array of shape {a.shape}."
+        f" array of shape {jnp.shape(a)}."
       )
 
 
 def _check_cover(cover: Cover, n: int) -> None:
+  if not isinstance(cover, Cover):
+    raise ValueError(
+      f"`cover` must be a `Cover`, as in `coins({n})`; got {cover!r}."
+    )
   if max(cover.sizes) > n:
     raise ValueError(
       f"{cover.sizes=} holds a chunk of more than the {n} items. Make the cover"

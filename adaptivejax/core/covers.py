@@ -4,7 +4,8 @@
 A cover names the few chunk sizes that are compiled and says how often each
 runs for a given count; the chunks follow one another over the compacted rows.
 
-* `ladder`: one chunk, the smallest rung that holds `count`.
+* `ladder`: one chunk, the smallest rung that holds `count`; should none do,
+  the top rung as often as needed.
 * `tiles`: `ceil(count / tile)` equal chunks; one body to compile.
 * `coins`: falling sizes, each as often as it fits, like paying with coins.
 
@@ -17,6 +18,7 @@ compile, whatever N is.  `benchmarks/conditional.py` compares the three covers.
 """
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -48,15 +50,17 @@ class Cover(NamedTuple):
 
 def ladder(*rungs: int) -> Cover:
   """The smallest of the ascending `rungs` that holds all selected rows."""
-  if not rungs or list(rungs) != sorted(set(rungs)) or rungs[0] < 1:
+  if not _rising(rungs):
     raise ValueError(
-      f"`rungs` must ascend from at least 1 to the number of items; got {rungs}."
+      "`rungs` must be whole numbers that ascend from at least 1 to the number"
+      f" of items, as in `ladder(64, 256)`; got {rungs}."
     )
 
   def trips(count):
     steps = jnp.asarray(rungs, jnp.int32)
     below = jnp.concatenate([jnp.zeros(1, jnp.int32), steps[:-1]])
-    return ((count > below) & (count <= steps)).astype(jnp.int32)[::-1]
+    here = (count > below) & ((count <= steps) | (steps == rungs[-1]))
+    return jnp.where(here, -(-count // steps), 0)[::-1]
 
   return Cover(rungs[::-1], trips)
 
@@ -68,8 +72,11 @@ def tiles(tile: int) -> Cover:
 
 def coins(*sizes: int) -> Cover:
   """Falling `sizes`, each run as often as it is (nearly) filled."""
-  if not sizes or list(sizes) != sorted(set(sizes))[::-1] or sizes[-1] < 1:
-    raise ValueError(f"`sizes` must fall to at least 1 row; got {sizes}.")
+  if not _rising(sizes[::-1]):
+    raise ValueError(
+      "`sizes` must be whole numbers that fall to at least 1 row, as in"
+      f" `coins(256, 64)`; got {sizes}."
+    )
   slack = sizes[-1]
 
   def trips(count):
@@ -86,9 +93,17 @@ def coins(*sizes: int) -> Cover:
 
 def default_cover(n: int) -> Cover:
   """The cover that `bucketed` uses for `n` items; see the module docstring."""
+  if n < 1:
+    raise ValueError(f"there must be at least 1 item to cover; got {n=}.")
   whole = min(n, MAX_CHUNK)
   sizes = {
     -(-n // (fraction * MIN_CHUNK)) * MIN_CHUNK for fraction in (4, 10, 20, 80)
   }
   sizes = {size for size in sizes if size < whole}
   return coins(*sorted(sizes | {whole}, reverse=True))
+
+
+def _rising(sizes: tuple[int, ...]) -> bool:
+  """Whether `sizes` are whole, positive, and each larger than the last."""
+  whole = bool(sizes) and all(isinstance(size, Integral) for size in sizes)
+  return whole and sizes[0] >= 1 and list(sizes) == sorted(set(sizes))

@@ -41,20 +41,14 @@ def threshold(
   scores: Float[Array, "... N"], level: Float[Array, "..."] | float
 ) -> Bool[Array, "... N"]:
   """Items whose score is above `level` (dynamic, one or one per leading axis)."""
-  level = jnp.asarray(level, jnp.float32)
-  if level.ndim:
-    level = level[..., None]
-  return scores.astype(jnp.float32) > level
+  return scores.astype(jnp.float32) > _setting("level", level, scores)
 
 
 def top_k(
   scores: Float[Array, "... N"], k: Int[Array, "..."] | int
 ) -> Bool[Array, "... N"]:
   """The `k` items of highest score (dynamic; more than N means all)."""
-  k = jnp.asarray(k, jnp.int32)
-  if k.ndim:
-    k = k[..., None]
-  return (_rank(scores) < k) & ~jnp.isnan(scores)
+  return (_rank(scores) < _setting("k", k, scores)) & ~jnp.isnan(scores)
 
 
 def top_p(
@@ -62,16 +56,16 @@ def top_p(
 ) -> Bool[Array, "... N"]:
   """The fewest items that hold a share `p` of the total weight, at least one.
 
-  The weights are non-negative and need not sum to one.  Nucleus rule
-  (Holtzman et al., 2020), also the mass rule of filter and expert routing.
+  The weights are non-negative and need not sum to one; `p = 1` takes all that
+  have any, however small.  Nucleus rule (Holtzman et al., 2020), also the mass
+  rule of filter and expert routing.
   """
-  w = weights.astype(jnp.float32)
-  w = jnp.where(w > 0, w, 0.0)  # NaN compares false: no mass
+  p = _setting("p", p, weights)
+  w = jnp.maximum(weights.astype(jnp.float32), 0.0)  # NaN stays and ranks last
   order = jnp.argsort(-w, axis=-1, stable=True)
-  ranked = jnp.take_along_axis(w, order, axis=-1)
+  ranked = jnp.nan_to_num(jnp.take_along_axis(w, order, axis=-1))
   before = jnp.cumsum(ranked, axis=-1) - ranked
-  p = jnp.asarray(p, jnp.float32)[..., None] if jnp.ndim(p) else p
-  enough = before >= p * ranked.sum(-1, keepdims=True)
+  enough = (before >= p * ranked.sum(-1, keepdims=True)) & (p < 1)
   first = jnp.arange(w.shape[-1]) == 0
   keep = jnp.where(first, True, ~enough & (ranked > 0))
   mask = jnp.take_along_axis(keep, _rank(w), axis=-1)
@@ -103,11 +97,14 @@ def straight_through(
   hard: Float[Array, "..."], soft: Float[Array, "..."]
 ) -> Float[Array, "..."]:
   """The value of `hard` with the gradient of `soft` (Bengio et al., 2013)."""
-  return jax.lax.stop_gradient(hard - soft) + soft
+  stop = jax.lax.stop_gradient
+  return stop(hard) + (soft - stop(soft))  # the last term is exactly 0
 
 
 def gumbel_softmax(
-  logits: Float[Array, "... N"], key: Key[Array, ""], temperature: float = 1.0
+  logits: Float[Array, "... N"],
+  key: Key[Array, ""],
+  temperature: Float[Array, ""] | float = 1.0,
 ) -> Float[Array, "... N"]:
   """A one-hot sample of softmax(`logits`) with straight-through gradient.
 
@@ -120,12 +117,25 @@ def gumbel_softmax(
 
 
 def gumbel_sigmoid(
-  logits: Float[Array, "..."], key: Key[Array, ""], temperature: float = 1.0
+  logits: Float[Array, "..."],
+  key: Key[Array, ""],
+  temperature: Float[Array, ""] | float = 1.0,
 ) -> Float[Array, "..."]:
   """A Bernoulli sample of sigmoid(`logits`), straight-through gradient."""
   noise = jax.random.logistic(key, logits.shape, jnp.float32)
   soft = jax.nn.sigmoid((logits + noise) / temperature)
   return straight_through((soft > 0.5).astype(soft.dtype), soft)
+
+
+def _setting(name: str, value: Array | float, scores: Array) -> Array:
+  """`value`, one for all or one per leading axis, against the item axis."""
+  value = jnp.asarray(value)
+  if value.shape not in ((), scores.shape[:-1]):
+    raise ValueError(
+      f"`{name}` must be one number or one per leading axis of the scores,"
+      f" {scores.shape[:-1]}; got shape {value.shape}."
+    )
+  return value[..., None] if value.ndim else value
 
 
 def _rank(scores: Float[Array, "... N"]) -> Int[Array, "... N"]:

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batched generation and scoring over the cache, any stack as the policy."""
+
+from adaptivejax.decode.engine import Generation, Score, generate, score
+from adaptivejax.decode.policies import POLICIES, make_policy
+
+__all__ = [
+  "POLICIES",
+  "Generation",
+  "Score",
+  "generate",
+  "make_policy",
+  "score",
+]

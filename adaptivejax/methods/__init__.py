@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One paper, one file: compositions of `core`, sorted by what they adapt."""
+
+from adaptivejax.methods import depth, width
+
+__all__ = ["depth", "width"]

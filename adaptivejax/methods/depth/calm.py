@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""CALM: a token leaves the layers once the model is sure of the next token.
+
+Schuster et al., 2022, https://arxiv.org/abs/2207.07061
+
+With p_l = softmax(readout(h_l)) after layer l, the exit layer is (sec. 3)
+
+    exit = min { l >= min_depth : max_v p_l(v) >= lambda },   else L,
+
+and the skipped layers' keys and values are projected from the exit state
+(sec. 3.1), so that later tokens may go deeper.  The prompt runs all layers.
+
+Primitive: `depth_loop`, then `kv_propagate`.
+Departs: a row that is sure waits, frozen, until its batch is (exits stay per
+row; the published code lets the least confident row decide for all), and the
+state that is propagated is the exit state, as in the paper (the published code
+propagates that of the first exit).
+Axes: L layers, B batch, T tokens, D features, V vocabulary, N samples.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from adaptivejax.core.cache import kv_propagate
+from adaptivejax.core.cost import Cost, Signals, flops
+from adaptivejax.core.depth import depth_loop
+from adaptivejax.nn.stack import StackOutput, layer_at, layer_count, plain
+
+
+def confidence(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
+  """Probability of the most likely token (softmax response)."""
+  return jax.nn.softmax(logits.astype(jnp.float32), axis=-1).max(-1)
+
+
+def calm(
+  layers,
+  x: Float[Array, "B T D"],
+  positions,
+  cache=None,
+  *,
+  readout,
+  key=None,
+  threshold: Float[Array, ""] | float,
+  min_depth=1,
+) -> StackOutput:
+  """A stack that stops at the first confident layer, when decoding (T = 1).
+
+  Args:
+    threshold: lambda; above 1 never exits, 0 exits at `min_depth` (dynamic).
+    min_depth: layers that every token runs (dynamic).
+
+  Other arguments as in `nn.stack`.  Training has no exits: see `sorted_loss`.
+  """
+  if cache is None or x.shape[1] > 1:
+    return plain(layers, x, positions, cache, readout=readout, key=key)
+  total, span = layer_count(layers), layers.depth
+
+  def layer(block, l, x, state, live):
+    del live  # rows that wait still write keys, of their exit state
+    cache, cost = state
+    x, cache, spent, _ = block(x, positions, cache, l * span)
+    return x, (cache, cost + spent)
+
+  def sure(l, before, after):
+    del l, before
+    return confidence(readout(after[:, 0])) >= threshold
+
+  out = depth_loop(
+    layer, layers, x, (cache, Cost.zero()), sure, min_depth=min_depth
+  )
+  cache, cost = out.state
+  ran = out.depth.max()
+  start = jnp.broadcast_to(ran * span, out.depth.shape)
+
+  def project(l, cache):
+    del cache
+    return layer_at(layers, l).project_keys(out.x, positions)
+
+  cache = kv_propagate(cache, start, project)
+  check = flops(readout, x) * ran
+  fill = flops(
+    lambda b, x: b.project_keys(x, positions), layer_at(layers, 0), x
+  )
+  cost = cost._replace(
+    spent=cost.spent + check + fill * (total - ran),
+    full=cost.full * total / ran,
+  )
+  depth = out.depth[:, None].astype(jnp.float32)
+  return StackOutput(out.x, cache, cost, Signals.none(), depth)
+
+
+def exit_confidence(
+  hidden: Float[Array, "L B T D"], readout
+) -> Float[Array, "N L"]:
+  """Confidence of every token after every layer, to calibrate thresholds on.
+
+  Give it the hidden states of `every_layer`; feed the result to
+  `core.budget.solve_depth_threshold`.
+  """
+  sure = jax.lax.map(lambda h: confidence(readout(h)), hidden)
+  return sure.reshape(hidden.shape[0], -1).T

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""FFN-SkipLLM: a token skips feed-forward layers that no longer move it.
+
+Jaiswal et al., 2024, https://arxiv.org/abs/2404.03865
+
+After attention at layer l, with h the hidden state, the feed-forward output is
+compared with its input,
+
+    c_l = cos(h, h + FFN_l(h)),
+
+and once c_l >= tau the following feed-forward layers are skipped, but never in
+the cold layers (the first and the last ones), nor for the first tokens, nor
+beyond a budget of layers.  Attention always runs: every layer writes true keys.
+
+Primitive: `bucketed` on the feed-forward half.
+Departs: applies to prompt tokens too (the rule is per token); cold layers are
+given by number instead of by a calibration run.
+Axes: L layers, B batch, T tokens, D features.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from adaptivejax.nn.stack import StackOutput, layer_count
+
+
+def ffn_skip(
+  layers,
+  x: Float[Array, "B T D"],
+  positions,
+  cache=None,
+  *,
+  readout,
+  key=None,
+  threshold: Float[Array, ""] | float,
+  cold_first=1,
+  cold_last=1,
+  budget=1.0,
+  warm_up=0,
+) -> StackOutput:
+  """A stack that skips saturated feed-forward layers.
+
+  Args:
+    threshold: tau; above 1 never skips (dynamic).
+    cold_first: first layers that never skip (dynamic).
+    cold_last: last layers that never skip (dynamic).
+    budget: largest share of all feed-forward layers to skip (dynamic).
+    warm_up: positions below this never skip (dynamic).
+
+  Other arguments as in `nn.stack`.  `depth` counts a skipped feed-forward layer
+  as half a layer.
+  """
+  del readout
+  total = layer_count(layers)
+
+  def body(carry, step):
+    x, cache, saturated, skipped = carry
+    block, l = step
+    x, cache, cost = block.attend(x, positions, cache, l)
+    free = (l >= cold_first) & (l < total - cold_last) & (positions >= warm_up)
+    skip = saturated & free & (skipped + 1 <= budget * total)
+    y, feed_cost, signals = block.feed(x, ~skip, key)
+    saturated = saturated | (_cosine(x, y) >= threshold)
+    carry = y, cache, saturated, skipped + skip
+    return carry, (cost + feed_cost, signals)
+
+  start = (
+    x,
+    cache,
+    jnp.zeros(x.shape[:2], bool),
+    jnp.zeros(x.shape[:2], jnp.int32),
+  )
+  steps = layers, jnp.arange(total, dtype=jnp.int32)
+  (x, cache, _, skipped), (cost, signals) = lax.scan(body, start, steps)
+  depth = total - skipped.astype(jnp.float32) / 2
+  signals = jax.tree.map(jnp.mean, signals)
+  return StackOutput(x, cache, cost.total(), signals, depth)
+
+
+def _cosine(a: Float[Array, "... D"], b: Float[Array, "... D"]):
+  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  norm = jnp.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+  return (a * b).sum(-1) / jnp.maximum(norm, 1e-12)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Mixture-of-Depths: each block spends its compute on k of the T tokens.
+
+Raposo et al., 2024, https://arxiv.org/abs/2404.02258
+
+A linear router scores the tokens, r_i = w . x_i, and the block f runs on the
+k = ceil(c T) of highest score; the others take the residual path (eq. 1):
+
+    x_i <- x_i + r_i f(X_top)_i   if i in top-k(r),   else   x_i
+
+Attention inside f sees selected tokens only.  Top-k looks into the future, so
+generation decides by a small predictor of "is in the top-k", trained by
+cross-entropy on stopped gradients (sec. 3.5): causal, token by token.
+
+Primitive: one static chunk in training; the `live` mask (`bucketed`) after it.
+Axes: B batch, T tokens, K tokens kept, D features.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from adaptivejax.core.cost import Cost, Signals, flops
+from adaptivejax.core.losses import binary_cross_entropy
+from adaptivejax.core.select import compact, threshold, top_k
+from adaptivejax.nn.block import LayerOutput
+from adaptivejax.nn.router import Router
+
+
+class MixtureOfDepths(nnx.Module):
+  """A layer behind a learned router; call it like the layer itself.
+
+  Given a `key` (training) it takes the top-k of each sequence; without, it asks
+  the predictor, which gives the same result for a prompt at once and token by
+  token.
+  """
+
+  def __init__(
+    self,
+    block: nnx.Module,
+    features: int,
+    *,
+    capacity: float = 0.125,
+    rngs: nnx.Rngs,
+  ):
+    if not 0 < capacity <= 1:
+      raise ValueError(
+        f"{capacity=} must be a share of the tokens in (0, 1]; for no tokens"
+        " at all leave the block out."
+      )
+    self.block = block
+    self.router = Router(features, rngs=rngs)
+    self.predictor = Router(features, hidden=max(8, features // 4), rngs=rngs)
+    self.capacity = capacity
+    self.depth = block.depth
+
+  def decide(self, x: Float[Array, "B T D"]) -> Bool[Array, "B T"]:
+    """The causal decision: tokens that this layer computes."""
+    return threshold(self.predictor(jax.lax.stop_gradient(x))[..., 0], 0.0)
+
+  def __call__(
+    self, x, positions, cache=None, index=0, live=None, key=None
+  ) -> LayerOutput:
+    if key is not None:
+      return self._train(x, positions, cache, index, live, key)
+    chosen = self.decide(x)
+    chosen = chosen if live is None else chosen & live
+    y, cache, cost, signals = self.block(x, positions, cache, index, chosen)
+    weight = jnp.where(chosen[..., None], self.router(x), 0)
+    return x + weight * (y - x), cache, cost, signals
+
+  def _train(self, x, positions, cache, index, live, key) -> LayerOutput:
+    if cache is not None or live is not None:
+      raise ValueError(
+        "top-k over a sequence is not causal: training takes whole sequences,"
+        " without a cache or a `live` mask. Leave `key` out to generate."
+      )
+    tokens = x.shape[1]
+    k = math.ceil(self.capacity * tokens)
+    score = self.router(x)[..., 0]
+    chosen = top_k(score, k)
+    kept = jax.vmap(lambda m: compact(m)[0][:k])(chosen)  # ascending: causal
+    pick = lambda a: jnp.take_along_axis(a, kept[..., None], axis=1)
+    some, place = pick(x), jnp.take_along_axis(positions, kept, axis=1)
+    y, _, cost, signals = self.block(some, place, None, index, None, key)
+    rows = jnp.arange(x.shape[0])[:, None]
+    x_new = x.at[rows, kept].add(pick(score[..., None]) * (y - some))
+    guess = self.predictor(jax.lax.stop_gradient(x))[..., 0]
+    penalty = binary_cross_entropy(guess, chosen).mean()
+    full = flops(lambda b, x: b(x, positions)[0], self.block, x)
+    share = jnp.float32(k / tokens)
+    return (
+      x_new,
+      None,
+      cost._replace(full=jnp.full_like(cost.full, full)),
+      Signals(share * signals.share, penalty + signals.penalty),
+    )

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods that spend compute on fewer units of a layer."""
+
+from adaptivejax.methods.width.adaptive_computation_modules import (
+  AdaptiveComputationModule,
+  split_mlp,
+)
+
+__all__ = ["AdaptiveComputationModule", "split_mlp"]

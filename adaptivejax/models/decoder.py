@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder-only language model with stacked, scanned layers.
+
+One call serves training (no cache), prefill (a cache and a prompt) and decode (a
+cache and one token): tokens are appended after what the cache holds.
+
+Axes: B batch, T tokens, D features, L layers, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from adaptivejax.core.cache import KVCache
+from adaptivejax.core.cost import Cost, Signals, flops
+from adaptivejax.nn.attention import Attention
+from adaptivejax.nn.block import Block
+from adaptivejax.nn.linear import linear
+from adaptivejax.nn.mlp import Mlp
+from adaptivejax.nn.norm import RMSNorm
+from adaptivejax.nn.stack import plain
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+  """Shape of the model; all static."""
+
+  vocab: int = 256
+  """Tokens in the vocabulary; 256 is bytes."""
+  layers: int = 8
+  """Layers with attention."""
+  features: int = 192
+  """Width of the residual stream."""
+  hidden: int = 768
+  """Width inside the feed-forward layers."""
+  heads: int = 6
+  """Query heads."""
+  kv_heads: int = 6
+  """Key/value heads; divides `heads`."""
+  gated: bool = False
+  """SwiGLU feed-forward instead of GELU."""
+  tied: bool = True
+  """Read out with the transposed embedding."""
+
+  def __post_init__(self):
+    for name in ("vocab", "layers", "features", "hidden", "heads", "kv_heads"):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"`{name}` must be at least 1; got {getattr(self, name)}."
+        )
+
+
+class LMOutput(NamedTuple):
+  """What the model says and spent.
+
+  Attributes:
+    logits: f32[B, T, V].
+    cache: advanced by T tokens, or None.
+    cost: FLOPs of layers and readout.
+    signals: differentiable by-products, mean over layers.
+    depth: layers run per token, f32[B, T].
+    hidden: after every layer, f[L, B, T, D], if the stack returns it.
+  """
+
+  logits: Array
+  cache: KVCache | None
+  cost: Cost
+  signals: Signals
+  depth: Array
+  hidden: Array | None
+
+
+def decoder_block(
+  config: DecoderConfig, rngs: nnx.Rngs, mlp: nnx.Module | None = None
+) -> Block:
+  """The default layer of `config`, with another feed-forward if given."""
+  attention = Attention(
+    config.features, config.heads, config.kv_heads, rngs=rngs
+  )
+  if mlp is None:
+    activation = jax.nn.silu if config.gated else jax.nn.gelu
+    mlp = Mlp(
+      config.features,
+      config.hidden,
+      gated=config.gated,
+      activation=activation,
+      rngs=rngs,
+    )
+  return Block(config.features, attention, mlp)
+
+
+class DecoderLM(nnx.Module):
+  """Embedding, layers, norm, readout.
+
+  Args:
+    config: shapes.
+    layer: makes one layer, `layer(rngs) -> module`; `decoder_block` if not
+      given.  A layer may hold several (`nn.Group`).
+    rngs: for the parameters.
+  """
+
+  def __init__(
+    self,
+    config: DecoderConfig,
+    *,
+    layer: Callable[[nnx.Rngs], nnx.Module] | None = None,
+    rngs: nnx.Rngs,
+  ):
+    make = layer or (lambda rngs: decoder_block(config, rngs))
+    first = make(rngs)
+    if config.layers % first.depth:
+      raise ValueError(
+        f"{config.layers=} must be a multiple of the {first.depth} layers that"
+        " repeat together."
+      )
+    rest = [make(rngs) for _ in range(config.layers // first.depth - 1)]
+    self.layers = jax.tree.map(lambda *a: jnp.stack(a), first, *rest)
+    init = jax.nn.initializers.normal(config.features**-0.5)
+    self.embedding = nnx.Param(
+      init(rngs.params(), (config.vocab, config.features))
+    )
+    self.norm = RMSNorm(config.features)
+    self.head = (
+      None if config.tied else linear(config.features, config.vocab, rngs=rngs)
+    )
+    self.config = config
+
+  def readout(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Logits of a hidden state of any layer, f32."""
+    x = self.norm(x)
+    if self.head is not None:
+      return self.head(x).astype(jnp.float32)
+    table = self.embedding.get_value().astype(x.dtype)
+    return (x @ table.T).astype(jnp.float32)
+
+  def empty_cache(self, batch: int, slots: int) -> KVCache:
+    """A cache for `batch` rows of up to `slots` tokens (static)."""
+    c = self.config
+    width = c.features // c.heads
+    dtype = self.embedding.get_value().dtype
+    return KVCache.empty(c.layers, batch, c.kv_heads, slots, width, dtype)
+
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    cache: KVCache | None = None,
+    *,
+    stack: Callable = plain,
+    key: Key[Array, ""] | None = None,
+  ) -> LMOutput:
+    """Logits for the token after each of `tokens`.
+
+    Args:
+      tokens: appended after what `cache` holds.
+      cache: keys of earlier tokens; none in training.
+      stack: how the layers are run, see `nn.stack`.
+      key: given in training, asks for the differentiable form.
+    """
+    batch, length = tokens.shape
+    if cache is None:
+      positions = jnp.arange(length, dtype=jnp.int32)
+      positions = jnp.broadcast_to(positions, (batch, length))
+    else:
+      positions = cache.positions(length)
+    x = self.embedding.get_value()[tokens]
+    out = stack(self.layers, x, positions, cache, readout=self.readout, key=key)
+    logits = self.readout(out.x)
+    read = flops(lambda m, x: m.readout(x), self, out.x)
+    return LMOutput(
+      logits,
+      None if cache is None else out.cache.advance(length),
+      out.cost + Cost.dense(read, batch * length),
+      out.signals,
+      out.depth,
+      out.hidden,
+    )

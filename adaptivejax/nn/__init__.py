@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thin Flax NNX modules over `core`: parameters and a call, never state."""
+
+from adaptivejax.nn.attention import Attention
+from adaptivejax.nn.block import Block, Group
+from adaptivejax.nn.functional import functional
+from adaptivejax.nn.mlp import Mlp
+from adaptivejax.nn.norm import LayerNorm, RMSNorm
+from adaptivejax.nn.router import Router
+from adaptivejax.nn.stack import StackOutput, every_layer, plain
+
+__all__ = [
+  "Attention",
+  "Block",
+  "Group",
+  "LayerNorm",
+  "Mlp",
+  "RMSNorm",
+  "Router",
+  "StackOutput",
+  "every_layer",
+  "functional",
+  "plain",
+]

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal self-attention with grouped queries and rotary positions.
+
+Ainslie et al., 2023, https://arxiv.org/abs/2305.13245 (grouped queries).
+
+Axes: B batch, T tokens, D features, H query heads, G key heads, W head width.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from adaptivejax.core.attention import Keys, attend, rotary
+from adaptivejax.core.buckets import bucketed
+from adaptivejax.core.cache import KVCache, append
+from adaptivejax.core.cost import Cost, flops
+from adaptivejax.nn.linear import linear
+
+
+class Attention(nnx.Module):
+  """Queries, keys and values of a token depend on that token alone."""
+
+  def __init__(
+    self,
+    features: int,
+    heads: int,
+    kv_heads: int | None = None,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    kv_heads = kv_heads or heads
+    if features % heads or heads % kv_heads or (features // heads) % 2:
+      raise ValueError(
+        f"{heads=} must divide {features=} into heads of even width, and"
+        f" {kv_heads=} must divide {heads=}."
+      )
+    self.width = features // heads
+    self.query = linear(features, features, rngs=rngs)
+    self.key_value = linear(features, 2 * kv_heads * self.width, rngs=rngs)
+    self.out = linear(features, features, rngs=rngs)
+
+  def queries(
+    self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
+  ) -> Float[Array, "*N H W"]:
+    q = self.query(x).reshape(*x.shape[:-1], -1, self.width)
+    return rotary(q, positions)
+
+  def keys(
+    self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
+  ) -> tuple[Float[Array, "*N G W"], Float[Array, "*N G W"]]:
+    """Keys and values of each token."""
+    kv = self.key_value(x).reshape(*x.shape[:-1], 2, -1, self.width)
+    return rotary(kv[..., 0, :, :], positions), kv[..., 1, :, :]
+
+  def project(self, x, positions) -> Keys:
+    """The `Keys` that a block's tokens would write into the cache."""
+    k, v = self.keys(x, positions)
+    return Keys(jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), positions)
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    cache: KVCache | None = None,
+    layer: Int[Array, ""] | int = 0,
+    live: Bool[Array, "B T"] | None = None,
+  ) -> tuple[Float[Array, "B T D"], KVCache | None, Cost]:
+    """Attends from the live tokens to the live tokens seen so far.
+
+    Returns:
+      `(y, cache, cost)`: zero for tokens that are not live, which also have no
+      key at this layer; the cache with this layer's keys appended.
+    """
+    (q, k, v), cost = self._items(_project, (x, positions), live)
+    pos = positions if live is None else jnp.where(live, positions, -1)
+    keys = Keys(jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), pos)
+    if cache is not None:
+      cache = append(cache, layer, keys)
+      keys = cache.read(layer)
+    mixed = attend(q, keys, positions).reshape(x.shape)
+    cost += _attend_cost(q, keys, live)
+    y, out_cost = self._items(_output, mixed, live)
+    return y, cache, cost + out_cost
+
+  def _items(self, f, x, live):
+    """`f(x, self)` on the live items only, or on all."""
+    if live is not None:
+      return bucketed(f, x, live, self, keep=False)
+    tokens = next(a for a in (x if isinstance(x, tuple) else (x,)))
+    return f(x, self), Cost.dense(flops(f, x, self), tokens[..., 0].size)
+
+
+def _project(x_positions, attention):
+  x, positions = x_positions
+  return attention.queries(x, positions), *attention.keys(x, positions)
+
+
+def _output(mixed, attention):
+  return attention.out(mixed)
+
+
+def _attend_cost(q, keys: Keys, live) -> Cost:
+  """Scores and mixing are computed densely over the slots."""
+  items = jnp.float32(q.shape[0] * q.shape[1])
+  work = 4.0 * q.size * keys.k.shape[2]
+  asked = items if live is None else live.sum(dtype=jnp.float32)
+  return Cost(*map(jnp.float32, (work, work)), asked, items, jnp.float32(0))

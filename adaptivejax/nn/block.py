@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pre-norm transformer block, in two halves that can be skipped apart.
+
+A layer is called as
+`layer(x, positions, cache, index, live, key) -> (x, cache, cost, signals)`;
+`live` are the tokens it computes, the others pass through untouched and have no
+key there.  Adaptive methods are masks on `live`, so they compose by `&`.
+`depth` says how many cache layers a layer uses.
+
+Axes: B batch, T tokens, D features.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from adaptivejax.core.cache import KVCache
+from adaptivejax.core.cost import Cost, Signals
+from adaptivejax.nn.attention import Attention
+from adaptivejax.nn.norm import RMSNorm
+
+LayerOutput = tuple[Array, KVCache | None, Cost, Signals]
+
+
+class Block(nnx.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  depth = 1
+
+  def __init__(self, features: int, attention: nnx.Module, mlp: nnx.Module):
+    self.norm_attention = RMSNorm(features)
+    self.attention = attention
+    self.norm_mlp = RMSNorm(features)
+    self.mlp = mlp
+
+  def attend(
+    self, x, positions, cache=None, index=0, live=None
+  ) -> tuple[Array, KVCache | None, Cost]:
+    """The attention half."""
+    h = self.norm_attention(_only(live, x))
+    y, cache, cost = self.attention(h, positions, cache, index, live)
+    return x + y, cache, cost
+
+  def feed(self, x, live=None, key=None) -> tuple[Array, Cost, Signals]:
+    """The feed-forward half."""
+    y, cost, signals = self.mlp(self.norm_mlp(_only(live, x)), live, key)
+    return x + y, cost, signals
+
+  def project_keys(self, x, positions):
+    """The keys that tokens of value `x` would have at this layer."""
+    return self.attention.project(self.norm_attention(x), positions)
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    cache: KVCache | None = None,
+    index: Int[Array, ""] | int = 0,
+    live: Bool[Array, "B T"] | None = None,
+    key: Key[Array, ""] | None = None,
+  ) -> LayerOutput:
+    x, cache, cost = self.attend(x, positions, cache, index, live)
+    x, feed_cost, signals = self.feed(x, live, key)
+    return x, cache, cost + feed_cost, signals
+
+
+class Group(nnx.Module):
+  """Several different layers that repeat together, as one layer."""
+
+  def __init__(self, layers: Sequence[nnx.Module]):
+    if not layers:
+      raise ValueError("a group needs at least one layer; got none.")
+    self.layers = nnx.List(layers)
+    self.depth = sum(layer.depth for layer in layers)
+
+  def __call__(
+    self, x, positions, cache=None, index=0, live=None, key=None
+  ) -> LayerOutput:
+    cost, signals = Cost.zero(), []
+    for i, layer in enumerate(self.layers):
+      inner = None if key is None else jax.random.fold_in(key, i)
+      x, cache, spent, signal = layer(x, positions, cache, index, live, inner)
+      cost, index = cost + spent, index + layer.depth
+      signals.append(signal)
+    mean = jax.tree.map(lambda *a: jnp.stack(a).mean(), *signals)
+    return x, cache, cost, mean
+
+
+def _only(live, x):
+  """Zero where not live: what is not computed must not reach a gradient."""
+  return x if live is None else jnp.where(live[..., None], x, 0)

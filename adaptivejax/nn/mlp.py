@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The feed-forward layer, and what every feed-forward module answers to.
+
+A feed-forward module is called as `module(x, live, key) -> (y, cost, signals)`:
+`live` are the items to compute (the others get zero), `key` is given in training
+and then asks for the differentiable form.
+
+Axes: D features, F hidden.
+"""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from adaptivejax.core.buckets import bucketed
+from adaptivejax.core.cost import Cost, Signals, flops
+from adaptivejax.nn.linear import linear
+
+
+class Mlp(nnx.Module):
+  """`down(act(up(x)))`, or gated `down(act(gate(x)) * up(x))` (SwiGLU).
+
+  Shazeer, 2020, https://arxiv.org/abs/2002.05202
+  """
+
+  def __init__(
+    self,
+    features: int,
+    hidden: int,
+    *,
+    gated: bool = False,
+    activation: Callable[[Array], Array] = jax.nn.gelu,
+    rngs: nnx.Rngs,
+  ):
+    self.up = linear(features, hidden, rngs=rngs)
+    self.gate = linear(features, hidden, rngs=rngs) if gated else None
+    self.down = linear(hidden, features, rngs=rngs)
+    self.activation = activation
+
+  def rows(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """The layer itself, row by row."""
+    up = self.up(x)
+    if self.gate is None:
+      return self.down(self.activation(up))
+    return self.down(self.activation(self.gate(x)) * up)
+
+  def __call__(
+    self,
+    x: Float[Array, "*N D"],
+    live: Bool[Array, "*N"] | None = None,
+    key: Key[Array, ""] | None = None,
+  ) -> tuple[Float[Array, "*N D"], Cost, Signals]:
+    del key
+    if live is None:
+      cost = Cost.dense(flops(Mlp.rows, self, x), x[..., 0].size)
+      return self.rows(x), cost, Signals.none()
+    y, cost = bucketed(lambda r, m: m.rows(r), x, live, self, keep=False)
+    return y, cost, Signals.none()

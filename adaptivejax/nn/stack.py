@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How stacked layers are run.
+
+A *stack* is a function
+`stack(layers, x, positions, cache, *, readout, key) -> StackOutput`.  `plain` is
+the ordinary one; depth methods are others, and a model takes any of them.  Bind
+thresholds with `jax.tree_util.Partial`, which is a pytree: they are data.
+
+Axes: L layers, B batch, T tokens, D features, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from adaptivejax.core.cache import KVCache
+from adaptivejax.core.cost import Cost, Signals
+
+
+class StackOutput(NamedTuple):
+  """What came out of the layers.
+
+  Attributes:
+    x: f[B, T, D].
+    cache: with every layer's keys appended, not yet advanced; or None.
+    cost: total over layers.
+    signals: mean over layers.
+    depth: layers run per token, f32[B, T].
+    hidden: `x` after every layer, f[L, B, T, D], from `every_layer` only.
+  """
+
+  x: Array
+  cache: KVCache | None
+  cost: Cost
+  signals: Signals
+  depth: Array
+  hidden: Array | None = None
+
+
+def layer_count(layers) -> int:
+  """Number of stacked layers."""
+  return jax.tree.leaves(layers)[0].shape[0]
+
+
+def layer_at(layers, index):
+  """One layer out of the stack (dynamic index)."""
+  pick = lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False)
+  return jax.tree.map(pick, layers)
+
+
+def every_layer(layers, x, positions, cache=None, *, readout, key=None):
+  """Runs all layers and also returns the hidden state after each."""
+  del readout
+  count = layer_count(layers)
+  keys = None if key is None else jax.random.split(key, count)
+
+  def body(carry, step):
+    x, cache = carry
+    layer, i, key = step
+    x, cache, cost, signals = layer(
+      x, positions, cache, i * layers.depth, None, key
+    )
+    return (x, cache), (x, cost, signals)
+
+  steps = layers, jnp.arange(count, dtype=jnp.int32), keys
+  (x, cache), (hidden, cost, signals) = lax.scan(body, (x, cache), steps)
+  mean = jax.tree.map(jnp.mean, signals)
+  depth = jnp.full(x.shape[:2], count, jnp.float32)
+  return StackOutput(x, cache, cost.total(), mean, depth, hidden)
+
+
+def plain(layers, x, positions, cache=None, *, readout, key=None):
+  """Runs all layers, one after the other."""
+  out = every_layer(layers, x, positions, cache, readout=readout, key=key)
+  return out._replace(hidden=None)
