@@ -134,14 +134,15 @@ class _Call(NamedTuple):
 
 def _flatten(f, x, mask, operands, keep, sizes) -> _Call:
   lead, n = mask.shape, mask.size
-  rows = jax.tree.map(lambda a: a.reshape(n, *a.shape[len(lead) :]), x)
+  flat = lambda a: jnp.asarray(a).reshape(n, *a.shape[len(lead) :])
+  rows, mask = jax.tree.map(flat, (x, mask))
   predicate = varying_axes(mask)
   rows = vary(rows, predicate)
   operands = vary(operands, predicate | varying_axes(rows))
   function, theta = trace_rows(f, rows, operands, sizes, predicate)
   if keep:
     _check_keep(function, rows)
-  return _Call(function, theta, jax.tree.leaves(rows), mask.reshape(n), lead)
+  return _Call(function, theta, jax.tree.leaves(rows), mask, lead)
 
 
 def _price(call: _Call, slots: Array) -> Cost:

@@ -4,6 +4,8 @@
 Axes: n calibration samples, K exits (or layers).
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -90,6 +92,38 @@ def solve_depth_threshold(
     else:
       low = middle + 1
   return float(levels[low])
+
+
+def solve_setting(
+  measure: Callable[[float], float],
+  target: float,
+  *,
+  low: float,
+  high: float,
+  rounds: int = 12,
+) -> float:
+  """The setting in [low, high] whose measured share of compute is `target`.
+
+  Args:
+    measure: realised share of compute at a setting; falls as it rises.
+    target: wished share.
+    low, high: range to bisect; its ends are the answer where it is too narrow.
+    rounds: halvings.
+
+  Runs on the host; `measure` should be compiled once, the setting being data.
+  """
+  if not 0 < target <= 1 or low >= high:
+    raise ValueError(
+      f"{target=} must be a share of compute in (0, 1], and {low=} below"
+      f" {high=}."
+    )
+  for _ in range(rounds):
+    middle = (low + high) / 2
+    if measure(middle) > target:
+      low = middle
+    else:
+      high = middle
+  return high
 
 
 def budget_loss(

@@ -44,12 +44,14 @@ class Score(NamedTuple):
 
   Attributes:
     nats: -log p of each token after the prompt, f32[B, T - P].
-    depth: layers run to predict it, f32[B, T - P].
+    depth: layers run when reading it, f32[B, T - P].
+    shares: realised share of compute per layer then, f32[T - P, L].
     cost: of those steps, without the prompt.
   """
 
   nats: Array
   depth: Array
+  shares: Array
   cost: Cost
 
 
@@ -133,15 +135,17 @@ def _score(model, tokens, policy, prompt) -> Score:
   first = model(tokens[:, :prompt], cache)
 
   def step(carry, tokens):
-    cache, logits, depth, cost = carry
+    cache, logits, cost = carry
     nats = cross_entropy(logits, tokens)
     out = model(tokens[:, None], cache, stack=policy)
-    carry = out.cache, out.logits[:, -1], out.depth[:, -1], cost + out.cost
-    return carry, (nats, depth)
+    carry = out.cache, out.logits[:, -1], cost + out.cost
+    return carry, (nats, out.depth[:, -1], out.shares)
 
-  start = first.cache, first.logits[:, -1], first.depth[:, -1], Cost.zero()
-  (*_, cost), (nats, depth) = lax.scan(step, start, tokens[:, prompt:].T)
-  return Score(nats.T, depth.T, cost)
+  start = first.cache, first.logits[:, -1], Cost.zero()
+  (*_, cost), (nats, depth, shares) = lax.scan(
+    step, start, tokens[:, prompt:].T
+  )
+  return Score(nats.T, depth.T, shares, cost)
 
 
 def _check(tokens, vocab: int) -> None:

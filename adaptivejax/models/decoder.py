@@ -64,6 +64,7 @@ class LMOutput(NamedTuple):
     cost: FLOPs of layers and readout.
     signals: differentiable by-products, mean over layers.
     depth: layers run per token, f32[B, T].
+    shares: realised share of compute of every layer, f32[L].
     hidden: after every layer, f[L, B, T, D], if the stack returns it.
   """
 
@@ -72,6 +73,7 @@ class LMOutput(NamedTuple):
   cost: Cost
   signals: Signals
   depth: Array
+  shares: Array
   hidden: Array | None
 
 
@@ -177,5 +179,6 @@ class DecoderLM(nnx.Module):
       out.cost + Cost.dense(read, batch * length),
       out.signals,
       out.depth,
+      out.shares,
       out.hidden,
     )

@@ -7,6 +7,7 @@ from adaptivejax.nn.functional import functional
 from adaptivejax.nn.mlp import Mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
 from adaptivejax.nn.router import Router
+from adaptivejax.nn.setting import Setting, adjust
 from adaptivejax.nn.stack import StackOutput, every_layer, plain
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
   "Mlp",
   "RMSNorm",
   "Router",
+  "Setting",
   "StackOutput",
+  "adjust",
   "every_layer",
   "functional",
   "plain",

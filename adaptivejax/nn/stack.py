@@ -9,6 +9,7 @@ thresholds with `jax.tree_util.Partial`, which is a pytree: they are data.
 Axes: L layers, B batch, T tokens, D features, V vocabulary.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,9 @@ from jaxtyping import Array
 
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost, Signals
+
+SAVED = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+"""What a layer keeps for its backward pass; a scan would store everything."""
 
 
 class StackOutput(NamedTuple):
@@ -29,6 +33,7 @@ class StackOutput(NamedTuple):
     cost: total over layers.
     signals: mean over layers.
     depth: layers run per token, f32[B, T].
+    shares: realised share of compute of every layer, f32[L].
     hidden: `x` after every layer, f[L, B, T, D], from `every_layer` only.
   """
 
@@ -37,6 +42,7 @@ class StackOutput(NamedTuple):
   cost: Cost
   signals: Signals
   depth: Array
+  shares: Array
   hidden: Array | None = None
 
 
@@ -57,6 +63,7 @@ def every_layer(layers, x, positions, cache=None, *, readout, key=None):
   count = layer_count(layers)
   keys = None if key is None else jax.random.split(key, count)
 
+  @functools.partial(jax.checkpoint, policy=SAVED, prevent_cse=False)
   def body(carry, step):
     x, cache = carry
     layer, i, key = step
@@ -69,7 +76,7 @@ def every_layer(layers, x, positions, cache=None, *, readout, key=None):
   (x, cache), (hidden, cost, signals) = lax.scan(body, (x, cache), steps)
   mean = jax.tree.map(jnp.mean, signals)
   depth = jnp.full(x.shape[:2], count, jnp.float32)
-  return StackOutput(x, cache, cost.total(), mean, depth, hidden)
+  return StackOutput(x, cache, cost.total(), mean, depth, cost.share, hidden)
 
 
 def plain(layers, x, positions, cache=None, *, readout, key=None):

@@ -87,7 +87,8 @@ def calm(
     full=cost.full * total / ran,
   )
   depth = out.depth[:, None].astype(jnp.float32)
-  return StackOutput(out.x, cache, cost, Signals.none(), depth)
+  shares = (jnp.arange(total) < out.depth[:, None]).mean(0, jnp.float32)
+  return StackOutput(out.x, cache, cost, Signals.none(), depth, shares)
 
 
 def exit_confidence(

@@ -76,7 +76,7 @@ def ffn_skip(
   (x, cache, _, skipped), (cost, signals) = lax.scan(body, start, steps)
   depth = total - skipped.astype(jnp.float32) / 2
   signals = jax.tree.map(jnp.mean, signals)
-  return StackOutput(x, cache, cost.total(), signals, depth)
+  return StackOutput(x, cache, cost.total(), signals, depth, cost.share)
 
 
 def _cosine(a: Float[Array, "... D"], b: Float[Array, "... D"]):

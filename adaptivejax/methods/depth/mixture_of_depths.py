@@ -10,7 +10,8 @@ k = ceil(c T) of highest score; the others take the residual path (eq. 1):
 
 Attention inside f sees selected tokens only.  Top-k looks into the future, so
 generation decides by a small predictor of "is in the top-k", trained by
-cross-entropy on stopped gradients (sec. 3.5): causal, token by token.
+cross-entropy on stopped gradients (sec. 3.5): causal, token by token.  Its
+threshold is a `Setting`, 0 after training, so that the budget can be moved.
 
 Primitive: one static chunk in training; the `live` mask (`bucketed`) after it.
 Axes: B batch, T tokens, K tokens kept, D features.
@@ -28,6 +29,7 @@ from adaptivejax.core.losses import binary_cross_entropy
 from adaptivejax.core.select import compact, threshold, top_k
 from adaptivejax.nn.block import LayerOutput
 from adaptivejax.nn.router import Router
+from adaptivejax.nn.setting import Setting
 
 
 class MixtureOfDepths(nnx.Module):
@@ -54,12 +56,14 @@ class MixtureOfDepths(nnx.Module):
     self.block = block
     self.router = Router(features, rngs=rngs)
     self.predictor = Router(features, hidden=max(8, features // 4), rngs=rngs)
+    self.level = Setting(jnp.zeros(()))
     self.capacity = capacity
     self.depth = block.depth
 
   def decide(self, x: Float[Array, "B T D"]) -> Bool[Array, "B T"]:
     """The causal decision: tokens that this layer computes."""
-    return threshold(self.predictor(jax.lax.stop_gradient(x))[..., 0], 0.0)
+    score = self.predictor(jax.lax.stop_gradient(x))[..., 0]
+    return threshold(score, self.level.get_value())
 
   def __call__(
     self, x, positions, cache=None, index=0, live=None, key=None

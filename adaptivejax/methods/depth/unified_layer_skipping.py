@@ -68,8 +68,9 @@ def unified_skip(
     return (x, cache), (cost, signals)
 
   (x, cache), (cost, signals) = lax.scan(body, (x, cache), kept)
+  shares = jnp.zeros(total).at[kept].set(cost.share)
   cost = cost.total()
   cost = cost._replace(full=cost.full * total / count)
   depth = jnp.full(x.shape[:2], count, jnp.float32)
   signals = jax.tree.map(jnp.mean, signals)
-  return StackOutput(x, cache, cost, signals, depth)
+  return StackOutput(x, cache, cost, signals, depth, shares)

@@ -11,7 +11,8 @@ In training k is a straight-through Gumbel-softmax sample, so that the task loss
 reaches the gate; to it come a budget loss on the mean share of learners (see
 `core.budget.budget_loss`) and two terms that keep the gate diverse: the
 normalised entropy of its use within a sequence and the mean difference in load
-between sequences (both maximised).
+between sequences (both maximised).  Afterwards a `Setting` moves the budget
+without training: gate_k - tilt k is maximised instead.
 
 Primitive: `level_apply`.
 Departs: the published inference runs one learner fewer for tokens at the batch
@@ -29,6 +30,7 @@ from adaptivejax.core.levels import level_apply
 from adaptivejax.core.select import gumbel_softmax
 from adaptivejax.nn.mlp import Mlp
 from adaptivejax.nn.router import Router
+from adaptivejax.nn.setting import Setting
 
 
 class AdaptiveComputationModule(nnx.Module):
@@ -56,12 +58,15 @@ class AdaptiveComputationModule(nnx.Module):
     self.gate = Router(features, self.count + 1, hidden=16, rngs=rngs)
     bias = self.gate.outer.bias
     bias.set_value(bias.get_value().at[-1].set(3.0))
+    self.tilt = Setting(jnp.zeros(()))
     self.temperature = temperature
     self.diversity = diversity
 
   def level(self, x: Float[Array, "*N D"]) -> Int[Array, "*N"]:
-    """Learners that each item uses, 0..M."""
-    return self.gate(x).astype(jnp.float32).argmax(-1).astype(jnp.int32)
+    """Learners that each item uses, 0..M; `tilt` taxes each learner."""
+    tax = self.tilt.get_value() * jnp.arange(self.count + 1)
+    score = self.gate(x).astype(jnp.float32) - tax
+    return score.argmax(-1).astype(jnp.int32)
 
   def __call__(
     self,

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""METHODS.md from the docstrings of the methods.
+
+    python -m adaptivejax.catalogue [FILE]    writes FILE, else METHODS.md
+
+The docstring of a method file starts with `Name: what it spends compute on.`,
+then cites the paper, `Authors, year, URL` on a line, and has the fields
+`Primitive:` and `Axes:`.  Files are parsed, not imported.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+METHODS = Path(__file__).parent / "methods"
+HEADER = """\
+# Methods
+
+One paper, one file.  This page is made from their docstrings by
+`python -m adaptivejax.catalogue`.
+
+| method | axis | what it does | paper | primitive |
+|--|--|--|--|--|
+"""
+
+
+class Entry(NamedTuple):
+  """What the docstring of a method file says."""
+
+  name: str  # of the module
+  axis: str
+  title: str
+  summary: str
+  papers: tuple[tuple[str, str], ...]  # authors and year, URL
+  primitive: str
+  axes: str
+
+
+def entries() -> list[Entry]:
+  """All methods, by axis and name.
+
+  Raises:
+    ValueError: a docstring lacks a part; names the file and the part.
+  """
+  paths = sorted(METHODS.glob("*/*.py"))
+  return [_entry(path) for path in paths if path.stem != "__init__"]
+
+
+def render() -> str:
+  """The text of METHODS.md."""
+  cite = lambda e: "; ".join(f"[{paper}]({url})" for paper, url in e.papers)
+  return HEADER + "".join(
+    f"| [{e.title}](adaptivejax/methods/{e.axis}/{e.name}.py) | {e.axis}"
+    f" | {e.summary} | {cite(e)} | {e.primitive} |\n"
+    for e in entries()
+  )
+
+
+def _entry(path: Path) -> Entry:
+  text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+  def find(part: str, pattern: str) -> re.Match[str]:
+    match = re.search(pattern, text, re.MULTILINE | re.DOTALL)
+    if match is None:
+      raise ValueError(f"{path}: the docstring has no {part}")
+    return match
+
+  def field(name: str) -> str:
+    body = find(f"`{name}:`", rf"^{name}: *(.+?)(?=\n\n|\n\w+:|\Z)")[1]
+    return " ".join(body.split()).rstrip(".")
+
+  title = find("first line `Name: what it does.`", r"\A([^\n:]+): ([^\n]+)")
+  cited = find("second paragraph", r"\A[^\n]+\n\n(.+?)(?:\n\n|\Z)")[1]
+  papers = re.findall(r"^(.+\d{4}.*), (https://\S+)$", cited, re.MULTILINE)
+  if not papers:
+    raise ValueError(f"{path}: no citation `Authors, year, URL` on a line")
+  return Entry(
+    name=path.stem,
+    axis=path.parent.name,
+    title=title[1],
+    summary=title[2].rstrip("."),
+    papers=tuple(papers),
+    primitive=field("Primitive"),
+    axes=field("Axes"),
+  )
+
+
+if __name__ == "__main__":
+  Path(*sys.argv[1:2] or ["METHODS.md"]).write_text(render(), encoding="utf-8")

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers of a module that are data but not trained: its budget.
+
+A method that decides inside the model has one `Setting`; raising it makes the
+model cheaper.  As data it is free to change: nothing compiles again.
+"""
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+class Setting(nnx.Variable):
+  """A scalar per layer; 0 is how the module was trained, more is cheaper."""
+
+
+def adjust(model: M, value: Float[Array, ""] | float) -> M:
+  """The model with every `Setting` at `value` (dynamic); itself unchanged."""
+  graph, settings, rest = nnx.split(model, Setting, ...)
+  if not jax.tree.leaves(settings):
+    raise ValueError(
+      f"{type(model).__name__} holds no `Setting`: nothing in it decides by a"
+      " budget. Depth policies take theirs as an argument."
+    )
+  changed = jax.tree.map(lambda a: jnp.full_like(a, value), settings)
+  return nnx.merge(graph, changed, rest)

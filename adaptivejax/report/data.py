@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report says, as plain data: no figure is computed while rendering.
+
+A measured number may be None (or NaN, which is stored as None): "not measured".
+Text of a model is `bytes`, for a byte-level model need not write UTF-8.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TypeGuard
+
+Number = int | float | None
+Facts = dict[str, str | int | float]
+REGIMES = ("decode", "score")
+
+
+def real(x: Number) -> TypeGuard[float]:
+  """Whether `x` was measured and is finite."""
+  return x is not None and math.isfinite(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One method at one setting (a budget): its quality, speed and compute.
+
+  `speedup` is its tokens per second over those of its dense twin, measured in
+  the same run; `spread` holds the quartiles of that ratio.  `flops_share` is
+  the realised share of the twin's FLOPs.  `dense` marks the twin itself.
+  """
+
+  method: str
+  setting: str
+  regime: str  # one of REGIMES
+  bits_per_byte: Number
+  tokens_per_second: Number
+  speedup: Number
+  spread: tuple[Number, Number]
+  flops_share: Number
+  mean_depth: Number = None
+  dense: bool = False
+
+  def __post_init__(self):
+    if self.regime not in REGIMES:
+      raise ValueError(
+        f"Point.regime={self.regime!r} must be one of {REGIMES}: generation"
+        " token by token, or scoring of whole sequences"
+      )
+
+  @property
+  def slower(self) -> bool:
+    """Whether it lost to the dense twin on the clock."""
+    return not self.dense and real(self.speedup) and self.speedup < 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """Training of one model; None where a step has no such figure."""
+
+  name: str
+  steps: tuple[int, ...]
+  loss: tuple[Number, ...]
+  val_bits_per_byte: tuple[Number, ...]
+  seconds: tuple[Number, ...]
+
+  def __post_init__(self):
+    for field in ("loss", "val_bits_per_byte", "seconds"):
+      if len(getattr(self, field)) != len(self.steps):
+        raise ValueError(
+          f"Curve {self.name!r}: `{field}` has {len(getattr(self, field))}"
+          f" entries for {len(self.steps)} steps; give None for those missing"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Snippet:
+  """Where the compute went over one text.
+
+  `share[t]` in 0..1 is the share of the dense compute that token t got;
+  `matrix[l][t]` that of layer l.  `lengths[t]` is the number of bytes of token
+  t; left out, every byte is a token.
+  """
+
+  text: bytes
+  share: tuple[float, ...]
+  matrix: tuple[tuple[float, ...], ...]
+  method: str
+  setting: str
+  lengths: tuple[int, ...] | None = None
+
+  def __post_init__(self):
+    tokens = len(self.text if self.lengths is None else self.lengths)
+    widths = {len(self.share), *map(len, self.matrix)}
+    if widths != {tokens} or sum(self.token_lengths) != len(self.text):
+      raise ValueError(
+        f"Snippet {self.method!r}: {len(self.text)} bytes in {tokens} tokens"
+        f" need `share` and each row of `matrix` to have {tokens} entries and"
+        f" `lengths` to sum to the bytes; got rows of {sorted(widths)}"
+      )
+
+  @property
+  def token_lengths(self) -> Sequence[int]:
+    """Bytes of each token."""
+    return (1,) * len(self.text) if self.lengths is None else self.lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """Text that a model wrote."""
+
+  prompt: bytes
+  continuation: bytes
+  method: str
+  setting: str
+  tokens_per_second: Number
+  mean_depth: Number = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """All of a report.
+
+  `command` makes it again; `measured` says how, `notes` what to be wary of, a
+  paragraph an entry.
+  """
+
+  title: str
+  command: str
+  environment: Facts
+  points: tuple[Point, ...] = ()
+  curves: tuple[Curve, ...] = ()
+  snippets: tuple[Snippet, ...] = ()
+  samples: tuple[Sample, ...] = ()
+  measured: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
+
+  def dense(self, regime: str) -> Point | None:
+    """The dense twin in a regime."""
+    twins = [p for p in self.points if p.dense and p.regime == regime]
+    return twins[0] if twins else None
+
+  def regimes(self) -> list[str]:
+    """The regimes that have points."""
+    return [r for r in REGIMES if any(p.regime == r for p in self.points)]
+
+  def loss_of_quality(self, point: Point) -> Number:
+    """Bits per byte relative to the dense twin: 0.01 is 1 % worse."""
+    twin = self.dense(point.regime)
+    if (
+      not twin or not real(twin.bits_per_byte) or not real(point.bits_per_byte)
+    ):
+      return None
+    return point.bits_per_byte / twin.bits_per_byte - 1
+
+  def best(self, regime: str, tolerance: float = 0.01) -> Point | None:
+    """The fastest adaptive point at most `tolerance` worse than dense."""
+    near = [
+      (p.speedup, p)
+      for p in self.points
+      if p.regime == regime and not p.dense and real(p.speedup)
+      if (loss := self.loss_of_quality(p)) is not None and loss <= tolerance
+    ]
+    return max(near, key=lambda pair: pair[0])[1] if near else None
+
+  def slower(self) -> list[Point]:
+    """The points that lost to dense on the clock."""
+    return [p for p in self.points if p.slower]

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run is: one frozen dataclass, returned by a config file.
+
+A config file is Python: `def config() -> TrainConfig`.  The fields below can be
+set on the command line (`--steps 500 --data.batch 8`), the callables cannot.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from adaptivejax.training.data import DataConfig
+from adaptivejax.training.optimizer import OptimizerConfig
+from adaptivejax.training.schedules import Schedule
+
+CALLABLES = ("build", "loss", "budget")
+FREE = ("name", "steps", "eval_every", "eval_batches", "log_every")
+FREE += ("checkpoint_every", "keep")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+  """A training run.  All fields are static; two runs of one config agree."""
+
+  name: str
+  """Name of the run; it is kept in runs/NAME."""
+
+  build: Callable[[nnx.Rngs], nnx.Module]
+  """Makes the model: `model(tokens i32[B,T], key=key)` returns an output with
+  `logits f32[B,T,V]` and a `cost`."""
+
+  loss: Callable[..., Any]
+  """`loss(model, batch i32[B,T+1], key) -> (loss f32[], metrics)`, a mean over
+  the rows of the batch; takes the target share of compute as a fourth argument
+  when the config has a `budget`.  Metrics: `{name: f32[]}`; one called `share`
+  is the realised share of compute."""
+
+  budget: Schedule | None = None
+  """Target share of compute after so many steps (`training.schedules`)."""
+
+  data: DataConfig = field(default_factory=DataConfig)
+  """The text, and how it is cut."""
+
+  optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+  """AdamW with warm-up and cosine decay."""
+
+  steps: int = 1000
+  """Updates of the parameters."""
+
+  seed: int = 0
+  """Seed of the initial parameters and of the noise in training."""
+
+  log_every: int = 10
+  """Steps between lines of metrics.jsonl; each line is their mean."""
+
+  eval_every: int = 250
+  """Steps between evaluations on held-out text; the last step always is one."""
+
+  eval_batches: int = 8
+  """Batches of an evaluation, spread evenly over the held-out text."""
+
+  checkpoint_every: int = 250
+  """Steps between checkpoints; the last step always is one."""
+
+  keep: int = 2
+  """Checkpoints to keep, the newest."""
+
+  def __post_init__(self):
+    """Refuses a name that is a way out, and sizes that are not positive."""
+    path = Path(self.name)
+    if path.is_absolute() or ".." in path.parts or path == Path():
+      raise ValueError(f"name={self.name!r} must name a folder inside runs/")
+    for name in ("steps", "log_every", "eval_every", "eval_batches"):
+      _positive(name, getattr(self, name))
+    for name in ("checkpoint_every", "keep"):
+      _positive(name, getattr(self, name))
+    accumulate = self.optimizer.accumulate
+    if self.data.batch % accumulate:
+      raise ValueError(
+        f"optimizer.accumulate={accumulate} must divide data.batch="
+        f"{self.data.batch}, so that its parts are equal"
+      )
+
+
+def load_config(path: Path) -> TrainConfig:
+  """Runs a config file and returns what its `config()` returns.
+
+  Raises:
+    ValueError: no such file, or it has no function `config` that returns a
+      `TrainConfig`, or it fails; the line names the place.
+  """
+  spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+  if not path.is_file() or spec is None or spec.loader is None:
+    raise ValueError(f"{path} is no config file: name a Python file")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.config()
+  except Exception as error:
+    raise ValueError(
+      f"{path} fails: {type(error).__name__}: {error}"
+    ) from error
+  if not isinstance(config, TrainConfig):
+    raise ValueError(f"{path}: `config()` must return a TrainConfig")
+  return config
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+  """What must not change when a run goes on, as `{dotted name: value}`.
+
+  Callables are left out (the checkpoint knows the shapes of the parameters),
+  and so are the fields in `FREE`, which may change: they leave past steps as
+  they were.  The values are plain: JSON holds them.
+  """
+  flat = {}
+  for name, value in vars(config).items():
+    if dataclasses.is_dataclass(value):
+      flat |= {f"{name}.{key}": item for key, item in vars(value).items()}
+    elif name not in CALLABLES + FREE:
+      flat[name] = value
+  return flat
+
+
+def _positive(name: str, value: int) -> None:
+  if value < 1:
+    raise ValueError(f"{name}={value} must be at least 1")

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: resumes by default, stops gracefully, never clobbers.
+
+A run is a function of its config.  Its state after a step is the parameters,
+the optimizer's moments, the step and the place of the data iterator; noise is
+folded from the step.  So a run that was stopped and resumed equals one that was
+not.
+
+Axes: N batches, B batch, S context + 1, the bytes of a window.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int32, Key
+
+from adaptivejax.training import data, run
+from adaptivejax.training.checkpoint import Checkpoints, load_params
+from adaptivejax.training.config import (
+  FREE,
+  TrainConfig,
+  load_config,
+  settings,
+)
+from adaptivejax.training.optimizer import make_optimizer
+from adaptivejax.training.progress import Display, Stop, stoppable
+from adaptivejax.training.step import (
+  Join,
+  Metrics,
+  TrainState,
+  evaluate,
+  make_step,
+  split,
+)
+
+
+class TrainResult(NamedTuple):
+  """A trained model and where its run is."""
+
+  model: nnx.Module
+  metrics: dict[str, float]  # the newest, by `split/metric`
+  run_dir: Path
+  step: int
+  stopped: int  # the signal that ended the run before its last step, else 0
+
+
+def train(
+  config: TrainConfig,
+  *,
+  out: Path,
+  progress: bool = True,
+  source: Path | None = None,
+) -> TrainResult:
+  """Trains, or goes on with the run in `out`; a finished run is only loaded.
+
+  SIGINT and SIGTERM end it after the step they meet, with a checkpoint.
+
+  Args:
+    config: the run.
+    out: its folder, such as runs/NAME.
+    progress: whether to show a bar and the evaluations.
+    source: the config file, kept with the run for `adaptivejax generate`.
+
+  Raises:
+    ValueError: before a step is compiled: no such corpus, or one too small; a
+      folder that is no run; a run of other settings or another architecture.
+  """
+  corpus = data.load_corpus(config.data)
+  run.claim(out)
+  parts, state = _prepare(config, corpus)
+  fixed = settings(config)
+  with Checkpoints(out / "checkpoints", fixed, keep=config.keep) as checkpoints:
+    if checkpoints.latest is not None:
+      state, place = checkpoints.restore(state)
+      parts.batches.set_state(place)
+    run.describe(out, {n: getattr(config, n) for n in FREE} | fixed, source)
+    recorder = _Recorder(config, out, int(state.step), visible=progress)
+    with stoppable() as stop, recorder.display:
+      state = _steps(config, parts, state, checkpoints, recorder, stop)
+  step = int(state.step)
+  return TrainResult(
+    model=parts.join(state.params),
+    metrics=recorder.log.latest,
+    run_dir=out,
+    step=step,
+    stopped=stop.number if step < config.steps else 0,
+  )
+
+
+def load_run(run_dir: Path) -> tuple[TrainConfig, nnx.Module]:
+  """The config of a run and its model with the newest parameters.
+
+  Raises:
+    ValueError: no run of a config file, or its checkpoint does not fit it.
+  """
+  config = load_config(run_dir / "config.py")
+  join, params = split(config.build(nnx.Rngs(config.seed)))
+  return config, join(load_params(run_dir / "checkpoints", params))
+
+
+class _Parts(NamedTuple):
+  """What a run is made of, beside its state."""
+
+  join: Join
+  optimizer: Any
+  batches: Any  # grain's iterator over i32[B,S]
+  held_out: Int32[np.ndarray, "N B S"]
+  noise: Key[Array, ""]
+
+
+def _prepare(
+  config: TrainConfig, corpus: data.Corpus
+) -> tuple[_Parts, TrainState]:
+  rngs = nnx.Rngs(config.seed)
+  join, params = split(config.build(rngs))
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  parts = _Parts(
+    join=join,
+    optimizer=optimizer,
+    batches=data.training_batches(corpus.train, config.data),
+    held_out=data.validation_batches(
+      corpus.validation, config.data, config.eval_batches
+    ),
+    noise=rngs.noise(),
+  )
+  return parts, TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+def _steps(
+  config: TrainConfig,
+  parts: _Parts,
+  state: TrainState,
+  checkpoints: Checkpoints,
+  recorder: "_Recorder",
+  stop: Stop,
+) -> TrainState:
+  """The steps that are left, or those until a signal."""
+  update = make_step(config, parts.join, parts.optimizer)
+  for step in range(int(state.step) + 1, config.steps + 1):
+    state, metrics = update(state, next(parts.batches), parts.noise)
+    recorder.add(step, metrics)
+    last = step == config.steps
+    ends = last or stop.number != 0
+    if ends or step % config.log_every == 0:
+      recorder.write_training(step)
+    if last or step % config.eval_every == 0:
+      model = parts.join(state.params)
+      recorder.write_validation(step, evaluate(model, parts.held_out))
+    if ends or step % config.checkpoint_every == 0:
+      checkpoints.save(state, parts.batches.get_state())
+    if ends:
+      break
+  return state
+
+
+class _Recorder:
+  """Times the run, and sends its metrics to the log and the display."""
+
+  def __init__(self, config: TrainConfig, out: Path, step: int, *, visible):
+    self.tokens = config.data.batch * config.data.context
+    self.log = run.MetricsLog(out, step)
+    self.display = Display(config.name, step, config.steps, visible=visible)
+    self.began = time.perf_counter() - self.log.seconds
+    self.mark = time.perf_counter()
+    self.waiting: list[Metrics] = []
+
+  def add(self, step: int, metrics: Metrics) -> None:
+    self.waiting.append(metrics)  # on the device: nothing waits for them yet
+    self.display.advance(step)
+
+  def write_training(self, step: int) -> None:
+    """Logs the mean since the last line.
+
+    Raises:
+      ValueError: the loss is not finite; the checkpoints so far stay.
+    """
+    found = jax.device_get(self.waiting)
+    now = time.perf_counter()
+    means = {
+      name: float(sum(metrics[name] for metrics in found) / len(found))
+      for name in found[0]
+    }
+    if not math.isfinite(means["loss"]):
+      raise ValueError(
+        f"the loss is {means['loss']} at step {step}: lower"
+        " optimizer.learning_rate or optimizer.clip; older checkpoints are kept"
+      )
+    means["tokens_per_second"] = self.tokens * len(found) / (now - self.mark)
+    self.log.write(step, "train", now - self.began, means)
+    self.display.figures(means)
+    self.waiting, self.mark = [], now
+
+  def write_validation(self, step: int, metrics: Mapping[str, float]) -> None:
+    now = time.perf_counter()
+    self.log.write(step, "validation", now - self.began, metrics)
+    self.display.line(step, metrics)
+    self.mark = now

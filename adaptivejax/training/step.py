@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One update of the parameters, and one evaluation, as jitted functions.
+
+A model is split once into its parameters, a nested dict of arrays, and a
+function that joins them with the rest.  Only `nnx.Param` leaves are trained.
+
+    g = 1/A sum_a grad loss(params, batch_a, key_a)
+
+summed in a scan over the A parts of a batch, so the memory is that of one part
+and the result that of the whole batch.
+
+Axes: A accumulated parts of a batch, B batch, N batches, S context + 1, the
+bytes of a window.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from adaptivejax.training.config import TrainConfig
+
+Metrics = dict[str, Float[Array, ""]]
+Join = Callable[[PyTree], nnx.Module]
+
+
+class TrainState(NamedTuple):
+  """What a step reads and replaces."""
+
+  step: Int[Array, ""]
+  params: PyTree
+  optimizer: PyTree
+
+
+def split(model: nnx.Module) -> tuple[Join, PyTree]:
+  """`(join, params)`: `join(params)` is the model, `params` nested dicts."""
+  definition, params, rest = nnx.split(model, nnx.Param, ...)
+  join = lambda params: nnx.merge(definition, nnx.State(params), rest)
+  return join, nnx.to_pure_dict(params)
+
+
+def make_step(
+  config: TrainConfig, join: Join, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """`step(state, batch i32[B,S], key) -> (state, metrics)`, jitted.
+
+  The buffers of `state` are donated.  `key` is that of the run; each step folds
+  its number in.  To the metrics of the loss it adds `loss` and `gradient_norm`.
+  """
+
+  def step(state, batch, key):
+    grads, metrics = gradients(
+      config, join, state, batch, jax.random.fold_in(key, state.step)
+    )
+    metrics["gradient_norm"] = optax.tree.norm(grads)
+    updates, moments = optimizer.update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, moments), metrics
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def gradients(
+  config: TrainConfig,
+  join: Join,
+  state: TrainState,
+  batch: Int[Array, "B S"],
+  key: Key[Array, ""],
+) -> tuple[PyTree, Metrics]:
+  """The gradient and the metrics of the loss: means over the parts."""
+  parts = config.optimizer.accumulate
+  budget = () if config.budget is None else (config.budget(state.step),)
+
+  def loss(params, rows, key):
+    value, metrics = config.loss(join(params), rows, key, *budget)
+    return value, {**metrics, "loss": value}
+
+  def part(rows, key):
+    return jax.grad(loss, has_aux=True)(state.params, rows, key)
+
+  if parts == 1:
+    return part(batch, key)
+  rows = batch.reshape(parts, -1, batch.shape[-1])
+  keys = jax.random.split(key, parts)
+  add = lambda total, one: (jax.tree.map(jnp.add, total, part(*one)), None)
+  zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, rows[0], keys[0]))
+  total, _ = jax.lax.scan(add, zero, (rows, keys))
+  return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def evaluate(
+  model: nnx.Module, batches: Int[Array | np.ndarray, "N B S"]
+) -> dict[str, float]:
+  """Teacher-forced `bits_per_byte` and realised `share` of compute.
+
+  The model runs in its inference form, without a key.
+  """
+  sums = [_evaluate(model, batch) for batch in batches]
+  nats, spent, full = (float(sum(column)) for column in zip(*sums))
+  return {
+    "bits_per_byte": nats / len(batches) / math.log(2),
+    "share": spent / full,
+  }
+
+
+@jax.jit
+def _evaluate(model, batch):
+  output = model(batch[:, :-1])
+  nats = optax.softmax_cross_entropy_with_integer_labels(
+    output.logits, batch[:, 1:]
+  )
+  return nats.mean(), output.cost.spent, output.cost.full

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to minimise: losses for `TrainConfig.loss`, in nats per token.
+
+Bind settings with `functools.partial`.
+
+Axes: B batch, S context + 1: inputs and their next tokens.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from adaptivejax.core.budget import budget_loss
+from adaptivejax.core.losses import cross_entropy
+from adaptivejax.methods.depth.sorted_fine_tuning import sorted_loss
+from adaptivejax.nn.stack import every_layer
+
+Loss = tuple[Float[Array, ""], dict[str, Array]]
+
+
+def language_modeling(
+  model,
+  batch: Int[Array, "B S"],
+  key: Key[Array, ""],
+  budget: Float[Array, ""] | None = None,
+  *,
+  budget_weight: float = 0.1,
+) -> Loss:
+  """Cross-entropy, plus what the adaptive parts ask for.
+
+  Args:
+    model: a `DecoderLM`, called in its training form.
+    batch: tokens.
+    key: noise of the step.
+    budget: target for the soft share of compute; no budget loss without.
+    budget_weight: of the distance from it (static).
+  """
+  out = model(batch[:, :-1], key=key)
+  nats = cross_entropy(out.logits, batch[:, 1:]).mean()
+  loss = nats + out.signals.penalty
+  if budget is not None:
+    loss += budget_weight * budget_loss(out.signals.share, budget)
+  return loss, {"nats": nats, "share": out.signals.share}
+
+
+def sorted_language_modeling(
+  model,
+  batch: Int[Array, "B S"],
+  key: Key[Array, ""],
+  *,
+  exits: tuple[int, ...] | None = None,
+) -> Loss:
+  """Cross-entropy after every layer, weighted by its depth, so that each is an
+  exit (`sorted_loss`; the weights of CALM).
+
+  Args:
+    model: a `DecoderLM`.
+    batch: tokens.
+    key: noise of the step.
+    exits: depths that may be exits; all if not given (static).
+  """
+  out = model(batch[:, :-1], stack=every_layer, key=key)
+  exits = exits or tuple(range(1, out.hidden.shape[0] + 1))
+  weights = tuple(float(n) for n in exits)
+  targets = batch[:, 1:]
+  loss = sorted_loss(
+    out.hidden, model.readout, targets, exits=exits, weights=weights
+  )
+  nats = cross_entropy(out.logits, targets).mean()
+  return loss, {"nats": nats, "share": jnp.float32(1)}

@@ -1,0 +1,152 @@
+"""The main job: adaptive language models on real text, beside a dense twin.
+
+  make demo            about 8 minutes on 2 CPU cores
+  make demo QUICK=1    the same path in about a minute: figures mean nothing
+
+Trains four byte-level decoders of one size on the Python standard library: the
+dense twin, one whose every layer is an exit, one with Mixture-of-Depths, one
+with Adaptive Computation Modules.  Sets each to several budgets on training
+text, measures quality and speed on held-out files, and writes the report.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from adaptivejax import decode, report
+from adaptivejax.report.frontier import (
+  Entry,
+  at_budget,
+  exit_threshold,
+  measure_points,
+  sample,
+  snippet,
+)
+from adaptivejax.training import data, train
+from configs.quickstart import acm, dense, exits, mod
+
+OUT = Path("runs/quickstart")
+PROMPT = b'''def load(path, encoding="utf-8"):
+  """Return the '''
+NOTES = (
+  "Token by token means batch 1: what an exit saves there it saves in full. In"
+  " a batch, a row that has left the layers waits for the slowest one.",
+  "The models are small and trained for minutes, so bits per byte are far from"
+  " what the text allows; read the differences, not the level.",
+)
+
+
+def train_all(quick: bool, console: Console) -> dict:
+  """Trains, or loads, the four models."""
+  models = {}
+  for module in (dense, exits, mod, acm):
+    config = module.config()
+    if quick:
+      config = dataclasses.replace(
+        config, name=f"{config.name}-quick", steps=8, eval_batches=1
+      )
+    console.rule(f"training {config.name}")
+    result = train(config, out=Path("runs") / config.name)
+    if result.stopped:
+      raise SystemExit(128 + result.stopped)
+    models[module.__name__.rpartition(".")[2]] = result.model
+  return models
+
+
+def windows(quick: bool) -> tuple[np.ndarray, np.ndarray]:
+  """Calibration text from the training files, test text from held-out ones."""
+  config = dense.config().data
+  corpus = data.load_corpus(config)
+  cut = lambda docs: data.validation_batches(docs, config, 1 if quick else 2)
+  calibration, test = cut(corpus.train), cut(corpus.validation)
+  flat = lambda a: a.reshape(-1, a.shape[-1])[: 2 if quick else 32]
+  return flat(calibration), flat(test)
+
+
+def entries(models: dict, calibration: np.ndarray, quick: bool):
+  """The methods at their budgets: `(decode, score)`."""
+  policy, layers = decode.make_policy, dense.MODEL.layers
+  some = lambda *settings: settings[:1] if quick else settings
+  exits_, twin = models["exits"], models["dense"]
+  by_token = [Entry("exits, all layers", "8 of 8 layers", exits_)]
+  for depth in some(4, 2, 3, 5, 6):
+    level = exit_threshold(exits_, calibration, depth)
+    setting = f"{depth} of {layers} layers, λ={level:.2f}"
+    by_token.append(
+      Entry("CALM", setting, exits_, policy("calm", exits_, level))
+    )
+  for speedup in some(2, 1.34):
+    plan = policy("unified", twin, speedup)
+    kept = f"{plan.keywords['kept'].size} of {layers} layers"
+    by_token.append(Entry("unified skip", kept, twin, plan))
+  at_once = []
+  for level in some(0.99, 0.95):
+    skip = policy("ffn_skip", exits_, level)
+    at_once.append(Entry("FFN-SkipLLM", f"cosine {level}", exits_, skip))
+  for name, label, span, shares in (
+    ("mod", "Mixture-of-Depths", 8.0, (0.6, 0.55, 0.7)),
+    ("acm", "ACM", 4.0, (0.6, 0.8, 0.45)),
+  ):
+    for share in some(*shares):
+      model, _ = at_budget(models[name], calibration, share, span)
+      at_once.append(Entry(label, f"{share:.0%} of FLOPs", model))
+  return by_token + at_once, at_once
+
+
+def main() -> None:
+  """Trains, calibrates, measures, reports."""
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--quick", action="store_true", help="a minute, no sense")
+  quick = parser.parse_args().quick
+  console = Console()
+  models = train_all(quick, console)
+  calibration, test = windows(quick)
+  console.rule("calibrating and measuring")
+  twin = Entry("dense", "all layers", models["dense"])
+  by_token, at_once = entries(models, calibration, quick)
+  seconds = 0.1 if quick else 3.0
+  points = []
+  with Progress(console=console, transient=True) as bar:
+    task = bar.add_task("points", total=len(by_token) + len(at_once) + 2)
+    for regime, those in (("decode", by_token), ("score", at_once)):
+      points += measure_points(
+        twin,
+        those,
+        test,
+        regime=regime,
+        seconds=seconds,
+        progress=lambda: bar.advance(task),
+      )
+  calm = next(e for e in by_token if e.method == "CALM")
+  shown = [calm, *(e for e in at_once if e.method != "FFN-SkipLLM")]
+  shown = list({entry.method: entry for entry in reversed(shown)}.values())
+  text = bytes(test[-1][1:].astype(np.uint8))
+  folder = OUT.with_name("quickstart-quick") if quick else OUT
+  result = report.Report(
+    title="Quickstart: where the compute went",
+    command="make demo QUICK=1" if quick else "make demo",
+    environment=report.environment(),
+    points=tuple(points),
+    curves=tuple(report.curve(folder_of(n, quick), n) for n in models),
+    snippets=tuple(snippet(entry, text) for entry in shown),
+    samples=tuple(
+      sample(e, PROMPT, 32 if quick else 128) for e in (twin, calm)
+    ),
+    notes=NOTES,
+  )
+  page = report.write_report(result, folder)
+  report.print_table(result, console)
+  console.print(f"report: {page}")
+
+
+def folder_of(name: str, quick: bool) -> Path:
+  """Where a model's run lies."""
+  return OUT / f"{name}-quick" if quick else OUT / name
+
+
+if __name__ == "__main__":
+  main()

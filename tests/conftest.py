@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checked shapes, eight fake devices, a compilation cache, fixed examples."""
+
+from pathlib import Path
+
+import hypothesis
+import jax
+import jaxtyping
+
+# An int is a float here, as it is for a type checker (PEP 484).
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+CACHE = Path(__file__).parents[1] / ".cache" / "jax"
+
+jaxtyping.install_import_hook(["adaptivejax", "pallas_kernels"], CHECKER)
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+hypothesis.settings.register_profile("laws", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("laws")

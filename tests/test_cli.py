@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Law: a mistake is one line and exit code 2, before anything is compiled."""
+
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from adaptivejax import cli, decode
+from tests.training import tiny
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+  """A folder with a corpus and a config, as the working directory."""
+  tiny.write_corpus(tmp_path / "corpus")
+  (tmp_path / "config.py").write_text(
+    "from tests.training import tiny\n"
+    "def config():\n  return tiny.config('corpus')\n"
+  )
+  (tmp_path / "runs" / "mine").mkdir(parents=True)
+  (tmp_path / "runs" / "mine" / "thesis.tex").write_text("years of work")
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "path", list(sys.path))
+  return tmp_path
+
+
+@pytest.mark.parametrize(
+  ("command", "taught"),
+  [
+    ("--help", 'adaptivejax generate runs/NAME --prompt "def main("'),
+    ("", "adaptivejax train configs/NAME.py --steps 500"),
+    ("train --help", "adaptivejax train configs/NAME.py --steps 500"),
+    ("train config.py --help", "--optimizer.learning_rate FLOAT"),
+    ("generate --help", "adaptivejax generate runs/NAME --prompt"),
+    ("report --help", "adaptivejax report runs/NAME"),
+  ],
+)
+def test_help_teaches_with_an_example(here, capsys, command, taught):
+  assert cli.main(command.split()) == 0
+  assert taught in capsys.readouterr().out
+
+
+MISTAKES = {
+  "trian config.py": "no command 'trian'; did you mean train?",
+  "train": "name a config file",
+  "train nowhere.py": "nowhere.py is no config file",
+  "train config.py --stepz 3": "no field --stepz; did you mean --steps?",
+  "train config.py --stepz=3": "no field --stepz=3; did you mean --steps?",
+  "train config.py --learning-rat 3": "did you mean --optimizer.learning_rate?",
+  "train config.py --zzzzzzz 3": "no field --zzzzzzz; --help lists them",
+  "train config.py --steps many": "--steps: invalid literal for int()",
+  "train config.py --steps 0": "steps=0 must be at least 1",
+  "train config.py --optimizer.clip -1": "clip=-1.0 must be positive",
+  "train config.py --data.corpus nowhere": "'nowhere' is no file or folder",
+  "train config.py --data.batch 9999": "too small for one batch",
+  "train config.py --name mine": "runs/mine holds something else than a run",
+  "train config.py --name ../corpus": "must name a folder inside runs/",
+  "generate": "--prompt",
+  "generate runs/x --prompt a --policy cal": "did you mean calm?",
+  "generate runs/x --prompt a --steps 0": "--steps 0 must be at least 1",
+  "generate runs/x --prompt=": "--prompt is empty",
+  "generate runs/x --prompt a": "runs/x/config.py is no config file",
+  "report nowhere": "nowhere is not a folder",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_line(here, capsys, monkeypatch, command):
+  monkeypatch.setattr(jax, "jit", None)  # nothing may be compiled
+  before = sorted(here.rglob("*"))
+  assert cli.main(command.split()) == 2
+  out, err = capsys.readouterr()
+  assert not out and err.count("\n") == 1 and err.startswith("adaptivejax: ")
+  assert MISTAKES[command] in err
+  assert sorted(here.rglob("*")) == before
+
+
+def test_a_traceback_on_demand(here, monkeypatch):
+  monkeypatch.setenv("ADAPTIVEJAX_DEBUG", "1")
+  with pytest.raises(ValueError, match="no command"):
+    cli.main(["trian"])
+
+
+def test_trains_resumes_refuses_and_reports(here, capsys):
+  train = ["train", "config.py", "--steps", "4", "--optimizer.warmup", "1"]
+  assert cli.main(train) == 0
+  assert "step 4" in capsys.readouterr().out
+  assert (here / "runs/tiny/config.py").exists()
+  assert cli.main([*train, "--steps", "6"]) == 0
+  out = capsys.readouterr().out
+  assert "step 6" in out and "step 3" not in out
+  assert cli.main([*train, "--seed", "1"]) == 2
+  assert "trained with seed=0, not 1" in capsys.readouterr().err
+  assert cli.main(["report", "runs/tiny"]) == 0
+  assert (here / "runs/tiny/report.html").exists()
+
+
+def test_a_signal_is_the_exit_code(here, capsys, monkeypatch):
+  from adaptivejax.training import loop
+
+  monkeypatch.setattr(
+    loop.Display, "advance", lambda *_: signal.raise_signal(signal.SIGTERM)
+  )
+  assert cli.main(["train", "config.py"]) == 128 + signal.SIGTERM
+  assert (
+    "stopped after step 1; the same command goes" in capsys.readouterr().out
+  )
+
+
+def test_help_needs_no_model_code():
+  probe = (
+    "import sys; from adaptivejax.cli import main; main(['--help']);"
+    "assert not {'orbax', 'grain', 'optax'} & set(sys.modules)"
+  )
+  run = subprocess.run(
+    [sys.executable, "-c", probe], capture_output=True, text=True
+  )
+  assert run.returncode == 0, run.stderr
+
+
+DECODER = """
+from flax import nnx
+import neighbour
+from adaptivejax.core.losses import cross_entropy
+from adaptivejax.models import DecoderConfig, DecoderLM
+from tests.training import tiny
+
+SHAPE = DecoderConfig(layers=2, features=8, hidden=16, heads=2, kv_heads=1)
+
+def loss(model, batch, key):
+  output = model(batch[:, :-1], key=key)
+  return cross_entropy(output.logits, batch[:, 1:]).mean(), {}
+
+def config():
+  build = lambda rngs: DecoderLM(SHAPE, rngs=rngs)
+  return tiny.config("corpus", steps=neighbour.STEPS, build=build, loss=loss)
+"""
+
+
+def test_generates_with_every_policy(here, capsys):
+  (here / "decoder.py").write_text(DECODER)
+  (here / "neighbour.py").write_text("STEPS = 2")
+  assert cli.main(["train", "decoder.py"]) == 0
+  capsys.readouterr()
+  command = ["generate", "runs/tiny", "--prompt", "for é", "--steps", "3"]
+  for policy in decode.POLICIES:
+    assert cli.main([*command, "--policy", policy]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("for é") and out.endswith("\n") and len(out) > 6
+    assert err.startswith("compute ")
+    assert cli.main(["generate", "--help"]) == 0
+    assert policy in capsys.readouterr().out
