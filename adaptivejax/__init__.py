@@ -1,4 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adaptive computation for JAX: spend compute only where it is worth it."""
+"""Adaptive computation for JAX: spend compute only where it is worth it.
+
+    import adaptivejax as aj
+
+    y, cost = aj.bucketed(f, x, mask, weights)   # f on the selected rows only
+
+`aj.core` holds the primitives (those of `PRIMITIVES` are also at the top),
+`aj.nn` modules, `aj.methods` one file per paper, `aj.models` host models,
+`aj.training`, `aj.decode` and `aj.report` what to do with them.  Everything is
+imported on first use.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+PACKAGES = ("core", "decode", "linen", "methods", "models", "nn", "report")
+PACKAGES += ("training",)
+PRIMITIVES = ("Cost", "bucketed", "compact", "depth_loop", "depth_scan")
+PRIMITIVES += ("level_apply", "masked")
+__all__ = [*PACKAGES, *PRIMITIVES]
+
+
+def __getattr__(name: str) -> Any:
+  if name in PACKAGES:
+    return importlib.import_module(f"adaptivejax.{name}")
+  if name in PRIMITIVES:
+    return getattr(importlib.import_module("adaptivejax.core"), name)
+  raise AttributeError(f"module 'adaptivejax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  return sorted(__all__)

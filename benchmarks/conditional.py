@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptivejax.core import bucketed
-from benchmarks.harness import Options, Row, main
 from adaptivejax.report.clock import interleave
+from benchmarks.harness import Options, Row, main
 from benchmarks.measure import compile_seconds, temp_bytes
 
 FRACTIONS = (0.02, 0.05, 0.10, 0.25, 0.50, 0.75, 1.00)

@@ -3,8 +3,6 @@
 
 import contextlib
 import math
-
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

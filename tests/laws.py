@@ -2,10 +2,11 @@
 """The matrix: one `Case` per method and adaptive primitive.
 
 A case says how to make the parameters, the inputs, and a call under a budget;
-`test_laws.py` holds it to every promise of the library.  A law that cannot apply
-is named in `unless`, with the reason in words.
+`test_laws.py` holds it to every promise of the library.  A law that cannot
+apply is named in `unless`, with the reason in words.
 
-Axes: B batch, T tokens, D features, F hidden, M learners, L layers, V vocabulary.
+Axes: B batch, T tokens, D features, F hidden, M learners, L layers,
+V vocabulary.
 """
 
 import contextlib
@@ -23,8 +24,7 @@ from jax import lax
 from jax.tree_util import Partial
 
 from adaptivejax.core import buckets, depth, levels
-from adaptivejax.core.cache import KVCache
-from adaptivejax.core.cost import Cost, flops
+from adaptivejax.core.cost import Cost
 from adaptivejax.methods.depth import (
   MixtureOfDepths,
   calm,
@@ -34,7 +34,7 @@ from adaptivejax.methods.depth import (
 )
 from adaptivejax.methods.width import AdaptiveComputationModule, split_mlp
 from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
-from adaptivejax.nn import Block, Group, Mlp, every_layer, plain
+from adaptivejax.nn import Group, Mlp, every_layer, plain
 from tests import reference
 
 T, D, F, M, L, V = 8, 16, 32, 4, 4, 13
@@ -85,6 +85,7 @@ class Case:
     place: puts the budget into the parameters, where they hold it.
     overhead: FLOPs of deciding, at most: `(parameters, inputs) -> float`.
     static: why the budget is static, if it is.
+    same_shape: budgets that share a trace, if not the three above.
     unless: law -> why it does not apply.
   """
 
@@ -102,7 +103,12 @@ class Case:
   place: Callable[[Any, Any], Any] = lambda params, budget: params
   overhead: Callable[[Any, Any], float] = lambda params, x: 0.0
   static: str = ""
+  same_shape: tuple[Any, ...] = ()
   unless: Mapping[str, str] = field(default_factory=dict)
+
+  @property
+  def traced(self):
+    return self.same_shape or (self.some, self.full, self.none)
 
   def run(self, params, x, budget):
     return self.call(self.place(params, budget), x, budget)
@@ -136,6 +142,47 @@ def dense_twin():
     yield
 
 
+@functools.cache
+def compiled(case: Case):
+  """The call, compiled; one for all laws."""
+  return jax.jit(case.run, static_argnums=2 if case.static else None)
+
+
+def loss(case: Case, params, x, budget, ignore=False):
+  """A scalar whose gradient tells rows apart; `ignore` leaves outputs out."""
+  y = case.run(params, x, budget)[0]
+  return jnp.sin(jnp.where(ignore, 0, y)).sum()
+
+
+def differentiate(f, params, x):
+  """Gradients by the parameters and the floating-point inputs."""
+  leaves, tree = jax.tree.flatten((params, x))
+  moving = [jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
+
+  def g(floats):
+    rest = iter(floats)
+    filled = [next(rest) if m else a for m, a in zip(moving, leaves)]
+    return f(*jax.tree.unflatten(tree, filled))
+
+  return jax.grad(g)([a for m, a in zip(moving, leaves) if m])
+
+
+def gradient(case: Case, params, x, budget, ignore=False):
+  """Gradients of `loss`."""
+  f = lambda params, x: loss(case, params, x, budget, ignore)
+  return differentiate(f, params, x)
+
+
+def close(got, want, *, tolerance=1e-5, scale=None):
+  """Equal within `tolerance` of the largest value."""
+  got, want = jax.tree.leaves(got), jax.tree.leaves(want)
+  scales = want if scale is None else [scale] * len(want)
+  for g, w, s in zip(got, want, scales, strict=True):
+    assert g.shape == w.shape
+    size = float(np.abs(np.asarray(s)).max(initial=1e-3))
+    np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * size)
+
+
 def _normal(*shape, seed=0):
   return jax.random.normal(jax.random.key(seed), shape)
 
@@ -152,7 +199,12 @@ def _items(batch):
 def _poisoned_items(selected, budget):
   def poison(params, x):
     out = ~selected(x["score"], budget)[..., None]
-    return params, {**x, "rows": jnp.where(out, jnp.nan, x["rows"])}, budget, out
+    return (
+      params,
+      {**x, "rows": jnp.where(out, jnp.nan, x["rows"])},
+      budget,
+      out,
+    )
 
   return poison
 
@@ -177,7 +229,7 @@ def _levels(learners, x, scale):
 
 def _all_learners(learners, x):
   return sum(
-    reference.mlp(jax.tree.map(lambda a: a[i], learners), x["rows"])
+    reference.mlp(jax.tree.map(lambda a, i=i: a[i], learners), x["rows"])
     for i in range(M)
   )
 
@@ -282,7 +334,7 @@ PRIMITIVES = [
     poison=_poisoned_row,
     unless={
       "oracle": "it is the oracle of depth_loop",
-      "gradient": "it is plain masked code; depth_loop has no gradient to match",
+      "gradient": "depth_loop has no gradient to match",
       "linen": _no_module,
       "cost": _no_price,
       "cover": _no_rows,
@@ -310,23 +362,20 @@ def _mixture(capacity):
   return build
 
 
-def _router(module):
-  """The parts that decide: (router, direction in which compute grows)."""
-  if isinstance(module, MixtureOfDepths):
-    return module.predictor, jnp.ones(1)
-  return module.gate, jnp.arange(M + 1.0)
-
-
 def _deciders(module):
-  kinds = MixtureOfDepths, AdaptiveComputationModule
-  return [m for _, m in nnx.iter_modules(module) if isinstance(m, kinds)]
+  """The routers in a module: (the part that decides, more compute that way)."""
+  for _, each in nnx.iter_modules(module):
+    if isinstance(each, MixtureOfDepths):
+      yield each.predictor, jnp.ones(1)
+      yield each.router, jnp.zeros(1)
+    elif isinstance(each, AdaptiveComputationModule):
+      yield each.gate, jnp.arange(M + 1.0)
 
 
 def _lean(module, bias):
-  """The decisions of all layers shifted towards more (or less) compute."""
+  """All decisions shifted towards more compute."""
   module = jax.tree.map(lambda a: a, module)  # a copy
-  for each in _deciders(module):
-    router, direction = _router(each)
+  for router, direction in _deciders(module):
     old = router.outer.bias.get_value()
     shift = (bias * direction).astype(old.dtype)
     router.outer.bias.set_value(old + shift)
@@ -334,25 +383,20 @@ def _lean(module, bias):
 
 
 def _routing(module, x):
-  """FLOPs of deciding for every item."""
-  rows = x if jnp.issubdtype(x.dtype, jnp.floating) else _normal(*x.shape, D)
-  return sum(
-    flops(lambda r, x: r(x), router, rows)
-    for each in _deciders(module)
-    for router in [each.router, each.predictor]
-    if isinstance(each, MixtureOfDepths)
-  )
+  """FLOPs of asking every router about every item."""
+  kernels = [
+    part.kernel.size
+    for router, _ in _deciders(module)
+    for part in (router.inner, router.outer)
+    if part is not None
+  ]
+  return 2.0 * sum(kernels) * x.shape[0] * x.shape[1]
 
 
 def _mixture_call(module, x, budget, key=None):
   del budget
   y, _, cost, _ = module(x, _positions(x), key=key)
   return y, cost
-
-
-def _mixture_dense(module, x):
-  score = reference.score(module.router, x)
-  return x + score * (reference.block(module.block, x) - x)
 
 
 def _poisoned_mixture(params, x):
@@ -364,3 +408,372 @@ def _train_mixture(module, x, capacity):
   module = jax.tree.map(lambda a: a, module)
   module.capacity = capacity
   return _mixture_call(module, x, None, jax.random.key(0))
+
+
+def _poisoned_top_k(params, x):
+  score = reference.score(params.router, x)[..., 0]
+  out = jnp.argsort(jnp.argsort(-score)) >= T // 2
+  out = out[..., None]
+  return params, jnp.where(out, jnp.nan, x), 0.5, out
+
+
+def _modules(rngs):
+  return AdaptiveComputationModule(split_mlp(_mlp(rngs), M), D, rngs=rngs)
+
+
+def _modules_call(module, x, budget, key=None):
+  del budget
+  y, cost, _ = module(x, key=key)
+  return y, cost
+
+
+def _poisoned_modules(params, x):
+  out = params.level(x)[..., None] == 0
+  return params, jnp.where(out, jnp.nan, x), SOME, out
+
+
+_static_capacity = "the top-k of training has a static size"
+_no_zero = "a capacity of 0 is refused: leave the block out"
+_all_selected = "training computes all learners for all tokens"
+_noise = "training draws one noise for the whole batch"
+
+LAYERS = [
+  Case(
+    "mixture_of_depths",
+    "depth.mixture_of_depths",
+    _mixture(0.5),
+    _sequence,
+    _mixture_call,
+    full=ALL,
+    some=SOME,
+    none=NO,
+    place=_lean,
+    dense=reference.layer,
+    least=lambda m, x: x,
+    poison=_poisoned_mixture,
+    overhead=_routing,
+  ),
+  Case(
+    "mixture_of_depths.training",
+    "depth.mixture_of_depths",
+    _mixture(0.5),
+    _sequence,
+    _train_mixture,
+    full=1.0,
+    some=0.5,
+    none=0.25,
+    dense=reference.layer,
+    least=lambda m, x: x,
+    poison=_poisoned_top_k,
+    overhead=_routing,
+    static=_static_capacity,
+    unless={
+      "none": _no_zero,
+      "oracle": "top-k against NumPy is in test_mixture_of_depths",
+      "gradient": "against finite differences, in the same place",
+      "cover": _no_rows,
+      "trace": _static_capacity,
+      "linen": "the capacity is static: see mixture_of_depths",
+    },
+  ),
+  Case(
+    "adaptive_computation_modules",
+    "width.adaptive_computation_modules",
+    _modules,
+    _sequence,
+    _modules_call,
+    full=ALL,
+    some=SOME,
+    none=NO,
+    place=_lean,
+    dense=reference.mlp,
+    least=lambda m, x: jnp.zeros_like(x),
+    poison=_poisoned_modules,
+    overhead=_routing,
+  ),
+  Case(
+    "adaptive_computation_modules.training",
+    "width.adaptive_computation_modules",
+    _modules,
+    _sequence,
+    lambda m, x, b: _modules_call(m, x, b, jax.random.key(0)),
+    full=ALL,
+    some=SOME,
+    none=NO,
+    place=_lean,
+    dense=reference.mlp,
+    least=lambda m, x: jnp.zeros_like(x),
+    overhead=_routing,
+    unless={
+      "oracle": "it is masked-dense itself",
+      "gradient": "it is masked-dense itself",
+      "cover": _no_rows,
+      "poison": _all_selected,
+      "row": _noise,
+      "shard_map": _noise,
+      "cost": _all_selected,
+    },
+  ),
+]
+
+
+# --- models -------------------------------------------------------------------
+
+
+def _tokens(batch):
+  draw = np.random.default_rng(0).integers(0, V, (batch, T))
+  return jnp.asarray(draw, jnp.int32)
+
+
+def _model(layer=None):
+  return lambda rngs: DecoderLM(CONFIG, layer=layer, rngs=rngs)
+
+
+def _adaptive_block(rngs):
+  return decoder_block(CONFIG, rngs, _modules(rngs))
+
+
+def _alternating(rngs):
+  mixture = MixtureOfDepths(_adaptive_block(rngs), D, capacity=0.5, rngs=rngs)
+  return Group([_adaptive_block(rngs), mixture])
+
+
+def _decode(model, tokens, stack=plain, *, prefill=plain):
+  """Logits of the tokens after the prompt, read one by one."""
+  cache = model.empty_cache(*tokens.shape)
+  cache = model(tokens[:, :PROMPT], cache, stack=prefill).cache
+
+  def step(cache, token):
+    out = model(token[:, None], cache, stack=stack)
+    return out.cache, (out.logits[:, 0], out.cost)
+
+  _, (logits, cost) = lax.scan(step, cache, tokens[:, PROMPT:].T)
+  return jnp.swapaxes(logits, 0, 1), cost.total()
+
+
+def _calm(model, tokens, threshold):
+  return _decode(model, tokens, Partial(calm, threshold=threshold))
+
+
+def _unified(model, tokens, kept):
+  return _decode(model, tokens, Partial(unified_skip, kept=kept))
+
+
+def _ffn_skip(model, tokens, threshold):
+  skip = Partial(ffn_skip, threshold=threshold, cold_first=0, cold_last=0)
+  return _decode(model, tokens, skip, prefill=skip)
+
+
+def _plain(model, tokens, budget):
+  del budget
+  return _decode(model, tokens)
+
+
+def _dense(model, tokens):
+  return reference.decoder(model, tokens)[:, PROMPT:]
+
+
+def _masks(tokens, rule):
+  """rule(l, t) as an array [L, B, T]."""
+  table = np.array([[rule(l, t) for t in range(T)] for l in range(L)])
+  return np.broadcast_to(table[:, None], (L, len(tokens), T))
+
+
+def _lived(rule, level=None):
+  """The dense model, layer l computing token t by rule(l, t)."""
+
+  def run(model, tokens):
+    masks = (None if r is None else _masks(tokens, r) for r in (rule, level))
+    live, levels = masks
+    return reference.decoder(model, tokens, live, level=levels)[:, PROMPT:]
+
+  return run
+
+
+def _poisoned_layers(budget, *layers, names=("attention", "mlp")):
+  """NaN in the weights of layers that `budget` leaves out."""
+  gone = np.isin(np.arange(L), layers)
+
+  def spoil(a):
+    return jnp.where(gone.reshape(-1, *[1] * (a.ndim - 1)), jnp.nan, a)
+
+  def poison(model, x):
+    model = jax.tree.map(lambda a: a, model)  # a copy
+    for name in names:
+      part = getattr(model.layers, name)
+      setattr(model.layers, name, jax.tree.map(spoil, part))
+    return model, x, budget, None
+
+  return poison
+
+
+def _deciding(model, tokens):
+  """FLOPs of all routers, and a readout after every layer."""
+  decoded = tokens[:, PROMPT:]
+  return _routing(model, decoded) + 2.0 * D * V * L * decoded.size
+
+
+def _kept(*layers):
+  return np.array(layers, np.int32)
+
+
+def _sorted(model, x, exits):
+  """One row at a time, to have rows at all: the loss is a mean."""
+
+  def one(tokens):
+    out = model(tokens[None, :-1], stack=every_layer)
+    return sorted_loss(out.hidden, model.readout, tokens[None, 1:], exits=exits)
+
+  return lax.map(one, x), Cost.zero()
+
+
+def _prefix_loss(*exits):
+  def run(model, tokens):
+    states = reference.hidden(model, tokens[:, :-1])
+    losses = []
+    for n in exits:
+      logits = reference.readout(model, states[n - 1])
+      nats = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(
+        logits, tokens[:, 1:, None], -1
+      ).squeeze(-1)
+      losses.append(nats.mean(1))
+    return sum(losses) / len(losses)
+
+  return run
+
+
+def _poisoned_group(model, tokens):
+  """NaN in all feed-forward layers, and in the layers of depth."""
+  spoil = lambda tree: jax.tree.map(lambda a: a * jnp.nan, tree)
+  model = jax.tree.map(lambda a: a, model)  # a copy
+  always, mixture = model.layers.layers
+  always.mlp.learners = spoil(always.mlp.learners)
+  mixture.block = spoil(mixture.block)
+  return model, tokens, NO, None
+
+
+_no_halting = "the exits are a while_loop; training goes by sorted_loss"
+_no_price_loss = "a loss decides nothing"
+_static_exits = "which layers are exits is static"
+_static_count = "how many layers are kept is static, which ones is data"
+_at_prompt = lambda l, t: t < PROMPT
+_at_first = lambda l, t: t < PROMPT or l == 0
+_nowhere = lambda l, t: 0
+
+MODELS = [
+  Case(
+    "calm",
+    "depth.calm",
+    _model(),
+    _tokens,
+    _calm,
+    full=np.float32(NEVER),
+    some=np.float32(0.25),
+    none=np.float32(0),
+    dense=_dense,
+    least=_lived(_at_first),
+    poison=_poisoned_layers(np.float32(0), 1, 2, 3),
+    overhead=_deciding,
+    unless={"gradient": _no_halting, "cover": _no_rows},
+  ),
+  Case(
+    "unified_layer_skipping",
+    "depth.unified_layer_skipping",
+    _model(),
+    _tokens,
+    _unified,
+    full=_kept(0, 1, 2, 3),
+    some=_kept(0, 3),
+    none=_kept(3),
+    same_shape=(_kept(0, 3), _kept(1, 2), _kept(0, 1)),
+    dense=_dense,
+    least=_lived(lambda l, t: t < PROMPT or l == 3),
+    poison=_poisoned_layers(_kept(0, 1), 2, 3),
+    unless={"cover": _no_rows},
+  ),
+  Case(
+    "ffn_skip",
+    "depth.ffn_skip",
+    _model(),
+    _tokens,
+    _ffn_skip,
+    full=np.float32(NEVER),
+    some=np.float32(0.7),
+    none=np.float32(-NEVER),
+    dense=_dense,
+    least=_lived(None, lambda l, t: l == 0),
+    poison=_poisoned_layers(np.float32(-NEVER), 1, 2, 3, names=("mlp",)),
+  ),
+  Case(
+    "sorted_fine_tuning",
+    "depth.sorted_fine_tuning",
+    _model(),
+    _tokens,
+    _sorted,
+    full=(L,),
+    some=(1, 3, 4),
+    none=(1,),
+    dense=_prefix_loss(L),
+    least=_prefix_loss(1),
+    static=_static_exits,
+    unless={
+      "oracle": "it is dense itself",
+      "gradient": "against separate losses in test_sorted_fine_tuning",
+      "cover": _no_rows,
+      "poison": "every layer is read",
+      "trace": _static_exits,
+      "cost": _no_price_loss,
+    },
+  ),
+  # Compositions: what stacks on one model obeys the same laws.
+  Case(
+    "calm over adaptive modules",
+    "depth.calm",
+    _model(_adaptive_block),
+    _tokens,
+    lambda m, x, b: _calm(m, x, b[1]),
+    full=(ALL, np.float32(NEVER)),
+    some=(SOME, np.float32(0.25)),
+    none=(NO, np.float32(0)),
+    place=lambda m, b: _lean(m, b[0]),
+    dense=_dense,
+    least=_lived(_at_first, _nowhere),
+    poison=_poisoned_layers((NO, np.float32(0)), 1, 2, 3),
+    overhead=_deciding,
+    unless={"gradient": _no_halting},
+  ),
+  Case(
+    "ffn_skip over adaptive modules",
+    "depth.ffn_skip",
+    _model(_adaptive_block),
+    _tokens,
+    lambda m, x, b: _ffn_skip(m, x, b[1]),
+    full=(ALL, np.float32(NEVER)),
+    some=(SOME, np.float32(0.7)),
+    none=(NO, np.float32(-NEVER)),
+    place=lambda m, b: _lean(m, b[0]),
+    dense=_dense,
+    least=_lived(None, _nowhere),
+    poison=_poisoned_layers(
+      (SOME, np.float32(-NEVER)), 1, 2, 3, names=("mlp",)
+    ),
+    overhead=_deciding,
+  ),
+  Case(
+    "mixture of depths of adaptive modules",
+    "depth.mixture_of_depths",
+    _model(_alternating),
+    _tokens,
+    _plain,
+    full=ALL,
+    some=SOME,
+    none=NO,
+    place=_lean,
+    dense=_dense,
+    least=_lived(lambda l, t: l % 2 == 0, _nowhere),
+    poison=_poisoned_group,
+    overhead=_deciding,
+  ),
+]
+
+CASES = [*PRIMITIVES, *LAYERS, *MODELS]

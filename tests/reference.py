@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the models mean: no cache, no conditional, no scan, layer by layer.
 
-Plain `jnp` on whole sequences, written apart from the library: it reads only the
-parameters of its modules.
+Plain `jnp` on whole sequences, written apart from the library: it reads only
+the parameters of its modules.
 
 Axes: B batch, T tokens, D features, H query heads, G key heads, W head width.
 """
@@ -25,12 +25,12 @@ def rotate(x, positions):
   return jnp.concatenate([turned.real, turned.imag], -1)
 
 
-def attention(module, x, positions=None, live=None):
-  """From live tokens to live tokens at or before them; zero elsewhere."""
-  batch, tokens, features = x.shape
-  if positions is None:
-    positions = np.broadcast_to(np.arange(tokens), (batch, tokens))
-  live = np.ones((batch, tokens), bool) if live is None else live
+def attention(module, x, live=None, seen=None):
+  """From live tokens to seen ones at or before them; zero for the others."""
+  batch, tokens, _ = x.shape
+  live = _all(x) if live is None else live
+  seen = live if seen is None else seen
+  positions = np.broadcast_to(np.arange(tokens), (batch, tokens))
   w = module.width
   q = (x @ module.query.kernel.get_value()).reshape(batch, tokens, -1, w)
   kv = x @ module.key_value.kernel.get_value()
@@ -38,8 +38,8 @@ def attention(module, x, positions=None, live=None):
   q, k = rotate(q, positions), rotate(k, positions)
   share = q.shape[2] // k.shape[2]
   k, v = jnp.repeat(k, share, axis=2), jnp.repeat(v, share, axis=2)
-  visible = positions[:, None, :] <= positions[:, :, None]
-  visible = (visible & live[:, None, :] & live[:, :, None])[:, None]
+  visible = np.tril(np.ones((tokens, tokens), bool))
+  visible = (visible & seen[:, None, :] & live[:, :, None])[:, None]
   scores = jnp.einsum("bthw,bshw->bhts", q, k) / w**0.5
   odds = jnp.where(visible, jnp.exp(jnp.where(visible, scores, 0)), 0)
   odds = odds / jnp.maximum(odds.sum(-1, keepdims=True), 1e-30)
@@ -48,37 +48,67 @@ def attention(module, x, positions=None, live=None):
 
 
 def mlp(module, x, level=None):
-  """An `Mlp`, or the first `level` learners of an ACM (all if not given)."""
+  """An `Mlp` where level > 0, or the first `level` learners of an ACM."""
+  level = np.full(x.shape[:-1], 99) if level is None else level
   if hasattr(module, "learners"):
-    count = module.count
-    level = np.full(x.shape[:-1], count) if level is None else level
-    parts = [
-      mlp(jax.tree.map(lambda a: a[i], module.learners), x)  # noqa: B023
-      for i in range(count)
-    ]
-    return sum(p * (level > i)[..., None] for i, p in enumerate(parts))
-  up = x @ module.up.kernel.get_value()
+    return sum(
+      mlp(jax.tree.map(lambda a, i=i: a[i], module.learners), x, level > i)
+      for i in range(module.count)
+    )
+  hidden = x @ module.up.kernel.get_value()
   if module.gate is None:
-    hidden = module.activation(up)
+    hidden = module.activation(hidden)
   else:
-    hidden = module.activation(x @ module.gate.kernel.get_value()) * up
-  return hidden @ module.down.kernel.get_value()
+    hidden = module.activation(x @ module.gate.kernel.get_value()) * hidden
+  y = hidden @ module.down.kernel.get_value()
+  return jnp.where((level > 0)[..., None], y, 0)
 
 
-def block(module, x, live=None, feed=True):
-  """A `Block`; `feed` may be a mask of the tokens that its second half takes."""
-  live = np.ones(x.shape[:2], bool) if live is None else live
-  x = x + attention(module.attention, norm(module.norm_attention, x), live=live)
-  take = (live & feed)[..., None]
-  return x + jnp.where(take, mlp(module.mlp, norm(module.norm_mlp, x)), 0)
+def block(module, x, live=None, seen=None, level=None):
+  """A `Block` on the live tokens; the others pass."""
+  live = _all(x) if live is None else live
+  level = np.full(x.shape[:2], 99) if level is None else level
+  h = norm(module.norm_attention, x)
+  x = x + attention(module.attention, h, live, seen)
+  return x + mlp(module.mlp, norm(module.norm_mlp, x), level * live)
+
+
+def layer(module, x, live=None, seen=None, level=None):
+  """A `Block`, or one in a `MixtureOfDepths`: the change times the router."""
+  if not hasattr(module, "router"):
+    return block(module, x, live, seen, level)
+  change = block(module.block, x, live, seen, level) - x
+  return x + score(module.router, x) * change
+
+
+def score(router, x):
+  """A linear `Router`."""
+  return x @ router.outer.kernel.get_value() + router.outer.bias.get_value()
 
 
 def layers_of(model):
   """The single layers, groups opened."""
-  stacked = model.layers
-  count = jax.tree.leaves(stacked)[0].shape[0]
-  each = [jax.tree.map(lambda a: a[i], stacked) for i in range(count)]  # noqa: B023
-  return [one for e in each for one in getattr(e, "layers", [e])]
+  count = jax.tree.leaves(model.layers)[0].shape[0]
+  pick = lambda i: jax.tree.map(lambda a: a[i], model.layers)
+  return [one for i in range(count) for one in _open(pick(i))]
+
+
+def hidden(model, tokens, live=None, seen=None, level=None):
+  """The hidden state after every layer.
+
+  Args:
+    live: bool[L, B, T], tokens that a layer computes (all).
+    seen: bool[L, B, T], tokens that have a key there (the live ones).
+    level: i32[L, B, T], learners that a token uses there (all); 0 skips the
+      feed-forward half.
+  """
+  x = model.embedding.get_value()[tokens]
+  states = []
+  for i, module in enumerate(layers_of(model)):
+    at = lambda a, i=i: None if a is None else np.asarray(a)[i]
+    x = layer(module, x, at(live), at(seen), at(level))
+    states.append(x)
+  return states
 
 
 def readout(model, x):
@@ -88,26 +118,14 @@ def readout(model, x):
   return x @ model.head.kernel.get_value()
 
 
-def decoder(model, tokens, *, layers=None, feed=None, mixed=True):
-  """Logits after every token, all layers run densely.
-
-  Args:
-    layers: only these, by number.
-    feed: only these keep their feed-forward half.
-    mixed: whether Mixture-of-Depths layers take all tokens, or none.
-  """
-  x = model.embedding.get_value()[tokens]
-  for i, layer in enumerate(layers_of(model)):
-    if layers is not None and i not in layers:
-      continue
-    fed = feed is None or i in feed
-    if not hasattr(layer, "router"):
-      x = block(layer, x, feed=fed)
-    elif mixed:
-      x = x + score(layer.router, x) * (block(layer.block, x, feed=fed) - x)
-  return readout(model, x)
+def decoder(model, tokens, live=None, seen=None, level=None):
+  """Logits after every token; arguments as in `hidden`."""
+  return readout(model, hidden(model, tokens, live, seen, level)[-1])
 
 
-def score(router, x):
-  """A linear `Router`."""
-  return x @ router.outer.kernel.get_value() + router.outer.bias.get_value()
+def _all(x):
+  return np.ones(x.shape[:2], bool)
+
+
+def _open(module):
+  return getattr(module, "layers", [module])

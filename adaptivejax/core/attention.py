@@ -53,10 +53,10 @@ def attend(
 
 
 def rotary(
-  x: Float[Array, "B T H D"],
-  positions: Int[Array, "B T"],
+  x: Float[Array, "*N H D"],
+  positions: Int[Array, "*N"],
   base: float = 10_000.0,
-) -> Float[Array, "B T H D"]:
+) -> Float[Array, "*N H D"]:
   """Rotary position embedding, halves rotated (Su et al., 2021, eq. 34)."""
   half = x.shape[-1] // 2
   rate = base ** (-jnp.arange(half, dtype=jnp.float32) / half)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""`bucketed`: dense compute on a data-dependent number of rows.
 
-XLA wants static shapes; an adaptive method decides at run time which of N items
-to compute.  A cover (`core.covers`) joins the two: the selected rows are
-gathered, chunk by chunk, each chunk of static size; `f` runs on it, and its rows
-are scattered back.  For every mask, values and gradients equal `masked`:
+XLA wants static shapes; an adaptive method decides at run time which of N
+items to compute.  A cover (`core.covers`) joins the two: the selected rows are
+gathered, chunk by chunk, each chunk of static size; `f` runs on it, and its
+rows are scattered back.  For every mask, values and gradients equal `masked`:
 
     y_i = f(x_i) if mask_i else x_i
 
@@ -229,14 +229,14 @@ class _Chunk(NamedTuple):
     return self.size == self.mask.shape[0]
 
   @property
-  def index(self) -> Int[Array, " C"]:
+  def items(self) -> Int[Array, " C"]:
     return lax.dynamic_slice_in_dim(self.order, self.begin, self.size)
 
   def gather(self, x: Leaves) -> Leaves:
     """The rows of this chunk; padding repeats a selected row."""
     if self.whole:
       return [_fill(a, self.mask, self.order) for a in x]
-    return [a.at[self.index].get(mode="promise_in_bounds") for a in x]
+    return [a.at[self.items].get(mode="promise_in_bounds") for a in x]
 
   def gather_live(self, x: Leaves) -> Leaves:
     """The rows of this chunk; padding is zero."""
@@ -248,7 +248,7 @@ class _Chunk(NamedTuple):
       return [_where(self.mask, new, old) for new, old in zip(rows, y)]
     n = self.mask.shape[0]
     nowhere = n + jnp.arange(self.size, dtype=jnp.int32)
-    to = jnp.where(self.live, self.index, nowhere)
+    to = jnp.where(self.live, self.items, nowhere)
     write = lambda old, new: old.at[to].set(
       vary(new, varying_axes(old)), mode="drop", unique_indices=True
     )

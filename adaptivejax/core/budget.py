@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+Host = Array | np.ndarray
+
 
 def exit_fractions(q: float, exits: int) -> np.ndarray:
   """Target share of samples per exit, proportional to q^k, k = 1..K.
@@ -24,7 +26,7 @@ def exit_fractions(q: float, exits: int) -> np.ndarray:
 
 
 def solve_exit_thresholds(
-  confidence: Float[Array, "n K"], fractions: Float[Array, " K"]
+  confidence: Float[Host, "n K"], fractions: Float[Host, " K"]
 ) -> np.ndarray:
   """Thresholds that spread a calibration set over the exits as wished.
 
@@ -60,7 +62,7 @@ def solve_exit_thresholds(
 
 
 def exit_depth(
-  confidence: Float[Array, "n K"], threshold: Float[Array, "..."] | float
+  confidence: Float[Host, "n K"], threshold: Float[Array, "..."] | float
 ) -> np.ndarray:
   """Layers run by each sample, 1..K: the first with confidence >= threshold."""
   sure = np.asarray(confidence, np.float32) >= np.asarray(threshold, np.float32)
@@ -69,7 +71,7 @@ def exit_depth(
 
 
 def solve_depth_threshold(
-  confidence: Float[Array, "n K"], mean_depth: float
+  confidence: Float[Host, "n K"], mean_depth: float
 ) -> float:
   """The lowest single threshold whose mean exit depth reaches `mean_depth`.
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The key/value cache: static capacity, unordered slots, positions as data.
 
-A slot is what `pos` says it is, -1 meaning empty; attention reads positions, so
-slots need no order.  Empty slots hold zeros: what was never written or is marked
-invalid cannot leak.  A full cache overwrites its oldest slots, which makes it a
-sliding window.  Layout is head-major, or XLA would copy it in every loop body.
+A slot is what `pos` says it is, -1 meaning empty; attention reads positions,
+so slots need no order.  Empty slots hold zeros: what was never written or is
+marked invalid cannot leak.  A full cache overwrites its oldest slots, which
+makes it a sliding window.  Layout is head-major, or XLA would copy it in every
+loop body.
 
 Axes: L layers, B batch, H key/value heads, S slots, T new tokens, D head width.
 """
@@ -12,10 +13,9 @@ Axes: L layers, B batch, H key/value heads, S slots, T new tokens, D head width.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from adaptivejax.core.attention import Keys
 

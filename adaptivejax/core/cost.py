@@ -99,16 +99,16 @@ def jaxpr_flops(jaxpr: jex.Jaxpr) -> float:
 
 def _equation_flops(eqn: jex.JaxprEqn) -> float:
   name, params = eqn.primitive.name, eqn.params
+  inputs: list[Any] = [atom.aval for atom in eqn.invars]
+  outputs: list[Any] = [var.aval for var in eqn.outvars]
   if name == "dot_general":
     (contract, _), _ = params["dimension_numbers"]
-    shape = eqn.invars[0].aval.shape
-    return (
-      2.0 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contract)
-    )
+    depth = math.prod(inputs[0].shape[i] for i in contract)
+    return 2.0 * outputs[0].size * depth
   if name == "conv_general_dilated":
-    kernel = eqn.invars[1].aval
+    kernel = inputs[1]
     out_features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-    return 2.0 * eqn.outvars[0].aval.size * kernel.size / out_features
+    return 2.0 * outputs[0].size * kernel.size / out_features
   if name == "cond":
     return max(jaxpr_flops(branch.jaxpr) for branch in params["branches"])
   rounds = params["length"] if name == "scan" else 1

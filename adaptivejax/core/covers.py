@@ -10,11 +10,11 @@ runs for a given count; the chunks follow one another over the compacted rows.
 * `coins`: falling sizes, each as often as it fits, like paying with coins.
 
 The rule (`default_cover`): coins of N/4, N/10, N/20 and N/80 rows, in whole
-multiples of 8, below one of min(N, 512).  A chunk has a fixed price, reading the
-weights: it is paid off at 512 rows, so no chunk is larger, and it makes many
-small chunks dear, so the sizes are the shares people choose as budgets (5, 10,
-25 %) and a coin is paid out as soon as it is nearly filled.  At most five bodies
-compile, whatever N is.  `benchmarks/conditional.py` compares the three covers.
+multiples of 8, below one of min(N, 512).  A chunk has a fixed price, reading
+the weights: it is paid off at 512 rows, so no chunk is larger, and it makes
+many small chunks dear, so the sizes are the shares people choose as budgets (5,
+10, 25 %) and a coin is paid out as soon as it is nearly filled.  At most five
+bodies compile, whatever N is.  `benchmarks/conditional.py` compares the covers.
 """
 
 from collections.abc import Callable

@@ -2,11 +2,11 @@
 """Stacked layers with halting: run a row until it is done.
 
 Two twins of one definition.  `depth_loop` stops as soon as every row has
-halted: a `while_loop` over stacked parameters with a dynamic index, one body to
-compile whatever the depth; it has no reverse mode.  `depth_scan` runs all layers
-under masks, is differentiable, and returns every layer.  A row that has halted
-keeps its value; layers may still run for it while others go on, so a layer must
-not let rows mix (attention over a cache is fine: it mixes tokens, not rows).
+halted: a `while_loop` over stacked parameters with a dynamic index, one body
+to compile whatever the depth; it has no reverse mode.  `depth_scan` runs all
+layers under masks, is differentiable, and returns every layer.  A row that has
+halted keeps its value; layers may still run for it while others go on, so a
+layer must not let rows mix (attention over a cache mixes tokens, not rows).
 
 Axes: L layers, B rows.
 """
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 Layer = Callable[[Any, Any, Array, Any, Array], tuple[Array, Any]]
 """`(params_l, l, x, state, live) -> (x, state)`."""

@@ -8,6 +8,7 @@ lost; `trace_rows` makes it an explicit operand, once for all row counts.
 Axes: N items, C rows of one chunk.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -84,9 +85,9 @@ def trace_rows(
   """
   theta = jax.tree.leaves(operands)
   count, seen = len(theta), {}
-  jaxprs, constants = {}, {}
+  jaxprs, constants, avals, out = {}, {}, [], None
   for size in sizes:
-    rows = jax.tree.map(lambda a: _example(a, size), x)
+    rows = jax.tree.map(functools.partial(_example, size=size), x)
     closed, out = jax.make_jaxpr(f, return_shape=True)(rows, *operands)
     avals = closed.out_avals
     _check_rows(avals, size)

@@ -40,7 +40,7 @@ def compact(mask: Bool[Array, " N"]) -> tuple[Int[Array, " N"], Int[Array, ""]]:
 def threshold(
   scores: Float[Array, "... N"], level: Float[Array, "..."] | float
 ) -> Bool[Array, "... N"]:
-  """Items whose score is above `level` (dynamic, one or one per leading axis)."""
+  """Items of score above `level` (dynamic: one, or one per leading axis)."""
   return scores.astype(jnp.float32) > _setting("level", level, scores)
 
 

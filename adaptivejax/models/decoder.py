@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder-only language model with stacked, scanned layers.
 
-One call serves training (no cache), prefill (a cache and a prompt) and decode (a
-cache and one token): tokens are appended after what the cache holds.
+One call serves training (no cache), prefill (a cache and a prompt) and decode
+(a cache and one token): tokens are appended after what the cache holds.
 
 Axes: B batch, T tokens, D features, L layers, V vocabulary.
 """
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.nn.attention import Attention
-from adaptivejax.nn.block import Block
+from adaptivejax.nn.block import Block, Layer
 from adaptivejax.nn.linear import linear
 from adaptivejax.nn.mlp import Mlp
 from adaptivejax.nn.norm import RMSNorm
@@ -110,7 +110,7 @@ class DecoderLM(nnx.Module):
     self,
     config: DecoderConfig,
     *,
-    layer: Callable[[nnx.Rngs], nnx.Module] | None = None,
+    layer: Callable[[nnx.Rngs], Layer] | None = None,
     rngs: nnx.Rngs,
   ):
     make = layer or (lambda rngs: decoder_block(config, rngs))

@@ -104,4 +104,6 @@ def _attend_cost(q, keys: Keys, live) -> Cost:
   items = jnp.float32(q.shape[0] * q.shape[1])
   work = 4.0 * q.size * keys.k.shape[2]
   asked = items if live is None else live.sum(dtype=jnp.float32)
-  return Cost(*map(jnp.float32, (work, work)), asked, items, jnp.float32(0))
+  return Cost(
+    jnp.float32(work), jnp.float32(work), asked, items, jnp.float32(0)
+  )

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pre-norm transformer block, in two halves that can be skipped apart.
 
-A layer is called as
-`layer(x, positions, cache, index, live, key) -> (x, cache, cost, signals)`;
-`live` are the tokens it computes, the others pass through untouched and have no
-key there.  Adaptive methods are masks on `live`, so they compose by `&`.
-`depth` says how many cache layers a layer uses.
+A layer is called as `layer(x, positions, cache, index, live, key)` and returns
+`(x, cache, cost, signals)`; `live` are the tokens it computes, the others pass
+through untouched and have no key there.  Adaptive methods are masks on `live`,
+so they compose by `&`.
 
 Axes: B batch, T tokens, D features.
 """
@@ -25,12 +24,28 @@ from adaptivejax.nn.norm import RMSNorm
 LayerOutput = tuple[Array, KVCache | None, Cost, Signals]
 
 
-class Block(nnx.Module):
+class Layer(nnx.Module):
+  """What a model stacks; `depth` is the number of cache layers it uses."""
+
+  depth: int = 1
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    cache: KVCache | None = None,
+    index: Int[Array, ""] | int = 0,
+    live: Bool[Array, "B T"] | None = None,
+    key: Key[Array, ""] | None = None,
+  ) -> LayerOutput:
+    """Runs the layer on its live tokens."""
+    raise ValueError(f"{type(self).__name__} does not say how it is called.")
+
+
+class Block(Layer):
   """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-  depth = 1
-
-  def __init__(self, features: int, attention: nnx.Module, mlp: nnx.Module):
+  def __init__(self, features: int, attention: Attention, mlp: nnx.Module):
     self.norm_attention = RMSNorm(features)
     self.attention = attention
     self.norm_mlp = RMSNorm(features)
@@ -67,10 +82,10 @@ class Block(nnx.Module):
     return x, cache, cost + feed_cost, signals
 
 
-class Group(nnx.Module):
+class Group(Layer):
   """Several different layers that repeat together, as one layer."""
 
-  def __init__(self, layers: Sequence[nnx.Module]):
+  def __init__(self, layers: Sequence[Layer]):
     if not layers:
       raise ValueError("a group needs at least one layer; got none.")
     self.layers = nnx.List(layers)

@@ -6,7 +6,6 @@ Axes: I features in, O features out.
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
 
 
 def linear(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The feed-forward layer, and what every feed-forward module answers to.
 
-A feed-forward module is called as `module(x, live, key) -> (y, cost, signals)`:
-`live` are the items to compute (the others get zero), `key` is given in training
-and then asks for the differentiable form.
+A feed-forward module is called as `module(x, live, key)` and returns `(y, cost,
+signals)`: `live` are the items to compute (the others get zero), `key` is given
+in training and then asks for the differentiable form.
 
 Axes: D features, F hidden.
 """

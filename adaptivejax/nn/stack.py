@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How stacked layers are run.
 
-A *stack* is a function
-`stack(layers, x, positions, cache, *, readout, key) -> StackOutput`.  `plain` is
-the ordinary one; depth methods are others, and a model takes any of them.  Bind
-thresholds with `jax.tree_util.Partial`, which is a pytree: they are data.
+A *stack* is a function `stack(layers, x, positions, cache, *, readout, key)`
+that returns a `StackOutput`.  `plain` is the ordinary one; depth methods are
+others, and a model takes any of them.  Bind thresholds with
+`jax.tree_util.Partial`, which is a pytree: they are data.
 
 Axes: L layers, B batch, T tokens, D features, V vocabulary.
 """

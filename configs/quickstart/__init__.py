@@ -1,1 +1,1 @@
-"""The models of `make demo`: a dense twin and three adaptive ones of its size."""
+"""The models of `make demo`: a dense twin, and adaptive ones of its size."""

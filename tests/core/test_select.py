@@ -94,6 +94,11 @@ def test_top_p_of_one_takes_the_smallest_weight_too():
   check("top_p", [True, True, False, True], weights, 1.0)
 
 
+def test_top_p_takes_one_item_even_where_none_has_weight():
+  """The first that is not NaN."""
+  check("top_p", [False, True, False], jnp.asarray([np.nan, -1.0, 0.0]), 0.5)
+
+
 @given(scores=st.tuples(SCORES, SCORES, SCORES), k=st.integers(0, N + 1))
 def test_expert_choice(scores, k):
   want = np.stack([best(column, k) for column in scores], axis=1)
@@ -123,7 +128,7 @@ def test_chunk_union(chunk):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_straight_through_has_exactly_the_hard_value(dtype):
   soft = jnp.linspace(0, 1, 101, dtype=dtype)
-  hard = jnp.ones_like(soft)
+  hard = jnp.linspace(-3, 0.1, 101, dtype=dtype)
   run = lambda h, s: (select.straight_through(h, s) * soft).sum()
   np.testing.assert_array_equal(select.straight_through(hard, soft), hard)
   by_hard, by_soft = jax.grad(run, (0, 1))(hard, soft)

@@ -24,15 +24,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from adaptivejax.core.cost import Cost, Signals, flops
+from adaptivejax.core.cost import Signals, flops
 from adaptivejax.core.losses import binary_cross_entropy
 from adaptivejax.core.select import compact, threshold, top_k
-from adaptivejax.nn.block import LayerOutput
+from adaptivejax.nn.block import Layer, LayerOutput
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.setting import Setting
 
 
-class MixtureOfDepths(nnx.Module):
+class MixtureOfDepths(Layer):
   """A layer behind a learned router; call it like the layer itself.
 
   Given a `key` (training) it takes the top-k of each sequence; without, it asks
@@ -42,7 +42,7 @@ class MixtureOfDepths(nnx.Module):
 
   def __init__(
     self,
-    block: nnx.Module,
+    block: Layer,
     features: int,
     *,
     capacity: float = 0.125,

@@ -56,8 +56,8 @@ class AdaptiveComputationModule(nnx.Module):
     self.learners = learners
     self.count = learners.down.kernel.shape[0]
     self.gate = Router(features, self.count + 1, hidden=16, rngs=rngs)
-    bias = self.gate.outer.bias
-    bias.set_value(bias.get_value().at[-1].set(3.0))
+    favoured = jnp.zeros(self.count + 1).at[-1].set(3.0)
+    self.gate.outer.bias = nnx.Param(favoured)
     self.tilt = Setting(jnp.zeros(()))
     self.temperature = temperature
     self.diversity = diversity

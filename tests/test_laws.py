@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The promises of the library, each over every method and primitive.
+
+Tolerance is relative to the largest value: 1e-5 in f32, 2e-2 in bf16.
+"""
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from adaptivejax.core import covers
+from adaptivejax.linen import ToLinen, params_of
+from tests.laws import (
+  CASES,
+  LAWS,
+  Case,
+  close,
+  compiled,
+  dense_twin,
+  gradient,
+  parameters,
+)
+
+B = 2
+
+
+def law(name):
+  """Runs a test over the cases that the law applies to."""
+  cases = [case for case in CASES if name not in case.unless]
+  return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def given(case: Case, batch: int = B):
+  return parameters(case), case.inputs(batch)
+
+
+@functools.cache
+def result(case: Case, which: str, batch: int = B):
+  """`(y, cost)` of the compiled call at a named budget."""
+  return compiled(case)(*given(case, batch), getattr(case, which))
+
+
+@functools.cache
+def gradients(case: Case):
+  f = functools.partial(gradient, case)
+  return jax.jit(f, static_argnums=2 if case.static else None)
+
+
+def fresh(f, params, x, budget):
+  """Traced anew, as after a patch."""
+  return jax.jit(lambda params, x: f(params, x, budget))(params, x)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_does_not_apply_is_said_in_words(case):
+  assert set(case.unless) <= set(LAWS)
+  assert all(len(reason.split()) > 2 for reason in case.unless.values())
+
+
+@law("full")
+def test_full_budget_is_dense(case):
+  close(result(case, "full")[0], case.dense(*given(case)))
+
+
+@law("none")
+def test_no_budget_is_the_least(case):
+  close(result(case, "none")[0], case.least(*given(case)))
+
+
+@law("oracle")
+def test_equals_the_masked_dense_twin(case):
+  with dense_twin():
+    want = fresh(case.run, *given(case), case.some)
+  close(result(case, "some")[0], want[0])
+
+
+@law("gradient")
+def test_gradients_equal_the_masked_dense_twin(case):
+  with dense_twin():
+    want = fresh(functools.partial(gradient, case), *given(case), case.some)
+  close(gradients(case)(*given(case), case.some), want)
+
+
+@law("cover")
+@pytest.mark.parametrize(
+  "cover", [covers.tiles(3), covers.ladder(1, 5, 8)], ids=["tiles", "ladder"]
+)
+def test_no_cover_changes_the_result(case, cover):
+  smaller = lambda n: cover if n >= 8 else covers.tiles(1)
+  with mock.patch("adaptivejax.core.buckets.default_cover", smaller):
+    y, cost = fresh(case.run, *given(case), case.some)
+  close(y, result(case, "some")[0])
+  close(cost.items, result(case, "some")[1].items)
+
+
+@law("row")
+@pytest.mark.parametrize("which", ["some", "none"])
+def test_a_row_alone_is_the_row_in_a_batch(case, which):
+  params, x = given(case)
+  together, _ = result(case, which)
+  for i in range(B):
+    alone = jax.tree.map(lambda a: a[i : i + 1], x)  # noqa: B023
+    y, _ = compiled(case)(params, alone, getattr(case, which))
+    close(y[0], together[i], scale=together)
+  swapped = jax.tree.map(lambda a: a[::-1], x)
+  y, _ = compiled(case)(params, swapped, getattr(case, which))
+  close(y[::-1], together)
+
+
+@law("poison")
+def test_nan_in_what_is_not_selected_goes_nowhere(case):
+  params, x = given(case)
+  bad_params, bad_x, budget, ignore = case.poison(params, x)
+  ignore = np.bool_(False) if ignore is None else ignore
+  clean = lambda y: jnp.where(ignore, 0, y)
+  got = clean(compiled(case)(bad_params, bad_x, budget)[0])
+  close(got, clean(compiled(case)(params, x, budget)[0]))
+  if "gradient" in case.unless:
+    return
+  read = functools.partial(gradient, case, ignore=ignore)
+  read = jax.jit(read, static_argnums=2 if case.static else None)
+  close(read(bad_params, bad_x, budget), read(params, x, budget))
+
+
+@law("eager")
+def test_jit_changes_nothing(case):
+  y, cost = case.run(*given(case), case.some)
+  close((y, cost), result(case, "some"))
+
+
+@law("trace")
+def test_one_trace_serves_all_budgets(case):
+  run = jax.jit(case.run)
+  for budget in case.traced:
+    run(*given(case), budget)
+  assert run._cache_size() == 1
+
+
+@law("vmap")
+def test_vmap_is_a_loop(case):
+  params, x = given(case)
+  xs = [x, jax.tree.map(lambda a: a[::-1], x)]
+  budgets = case.traced[:2]
+  stack = lambda trees: jax.tree.map(lambda *a: jnp.stack(a), *trees)
+  if case.static:
+    run = lambda x: case.run(params, x, case.some)[0]
+    got = jax.jit(jax.vmap(run))(stack(xs))
+    budgets = (case.some, case.some)
+  else:
+    run = lambda x, budget: case.run(params, x, budget)[0]
+    got = jax.jit(jax.vmap(run))(stack(xs), stack(budgets))
+  for i, (x, budget) in enumerate(zip(xs, budgets)):
+    close(got[i], compiled(case)(params, x, budget)[0])
+
+
+@law("bf16")
+def test_sixteen_bits_come_close(case):
+  floating = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
+  cast = lambda tree, dtype: jax.tree.map(
+    lambda a: a.astype(dtype) if floating(a) else a, tree
+  )
+  narrow = cast(given(case), jnp.bfloat16)
+  y, _ = compiled(case)(*narrow, case.some)
+  want, _ = compiled(case)(*cast(narrow, jnp.float32), case.some)
+  close(cast(y, jnp.float32), want, tolerance=2e-2)
+
+
+@law("export")
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_lowers_for_accelerators(case, platform):
+  params, x = given(case)
+  if "gradient" in case.unless:
+    f = lambda params, x: case.run(params, x, case.some)
+  else:
+    f = lambda params, x: (
+      case.run(params, x, case.some),
+      gradient(case, params, x, case.some),
+    )
+  exported = jax.export.export(jax.jit(f), platforms=[platform])(params, x)
+  assert exported.platforms == (platform,)
+
+
+class _Twin:
+  """The Linen form of a module where a case calls the module."""
+
+  def __init__(self, case, module):
+    self._linen = ToLinen(case.build)
+    self._variables = {"params": params_of(module)}
+    self._module = module
+
+  def __call__(self, *args, **kwargs):
+    return self._linen.apply(self._variables, *args, **kwargs)
+
+  def __getattr__(self, name):
+    return getattr(self._module, name)
+
+
+@law("linen")
+def test_linen_agrees(case):
+  params, x = given(case)
+  module = case.place(params, case.some)
+  run = jax.jit(lambda x: case.call(_Twin(case, module), x, case.some))
+  close(run(x), result(case, "some"))
+
+
+@law("pure")
+def test_a_call_leaves_the_module_unchanged(case):
+  params, x = given(case)
+  before, tree = jax.tree.flatten(params)
+  before = [np.array(a) for a in before]
+  case.run(params, x, case.some)
+  after, tree_after = jax.tree.flatten(params)
+  assert tree == tree_after
+  if isinstance(params, nnx.Module):
+    vars_ = {id(v) for _, v in nnx.iter_graph(params)}
+    assert vars_ == {id(v) for _, v in nnx.iter_graph(params)}
+  for a, b in zip(before, after):
+    np.testing.assert_array_equal(a, b)
+
+
+@law("cost")
+def test_the_cost_is_that_of_the_decision(case):
+  params, x = given(case)
+  overhead = case.overhead(params, x)
+  costs = [result(case, which)[1] for which in ("none", "some", "full")]
+  for cost in costs:
+    assert 0 <= cost.items <= cost.capacity
+    assert cost.dropped == 0
+    assert cost.spent <= (cost.full + overhead) * (1 + 1e-6)
+    np.testing.assert_allclose(cost.full, costs[-1].full, rtol=1e-6)
+  none, some, full = (float(cost.spent) for cost in costs)
+  assert none < some < full, "the three budgets decide differently"
+  assert full >= float(costs[-1].full) * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("how", ["sharded", "shard_map"])
+@pytest.mark.parametrize("group", ["layers", "models"])
+def test_eight_devices_agree_with_one(how, group):
+  """In a process of its own: a mistake here is a deadlock."""
+  command = [sys.executable, "-m", "tests.devices", how, group]
+  root = Path(__file__).parents[1]
+  try:
+    done = subprocess.run(
+      command, cwd=root, timeout=400, capture_output=True, text=True
+    )
+  except subprocess.TimeoutExpired as error:
+    pytest.fail(f"deadlock, after these cases:\n{error.stdout}")
+  assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
