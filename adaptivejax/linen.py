@@ -5,7 +5,9 @@
     variables = model.init(key, tokens)  # {"params": {"layers": {...}, ...}}
     out = model.apply(variables, tokens)
 
-It nests in other Linen modules.  For a pair of functions without Linen see
+Parameters lie under their attribute names, list items under their number; the
+budgets of a module (`nn.Setting`) are the collection "settings".  It nests in
+other Linen modules.  For a pair of functions without Linen see
 `adaptivejax.nn.functional`.
 """
 
@@ -15,6 +17,12 @@ from typing import Any
 import jax
 from flax import linen, nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from adaptivejax.nn.setting import Setting
+
+COLLECTIONS = {"params": nnx.Param, "settings": Setting}
+
+Flat = dict[tuple[str, ...], Any]
 
 
 class ToLinen(linen.Module):
@@ -26,39 +34,40 @@ class ToLinen(linen.Module):
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     if self.is_initializing():
       module = self.make(nnx.Rngs(self.make_rng("params")))
-      for name, value in params_of(module).items():
-        self.put_variable("params", name, value)
+      for collection, tree in variables_of(module).items():
+        for name, value in tree.items():
+          self.put_variable(collection, name, value)
     else:
       module = nnx.eval_shape(lambda: self.make(nnx.Rngs(0)))
-    graph, state = nnx.split(module, nnx.Param)
-    given = flatten_dict(self.variables.get("params", {}))
-    wanted = _flat(state)
-    _check(given, wanted)
-    leaves = [given[path] for path in wanted]
-    state = jax.tree.unflatten(jax.tree.structure(state), leaves)
-    return nnx.merge(graph, state)(*args, **kwargs)
+    graph, *states = nnx.split(module, *COLLECTIONS.values())
+    given = {name: self.variables.get(name, {}) for name in COLLECTIONS}
+    states = map(_fill, states, given.values())
+    return nnx.merge(graph, *states)(*args, **kwargs)
 
 
-def params_of(module: nnx.Module) -> dict[str, Any]:
-  """The parameters of a module as the `params` of its Linen twin.
-
-  They lie under the attribute names, list items under their number.
-  """
-  return unflatten_dict(_flat(nnx.state(module, nnx.Param)))
-
-
-def _flat(state: nnx.State) -> dict[tuple[str, ...], Any]:
-  """Leaves by path, in the order of `jax.tree.leaves`."""
-  paths, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
-  return {tuple(str(step.key) for step in path): leaf for path, leaf in paths}
+def variables_of(module: nnx.Module) -> dict[str, Any]:
+  """The variables that the Linen twin of a module is applied to."""
+  _, *states = nnx.split(module, *COLLECTIONS.values())
+  trees = [unflatten_dict(_flat(state)) for state in states]
+  return {name: tree for name, tree in zip(COLLECTIONS, trees) if tree}
 
 
-def _check(given: dict[Any, Any], wanted: dict[Any, Any]) -> None:
+def _fill(state: nnx.State, values: Any) -> nnx.State:
+  """`state` with other values."""
+  given, wanted = flatten_dict(values), _flat(state)
   shapes = lambda flat: {"/".join(p): a.shape for p, a in flat.items()}
   have, want = shapes(given), shapes(wanted)
   if have != want:
     differ = {k for k in have | want if have.get(k) != want.get(k)}
     raise ValueError(
-      "the given `params` are not those of this module; they differ at"
-      f" {sorted(differ)}. Make them with `init`."
+      "the given variables are not those of this module; they differ at"
+      f" {sorted(differ)}. Make them with `init` or `variables_of`."
     )
+  leaves = [given[path] for path in wanted]
+  return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+def _flat(state: nnx.State) -> Flat:
+  """Leaves by path, in the order of `jax.tree.leaves`."""
+  paths, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
+  return {tuple(str(step.key) for step in path): leaf for path, leaf in paths}

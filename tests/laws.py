@@ -34,7 +34,15 @@ from adaptivejax.methods.depth import (
 )
 from adaptivejax.methods.width import AdaptiveComputationModule, split_mlp
 from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
-from adaptivejax.nn import Group, Mlp, every_layer, plain
+from adaptivejax.nn import (
+  Group,
+  Mlp,
+  Router,
+  Setting,
+  adjust,
+  every_layer,
+  plain,
+)
 from tests import reference
 
 T, D, F, M, L, V = 8, 16, 32, 4, 4, 13
@@ -43,7 +51,7 @@ NEVER = 1.1  # above every probability and cosine
 CONFIG = DecoderConfig(
   vocab=V, layers=L, features=D, hidden=F, heads=2, kv_heads=1, tied=False
 )
-ALL, SOME, NO = np.float32(1e6), np.float32(0), np.float32(-1e6)
+ALL, SOME, NO = np.float32(-1e6), np.float32(0.7), np.float32(1e6)  # a tax
 
 LAWS = (
   "full",  # the whole budget equals the dense layer
@@ -53,6 +61,7 @@ LAWS = (
   "cover",  # however the rows are cut into chunks
   "row",  # whichever rows share the batch
   "poison",  # NaN in what is not selected goes nowhere
+  "poison_gradient",  # nor into gradients
   "eager",  # with and without jit
   "trace",  # one trace for all budgets
   "vmap",  # vmap equals a loop
@@ -110,7 +119,13 @@ class Case:
   def traced(self):
     return self.same_shape or (self.some, self.full, self.none)
 
+  def data(self, budget):
+    """The budget as arrays, where it is data."""
+    return budget if self.static else jax.tree.map(jnp.asarray, budget)
+
   def run(self, params, x, budget):
+    """The call under a budget."""
+    budget = self.data(budget)
     return self.call(self.place(params, budget), x, budget)
 
   def __hash__(self):
@@ -126,7 +141,9 @@ def parameters(case: Case, seed: int = 0):
   shaken = [
     a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys)
   ]
-  return jax.tree.unflatten(tree, shaken)
+  params = jax.tree.unflatten(tree, shaken)
+  has_budget = isinstance(params, nnx.Module) and nnx.state(params, Setting)
+  return adjust(params, 0.0) if has_budget else params
 
 
 @contextlib.contextmanager
@@ -315,6 +332,7 @@ PRIMITIVES = [
     poison=_poisoned_row,
     unless={
       "gradient": _no_reverse,
+      "poison_gradient": _no_reverse,
       "linen": _no_module,
       "cost": _no_price,
       "cover": _no_rows,
@@ -335,6 +353,7 @@ PRIMITIVES = [
     unless={
       "oracle": "it is the oracle of depth_loop",
       "gradient": "depth_loop has no gradient to match",
+      "poison_gradient": "a row that never halts is computed, NaN or not",
       "linen": _no_module,
       "cost": _no_price,
       "cover": _no_rows,
@@ -362,35 +381,24 @@ def _mixture(capacity):
   return build
 
 
-def _deciders(module):
-  """The routers in a module: (the part that decides, more compute that way)."""
-  for _, each in nnx.iter_modules(module):
-    if isinstance(each, MixtureOfDepths):
-      yield each.predictor, jnp.ones(1)
-      yield each.router, jnp.zeros(1)
-    elif isinstance(each, AdaptiveComputationModule):
-      yield each.gate, jnp.arange(M + 1.0)
-
-
-def _lean(module, bias):
-  """All decisions shifted towards more compute."""
-  module = jax.tree.map(lambda a: a, module)  # a copy
-  for router, direction in _deciders(module):
-    old = router.outer.bias.get_value()
-    shift = (bias * direction).astype(old.dtype)
-    router.outer.bias.set_value(old + shift)
-  return module
-
-
 def _routing(module, x):
   """FLOPs of asking every router about every item."""
   kernels = [
     part.kernel.size
-    for router, _ in _deciders(module)
+    for _, router in nnx.iter_modules(module)
+    if isinstance(router, Router)
     for part in (router.inner, router.outer)
     if part is not None
   ]
   return 2.0 * sum(kernels) * x.shape[0] * x.shape[1]
+
+
+def _certain(module, tax):
+  """The gate of training, whose noise loses against such a bias."""
+  module = jax.tree.map(lambda a: a, module)  # a copy
+  bias = module.gate.outer.bias
+  bias.set_value(bias.get_value() - tax * jnp.arange(M + 1.0))
+  return module
 
 
 def _mixture_call(module, x, budget, key=None):
@@ -400,7 +408,7 @@ def _mixture_call(module, x, budget, key=None):
 
 
 def _poisoned_mixture(params, x):
-  out = ~params.decide(x)[..., None]
+  out = ~adjust(params, float(SOME)).decide(x)[..., None]
   return params, jnp.where(out, jnp.nan, x), SOME, out
 
 
@@ -428,7 +436,7 @@ def _modules_call(module, x, budget, key=None):
 
 
 def _poisoned_modules(params, x):
-  out = params.level(x)[..., None] == 0
+  out = adjust(params, float(SOME)).level(x)[..., None] == 0
   return params, jnp.where(out, jnp.nan, x), SOME, out
 
 
@@ -447,7 +455,7 @@ LAYERS = [
     full=ALL,
     some=SOME,
     none=NO,
-    place=_lean,
+    place=adjust,
     dense=reference.layer,
     least=lambda m, x: x,
     poison=_poisoned_mixture,
@@ -485,7 +493,7 @@ LAYERS = [
     full=ALL,
     some=SOME,
     none=NO,
-    place=_lean,
+    place=adjust,
     dense=reference.mlp,
     least=lambda m, x: jnp.zeros_like(x),
     poison=_poisoned_modules,
@@ -500,7 +508,7 @@ LAYERS = [
     full=ALL,
     some=SOME,
     none=NO,
-    place=_lean,
+    place=_certain,
     dense=reference.mlp,
     least=lambda m, x: jnp.zeros_like(x),
     overhead=_routing,
@@ -509,6 +517,7 @@ LAYERS = [
       "gradient": "it is masked-dense itself",
       "cover": _no_rows,
       "poison": _all_selected,
+      "poison_gradient": _all_selected,
       "row": _noise,
       "shard_map": _noise,
       "cost": _all_selected,
@@ -668,13 +677,17 @@ MODELS = [
     _tokens,
     _calm,
     full=np.float32(NEVER),
-    some=np.float32(0.25),
+    some=np.float32(0.3),
     none=np.float32(0),
     dense=_dense,
     least=_lived(_at_first),
     poison=_poisoned_layers(np.float32(0), 1, 2, 3),
     overhead=_deciding,
-    unless={"gradient": _no_halting, "cover": _no_rows},
+    unless={
+      "gradient": _no_halting,
+      "poison_gradient": _no_halting,
+      "cover": _no_rows,
+    },
   ),
   Case(
     "unified_layer_skipping",
@@ -689,7 +702,10 @@ MODELS = [
     dense=_dense,
     least=_lived(lambda l, t: t < PROMPT or l == 3),
     poison=_poisoned_layers(_kept(0, 1), 2, 3),
-    unless={"cover": _no_rows},
+    unless={
+      "cover": _no_rows,
+      "poison_gradient": "the prompt runs the skipped layers too",
+    },
   ),
   Case(
     "ffn_skip",
@@ -698,7 +714,7 @@ MODELS = [
     _tokens,
     _ffn_skip,
     full=np.float32(NEVER),
-    some=np.float32(0.7),
+    some=np.float32(0.8),
     none=np.float32(-NEVER),
     dense=_dense,
     least=_lived(None, lambda l, t: l == 0),
@@ -721,6 +737,7 @@ MODELS = [
       "gradient": "against separate losses in test_sorted_fine_tuning",
       "cover": _no_rows,
       "poison": "every layer is read",
+      "poison_gradient": "every layer is read",
       "trace": _static_exits,
       "cost": _no_price_loss,
     },
@@ -733,14 +750,14 @@ MODELS = [
     _tokens,
     lambda m, x, b: _calm(m, x, b[1]),
     full=(ALL, np.float32(NEVER)),
-    some=(SOME, np.float32(0.25)),
+    some=(SOME, np.float32(0.3)),
     none=(NO, np.float32(0)),
-    place=lambda m, b: _lean(m, b[0]),
+    place=lambda m, b: adjust(m, b[0]),
     dense=_dense,
     least=_lived(_at_first, _nowhere),
     poison=_poisoned_layers((NO, np.float32(0)), 1, 2, 3),
     overhead=_deciding,
-    unless={"gradient": _no_halting},
+    unless={"gradient": _no_halting, "poison_gradient": _no_halting},
   ),
   Case(
     "ffn_skip over adaptive modules",
@@ -749,9 +766,9 @@ MODELS = [
     _tokens,
     lambda m, x, b: _ffn_skip(m, x, b[1]),
     full=(ALL, np.float32(NEVER)),
-    some=(SOME, np.float32(0.7)),
+    some=(SOME, np.float32(0.8)),
     none=(NO, np.float32(-NEVER)),
-    place=lambda m, b: _lean(m, b[0]),
+    place=lambda m, b: adjust(m, b[0]),
     dense=_dense,
     least=_lived(None, _nowhere),
     poison=_poisoned_layers(
@@ -768,7 +785,7 @@ MODELS = [
     full=ALL,
     some=SOME,
     none=NO,
-    place=_lean,
+    place=adjust,
     dense=_dense,
     least=_lived(lambda l, t: l % 2 == 0, _nowhere),
     poison=_poisoned_group,

@@ -180,13 +180,13 @@ def _executor(f: RowFunction, cover: Cover, keep: bool) -> Callable:
   def backward(theta, x, mask, dy):
     def step(chunk, state):
       dx, dtheta = state
-      _, pull = jax.vjp(
-        lambda rows, theta_: f.apply(
-          merge(rows, chunk.gather(x)), merge(theta_, theta)
-        ),
-        differentiable(chunk.gather(x)),
-        differentiable(theta),
-      )
+      given = chunk.gather(x)
+
+      def apply(rows, weights):
+        y = f.apply(merge(rows, given), merge(weights, theta))
+        return vary(y, varying_axes(dy))  # a constant row may differ from none
+
+      _, pull = jax.vjp(apply, differentiable(given), differentiable(theta))
       drows, d = pull(chunk.gather_live(dy))
       return chunk.scatter(dx, drows), [a + b for a, b in zip(dtheta, d)]
 

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from adaptivejax.core.varying import vary, varying_axes
+
 Layer = Callable[[Any, Any, Array, Any, Array], tuple[Array, Any]]
 """`(params_l, l, x, state, live) -> (x, state)`."""
 
@@ -117,7 +119,8 @@ def depth_scan(
 
 
 def _start(x, state, rows):
-  return x, state, jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32)
+  start = x, state, jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32)
+  return vary(start, varying_axes(x))
 
 
 def _step(layer, halt, min_depth, block, l, x, state, done, depth):

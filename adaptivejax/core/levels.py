@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 
 from adaptivejax.core.buckets import bucketed
 from adaptivejax.core.cost import Cost
+from adaptivejax.core.varying import vary, varying_axes
 
 
 def level_apply(
@@ -52,7 +53,9 @@ def level_apply(
 
   first = jax.tree.map(lambda a: a[0], blocks)
   start = jax.eval_shape(lambda: step((0, first)))
-  start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), start)
+  start = jax.tree.map(
+    lambda a: vary(jnp.zeros(a.shape, a.dtype), varying_axes(a)), start
+  )
 
   def body(carry, i_block):
     return jax.tree.map(jnp.add, carry, step(i_block)), None

@@ -30,8 +30,8 @@ class Generation(NamedTuple):
 
   Attributes:
     tokens: i32[B, T], the prompt not included.
-    depth: layers run for each of them, f32[B, T].
-    cost: of the T decoding steps, without the prompt.
+    depth: layers run to predict each of them, f32[B, T].
+    cost: of the T - 1 decoding steps, without the prompt.
   """
 
   tokens: Array
@@ -88,7 +88,7 @@ def generate(
 @functools.partial(jax.jit, static_argnames="steps")
 def _generate(model, prompt, policy, temperature, key, steps) -> Generation:
   batch, length = prompt.shape
-  cache = model.empty_cache(batch, length + steps)
+  cache = model.empty_cache(batch, length + steps - 1)  # the last is not read
   first = model(prompt, cache)
 
   def choose(logits, key):
@@ -98,16 +98,17 @@ def _generate(model, prompt, policy, temperature, key, steps) -> Generation:
     return jnp.where(temperature > 0, drawn, best).astype(jnp.int32)
 
   def step(carry, key):
-    token, cache, depth, cost = carry
+    token, cache = carry
     out = model(token[:, None], cache, stack=policy)
-    after = choose(out.logits[:, -1], key), out.cache
-    return (*after, out.depth[:, -1], cost + out.cost), (token, depth)
+    token = choose(out.logits[:, -1], key)
+    return (token, out.cache), (token, out.depth[:, -1], out.cost)
 
-  keys = jax.random.split(key, steps + 1)
+  keys = jax.random.split(key, steps)
   token = choose(first.logits[:, -1], keys[0])
-  start = token, first.cache, first.depth[:, -1], Cost.zero()
-  (*_, cost), (tokens, depth) = lax.scan(step, start, keys[1:])
-  return Generation(tokens.T, depth.T, cost)
+  _, (tokens, depth, cost) = lax.scan(step, (token, first.cache), keys[1:])
+  join = lambda one, rest: jnp.concatenate([one[None], rest]).T
+  depth = join(first.depth[:, -1], depth)
+  return Generation(join(token, tokens), depth, cost.total())
 
 
 def score(
@@ -135,17 +136,15 @@ def _score(model, tokens, policy, prompt) -> Score:
   first = model(tokens[:, :prompt], cache)
 
   def step(carry, tokens):
-    cache, logits, cost = carry
+    cache, logits = carry
     nats = cross_entropy(logits, tokens)
     out = model(tokens[:, None], cache, stack=policy)
-    carry = out.cache, out.logits[:, -1], cost + out.cost
-    return carry, (nats, out.depth[:, -1], out.shares)
+    carry = out.cache, out.logits[:, -1]
+    return carry, (nats, out.depth[:, -1], out.shares, out.cost)
 
-  start = first.cache, first.logits[:, -1], Cost.zero()
-  (*_, cost), (nats, depth, shares) = lax.scan(
-    step, start, tokens[:, prompt:].T
-  )
-  return Score(nats.T, depth.T, shares, cost)
+  start = first.cache, first.logits[:, -1]
+  _, (nats, depth, shares, cost) = lax.scan(step, start, tokens[:, prompt:].T)
+  return Score(nats.T, depth.T, shares, cost.total())
 
 
 def _check(tokens, vocab: int) -> None:

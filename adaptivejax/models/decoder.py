@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost, Signals, flops
+from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.attention import Attention
 from adaptivejax.nn.block import Block, Layer
 from adaptivejax.nn.linear import linear
@@ -170,6 +171,7 @@ class DecoderLM(nnx.Module):
     else:
       positions = cache.positions(length)
     x = self.embedding.get_value()[tokens]
+    cache = vary(cache, varying_axes(x))
     out = stack(self.layers, x, positions, cache, readout=self.readout, key=key)
     logits = self.readout(out.x)
     read = flops(lambda m, x: m.readout(x), self, out.x)

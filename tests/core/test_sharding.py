@@ -41,15 +41,18 @@ def mesh(**axes):
   return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
 
 def loss(apply):
-  return lambda x, w1, w2: (apply(x, mask, w1, w2) * dy).sum()
+  def f(x, w1, w2):
+    y = apply(x, mask, w1, w2)
+    return (y * dy[:, :1]).sum() + (y ** 2).sum()
+  return f
 
 def gradients(apply):
   return jax.jit(jax.value_and_grad(loss(apply), (0, 1, 2)))(x, w1, w2)
 
-def agree(apply, tol=1e-5):
-  dense = lambda *args: core.masked(ffn, *args)[0]
+def agree(apply, f=ffn, keep=True):
+  dense = lambda *args: core.masked(f, *args, keep=keep)[0]
   chex.assert_trees_all_close(
-    gradients(apply), gradients(dense), rtol=tol, atol=tol
+    gradients(apply), gradients(dense), rtol=1e-5, atol=1e-5
   )
 """
 
@@ -89,6 +92,11 @@ def test_rows_over_devices(check_vma):
 
     agree(shard(batch, in_specs=specs, out_specs=P("data")))
 
+    constant = lambda rows, w1, w2: jnp.ones((len(rows), D))
+    for f, keep in ((ffn, False), (constant, True)):
+      zero = lambda *args: bucketed(f, *args, keep=keep)[0]
+      agree(shard(zero, in_specs=specs, out_specs=P("data")), f, keep)
+
     def layers(op):  # scanned, with a new decision on each layer
       def run(x, mask, w1, w2):
         body = lambda x, _: (op(ffn, x, mask & (x[:, 0] > -1), w1, w2)[0], None)
@@ -116,13 +124,18 @@ def test_tensor_parallel_rows(check_vma):
     def split(rows, w1, w2):
       return jax.lax.psum(ffn(rows, w1, w2), "model")
 
-    agree(jax.shard_map(
-      lambda *args: bucketed(split, *args)[0],
+    shard = functools.partial(
+      jax.shard_map,
       mesh=mesh(data=4, model=2),
       in_specs=(P("data"), P("data"), P(None, "model"), P("model")),
-      out_specs=P("data"),
       check_vma={check_vma},
-    ))
+    )
+    rows = lambda *args: bucketed(split, *args)[0]
+    agree(shard(rows, out_specs=P("data")))
+
+    up = lambda rows, w1, w2: jnp.tanh(rows @ w1)  # each has its columns of y
+    columns = lambda *args: bucketed(up, *args, keep=False)[0]
+    agree(shard(columns, out_specs=P("data", "model")), up, False)
   """)
 
 

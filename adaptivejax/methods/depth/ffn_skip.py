@@ -57,7 +57,7 @@ def ffn_skip(
 
   def body(carry, step):
     x, cache, saturated, skipped = carry
-    block, l = step
+    block, l, key = step
     x, cache, cost = block.attend(x, positions, cache, l)
     free = (l >= cold_first) & (l < total - cold_last) & (positions >= warm_up)
     skip = saturated & free & (skipped + 1 <= budget * total)
@@ -66,14 +66,12 @@ def ffn_skip(
     carry = y, cache, saturated, skipped + skip
     return carry, (cost + feed_cost, signals)
 
-  start = (
-    x,
-    cache,
-    jnp.zeros(x.shape[:2], bool),
-    jnp.zeros(x.shape[:2], jnp.int32),
+  none = jnp.zeros_like(x[..., 0], bool), jnp.zeros_like(x[..., 0], jnp.int32)
+  keys = None if key is None else jax.random.split(key, total)
+  steps = layers, jnp.arange(total, dtype=jnp.int32), keys
+  (x, cache, _, skipped), (cost, signals) = lax.scan(
+    body, (x, cache, *none), steps
   )
-  steps = layers, jnp.arange(total, dtype=jnp.int32)
-  (x, cache, _, skipped), (cost, signals) = lax.scan(body, start, steps)
   depth = total - skipped.astype(jnp.float32) / 2
   signals = jax.tree.map(jnp.mean, signals)
   return StackOutput(x, cache, cost.total(), signals, depth, cost.share)

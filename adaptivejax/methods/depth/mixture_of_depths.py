@@ -65,6 +65,10 @@ class MixtureOfDepths(Layer):
     score = self.predictor(jax.lax.stop_gradient(x))[..., 0]
     return threshold(score, self.level.get_value())
 
+  def _asking(self, x) -> float:
+    """FLOPs of the decision."""
+    return flops(lambda m, x: (m.predictor(x), m.router(x)), self, x)
+
   def __call__(
     self, x, positions, cache=None, index=0, live=None, key=None
   ) -> LayerOutput:
@@ -73,8 +77,11 @@ class MixtureOfDepths(Layer):
     chosen = self.decide(x)
     chosen = chosen if live is None else chosen & live
     y, cache, cost, signals = self.block(x, positions, cache, index, chosen)
-    weight = jnp.where(chosen[..., None], self.router(x), 0)
-    return x + weight * (y - x), cache, cost, signals
+    taken = chosen[..., None]
+    weight = self.router(jnp.where(taken, x, 0))
+    asked = self._asking(x)
+    cost = cost._replace(spent=cost.spent + asked)
+    return jnp.where(taken, x + weight * (y - x), x), cache, cost, signals
 
   def _train(self, x, positions, cache, index, live, key) -> LayerOutput:
     if cache is not None or live is not None:
@@ -83,22 +90,21 @@ class MixtureOfDepths(Layer):
         " without a cache or a `live` mask. Leave `key` out to generate."
       )
     tokens = x.shape[1]
-    k = math.ceil(self.capacity * tokens)
-    score = self.router(x)[..., 0]
-    chosen = top_k(score, k)
+    k = math.ceil(self.capacity * tokens - 1e-9)  # .07 * 100 is above 7
+    chosen = top_k(self.router(x)[..., 0], k)
     kept = jax.vmap(lambda m: compact(m)[0][:k])(chosen)  # ascending: causal
     pick = lambda a: jnp.take_along_axis(a, kept[..., None], axis=1)
     some, place = pick(x), jnp.take_along_axis(positions, kept, axis=1)
     y, _, cost, signals = self.block(some, place, None, index, None, key)
     rows = jnp.arange(x.shape[0])[:, None]
-    x_new = x.at[rows, kept].add(pick(score[..., None]) * (y - some))
+    x_new = x.at[rows, kept].add(self.router(some) * (y - some))
     guess = self.predictor(jax.lax.stop_gradient(x))[..., 0]
     penalty = binary_cross_entropy(guess, chosen).mean()
-    full = flops(lambda b, x: b(x, positions)[0], self.block, x)
-    share = jnp.float32(k / tokens)
-    return (
-      x_new,
-      None,
-      cost._replace(full=jnp.full_like(cost.full, full)),
-      Signals(share * signals.share, penalty + signals.penalty),
+    full = flops(lambda b, x: b(x, positions, key=key)[0], self.block, x)
+    asked = self._asking(x)
+    cost = cost._replace(
+      spent=cost.spent + asked, full=jnp.full_like(cost.full, full)
     )
+    share = jnp.float32(k / tokens)
+    signals = Signals(share * signals.share, penalty + signals.penalty)
+    return x_new, None, cost, signals
