@@ -16,9 +16,7 @@ from jax.sharding import PartitionSpec as P
 import tests.conftest  # noqa: F401  its hook comes before the library
 from tests.laws import (
   CASES,
-  MODELS,
   close,
-  compiled,
   differentiate,
   gradient,
   loss,
@@ -26,69 +24,53 @@ from tests.laws import (
 )
 
 DEVICES = 8
-GROUPS = {
-  "layers": [case for case in CASES if case not in MODELS],
-  "models": MODELS,
-}
+
+
+def one(case, params, x):
+  """`(y, gradients)` on one device; no gradients where there are none."""
+  if "gradient" in case.unless:
+    return case.run(params, x, case.some)[0], None
+  return gradient(case, params, x, case.some)
+
+
+def sharded(case, params, x):
+  """The compiler spreads the batch."""
+  over = lambda spec: NamedSharding(_mesh(), spec)
+  shardings = over(P()), over(P("data"))
+  f = functools.partial(one, case)
+  return jax.jit(f, in_shardings=shardings)(params, x)
+
+
+def shard_map(case, params, x):
+  """Each device has its rows, its decisions, and a part of the loss."""
+  spread = functools.partial(
+    jax.shard_map, mesh=_mesh(), in_specs=(P(), P("data"))
+  )
+  if "gradient" in case.unless:
+    rows = lambda params, x: case.run(params, x, case.some)[0]
+    return jax.jit(spread(rows, out_specs=P("data")))(params, x), None
+
+  def part(params, x):
+    total, y = loss(case, params, x, case.some)
+    return jax.lax.psum(total, "data"), y
+
+  whole = spread(part, out_specs=(P(), P("data")))
+  return jax.jit(functools.partial(differentiate, whole))(params, x)
 
 
 def _mesh():
   return jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
 
 
-def sharded(case, params, x):
-  """The compiler spreads the batch."""
-  mesh = _mesh()
-  over = lambda spec: NamedSharding(mesh, spec)
-  shard = lambda f: jax.jit(
-    lambda params, x: f(params, x, case.some),
-    in_shardings=(over(P()), over(P("data"))),
-  )
-  y = shard(lambda *a: case.run(*a)[0])(params, x)
-  if "gradient" in case.unless:
-    return y, None
-  return y, shard(functools.partial(gradient, case))(params, x)
-
-
-def shard_map(case, params, x):
-  """Each device has its rows, its decisions, and a part of the loss."""
-  mesh = _mesh()
-
-  def rows(params, x):
-    return case.run(params, x, case.some)[0]
-
-  spread = jax.shard_map(
-    rows, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
-  )
-  y = jax.jit(spread)(params, x)
-  if "gradient" in case.unless:
-    return y, None
-
-  def total(params, x):
-    return jax.lax.psum(loss(case, params, x, case.some), "data")
-
-  total = jax.shard_map(
-    total, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()
-  )
-  grads = jax.jit(lambda params, x: differentiate(total, params, x))
-  return y, grads(params, x)
-
-
-def main(how, group):
+def main(how, *names):
   failed = []
-  for case in GROUPS[group]:
-    if how in case.unless:
-      continue
+  for case in (case for case in CASES if case.name in names):
     print(case.name, flush=True)
     params, x = parameters(case), case.inputs(DEVICES)
     try:
-      y, grads = {"sharded": sharded, "shard_map": shard_map}[how](
-        case, params, x
-      )
-      close(np.asarray(y), compiled(case)(params, x, case.some)[0])
-      if grads is not None:
-        one = jax.jit(lambda p, x, case=case: gradient(case, p, x, case.some))
-        close(grads, one(params, x))
+      got = {"sharded": sharded, "shard_map": shard_map}[how](case, params, x)
+      got = jax.tree.map(np.asarray, got)
+      close(got, jax.jit(functools.partial(one, case))(params, x))
     except Exception:  # the other cases still run
       failed.append(case.name)
       print(traceback.format_exc()[-3000:], flush=True)

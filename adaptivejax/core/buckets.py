@@ -184,7 +184,7 @@ def _executor(f: RowFunction, cover: Cover, keep: bool) -> Callable:
 
       def apply(rows, weights):
         y = f.apply(merge(rows, given), merge(weights, theta))
-        return vary(y, varying_axes(dy))  # a constant row may differ from none
+        return vary(y, varying_axes(dy))  # constants vary over fewer
 
       _, pull = jax.vjp(apply, differentiable(given), differentiable(theta))
       drows, d = pull(chunk.gather_live(dy))

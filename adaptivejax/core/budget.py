@@ -26,7 +26,7 @@ def exit_fractions(q: float, exits: int) -> np.ndarray:
 
 
 def solve_exit_thresholds(
-  confidence: Float[Host, "n K"], fractions: Float[Host, " K"]
+  confidence: Float[Host, "n K"], fractions: Float[Host, " E"]
 ) -> np.ndarray:
   """Thresholds that spread a calibration set over the exits as wished.
 

@@ -81,7 +81,8 @@ class MixtureOfDepths(Layer):
     weight = self.router(jnp.where(taken, x, 0))
     asked = self._asking(x)
     cost = cost._replace(spent=cost.spent + asked)
-    return jnp.where(taken, x + weight * (y - x), x), cache, cost, signals
+    change = jnp.where(taken, y - x, 0)
+    return x + weight * change, cache, cost, signals
 
   def _train(self, x, positions, cache, index, live, key) -> LayerOutput:
     if cache is not None or live is not None:

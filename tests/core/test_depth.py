@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Law: the loop, the scan and a row-by-row simulation agree on every row."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adaptivejax.core.depth import depth_loop, depth_scan
+
+L, B, D = 5, 6, 4
+WEIGHTS = jax.random.normal(jax.random.key(0), (L, D, D))
+X = jax.random.normal(jax.random.key(1), (B, D))
+
+
+def layer(w, l, x, state, live):
+  return jnp.tanh(x @ w), state + jnp.where(live, l + 1, 0).sum()
+
+
+def halt(level, l, before, after):
+  del l, before
+  return after[:, 0] > level
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(twin, w, x, level, min_depth):
+  stop = functools.partial(halt, level)
+  return twin(layer, w, x, jnp.int32(0), stop, min_depth=min_depth)
+
+
+def simulate(level, min_depth):
+  values, depths, state = [], [], 0
+  for row in np.asarray(X):
+    for l in range(L):
+      row = np.tanh(row @ np.asarray(WEIGHTS[l]))
+      state += l + 1
+      if row[0] > level and l + 1 >= min_depth:
+        break
+    values.append(row)
+    depths.append(l + 1)
+  return np.array(values), np.array(depths), state
+
+
+@pytest.mark.parametrize("min_depth", [1, 3, L])
+@pytest.mark.parametrize("level", [-2.0, -0.2, 0.4, 2.0])
+def test_twins_and_simulation_agree(level, min_depth):
+  want, depths, state = simulate(level, min_depth)
+  for twin in (depth_loop, depth_scan):
+    out = run(twin, WEIGHTS, X, level, min_depth)
+    np.testing.assert_allclose(out.x, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(out.depth, depths)
+    assert out.state == state
+
+
+def test_never_halting_is_the_plain_stack():
+  plain = functools.reduce(lambda x, w: jnp.tanh(x @ w), WEIGHTS, X)
+  out = run(depth_scan, WEIGHTS, X, 2.0, 1)
+  np.testing.assert_allclose(out.x, plain, rtol=1e-5, atol=1e-6)
+  np.testing.assert_array_equal(out.layers[-1], out.x)
+
+
+def test_the_loop_stops_with_the_last_row():
+  """Layers after the deepest row are not run: they would spoil the count."""
+  counting = lambda w, l, x, state, live: (jnp.tanh(x @ w), state + 1)
+  stop = functools.partial(halt, 0.4)
+  out = depth_loop(counting, WEIGHTS, X[jnp.array([1, 5])], jnp.int32(0), stop)
+  assert out.state == out.depth.max() < L
+
+
+def test_gradients_of_the_scan_stop_where_the_row_did():
+  out = lambda w: run(depth_scan, w, X, -2.0, 2).x.sum()
+  grad = jax.grad(out)(WEIGHTS)
+  assert np.abs(grad[:2]).min() > 0
+  np.testing.assert_array_equal(grad[2:], 0)
+
+
+def test_unstacked_parameters_are_refused():
+  with pytest.raises(ValueError, match="stacked"):
+    depth_loop(
+      layer, (WEIGHTS, WEIGHTS[:2]), X, 0, functools.partial(halt, 0.0)
+    )
