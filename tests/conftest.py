@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checked shapes, eight fake devices, a compilation cache, fixed examples."""
 
+import os
 from pathlib import Path
 
 import hypothesis
@@ -13,6 +14,9 @@ CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 
 jaxtyping.install_import_hook(["adaptivejax", "pallas_kernels"], CHECKER)
 
+# Eight devices wait for one another in threads: with too few they starve, and
+# independent collectives deadlock.  XLA reads its number of threads from here.
+os.environ.setdefault("NPROC", "64")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

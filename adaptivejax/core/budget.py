@@ -89,7 +89,7 @@ def solve_depth_threshold(
   low, high = 0, len(levels) - 1
   while low < high:
     middle = (low + high) // 2
-    if exit_depth(confidence, levels[middle]).mean() >= mean_depth:
+    if exit_depth(confidence, float(levels[middle])).mean() >= mean_depth:
       high = middle
     else:
       low = middle + 1

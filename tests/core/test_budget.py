@@ -45,7 +45,7 @@ def test_the_depth_threshold_is_the_lowest_that_is_deep_enough(table, share):
   wanted = 1 + share * (exits - 1)
   found = solve_depth_threshold(table, wanted)
   assert exit_depth(table, found).mean() >= wanted
-  lower = [c for c in [-np.inf, *np.unique(table[:, :-1])] if c < found]
+  lower = [float(c) for c in [-np.inf, *np.unique(table[:, :-1])] if c < found]
   assert all(exit_depth(table, c).mean() < wanted for c in lower)
 
 
