@@ -23,7 +23,7 @@ from adaptivejax.report.frontier import (
   at_budget,
   exit_threshold,
   measure_points,
-  sample,
+  samples,
   snippet,
 )
 from adaptivejax.training import data, train
@@ -36,16 +36,22 @@ MEASURED = (
   "Each point was timed in turn with the dense twin, in one process, warm, on"
   " the same held-out text; the speed is the median ratio of a round, with its"
   " quartiles. Quality is that of the computation that was timed.",
-  "decode: one byte after the other over the key/value cache, batch 1, each after"
-  " its true past. score: all windows in one call.",
+  "decode: one byte after the other over the key/value cache, batch 1, each"
+  " after its true past. score: all windows in one call.",
   "Budgets were set on text of the training files, not on the test text. FLOPs"
   " are those of matrix products really executed, padding included.",
+)
+ERROR = (
+  "Quality is the mean over {} windows; the standard error of a difference"
+  " from dense is at most {:.1%} of its bits per byte. The fastest point is"
+  " chosen on this same text."
 )
 NOTES = (
   "Token by token means batch 1: what an exit saves there it saves in full. In"
   " a batch, a row that has left the layers waits for the slowest one.",
   "The models are small and trained for minutes, so bits per byte are far from"
-  " what the text allows; read the differences, not the level.",
+  " what the text allows; read the differences, not the level. All had the same"
+  " steps, not the same FLOPs.",
 )
 
 
@@ -98,8 +104,8 @@ def entries(models: dict, calibration: np.ndarray, quick: bool):
     skip = policy("ffn_skip", exits_, level)
     at_once.append(Entry("FFN-SkipLLM", f"cosine {level}", exits_, skip))
   for name, label, span, shares in (
-    ("mod", "Mixture-of-Depths", 8.0, (0.6, 0.55, 0.7)),
-    ("acm", "ACM", 4.0, (0.6, 0.8, 0.45)),
+    ("mod", "Mixture-of-Depths", 16.0, (0.75, 0.65, 0.85)),
+    ("acm", "ACM", 8.0, (0.7, 0.55, 0.85)),
   ):
     for share in some(*shares):
       model, _ = at_budget(models[name], calibration, share, span)
@@ -119,11 +125,11 @@ def main() -> None:
   twin = Entry("dense", "all layers", models["dense"])
   by_token, at_once = entries(models, calibration, quick)
   seconds = 0.1 if quick else 3.0
-  points = []
+  points, errors = [], []
   with Progress(console=console, transient=True) as bar:
     task = bar.add_task("points", total=len(by_token) + len(at_once) + 2)
     for regime, those in (("decode", by_token), ("score", at_once)):
-      points += measure_points(
+      made, error = measure_points(
         twin,
         those,
         test,
@@ -131,6 +137,7 @@ def main() -> None:
         seconds=seconds,
         progress=lambda: bar.advance(task),
       )
+      points, errors = points + made, errors + error
   calm = next(e for e in by_token if e.method == "CALM")
   shown = [calm, *(e for e in at_once if e.method != "FFN-SkipLLM")]
   shown = list({entry.method: entry for entry in reversed(shown)}.values())
@@ -143,10 +150,8 @@ def main() -> None:
     points=tuple(points),
     curves=tuple(report.curve(folder_of(n, quick), n) for n in models),
     snippets=tuple(snippet(entry, text) for entry in shown),
-    samples=tuple(
-      sample(e, PROMPT, 32 if quick else 128) for e in (twin, calm)
-    ),
-    measured=MEASURED,
+    samples=tuple(samples((twin, calm), PROMPT, 32 if quick else 128)),
+    measured=(*MEASURED, ERROR.format(len(test), max(errors))),
     notes=NOTES,
   )
   page = report.write_report(result, folder)

@@ -36,19 +36,36 @@ def attend(
   q: Float[Array, "B T H D"],
   keys: Keys,
   positions: Int[Array, "B T"],
+  *,
+  window: int | None = None,
 ) -> Float[Array, "B T H D"]:
-  """Softmax attention in f32; a query that sees no key gets zero."""
+  """Softmax attention in f32; a query that sees no key gets zero.
+
+  Args:
+    q: queries.
+    keys: keys and values, in any order.
+    positions: of the queries.
+    window: how many positions a query sees, its own included; all if not given
+      (static).
+
+  A key that no query of its row sees is as if it were not there, NaN included.
+  """
   batch, tokens, heads, width = q.shape
   groups = keys.k.shape[1]
+  pos, at = keys.pos[:, None, :], positions[:, :, None]
+  visible = (pos >= 0) & (pos <= at)
+  if window is not None:
+    visible &= pos > at - window
+  seen = visible.any(1)[:, None, :, None]
+  k, v = jnp.where(seen, keys.k, 0), jnp.where(seen, keys.v, 0)
   q = q.reshape(batch, tokens, groups, heads // groups, width)
   scores = jnp.einsum(
-    "btgrd,bgsd->bgrts", q, keys.k, preferred_element_type=jnp.float32
+    "btgrd,bgsd->bgrts", q, k, preferred_element_type=jnp.float32
   )
-  pos = keys.pos[:, None, :]
-  visible = ((pos >= 0) & (pos <= positions[:, :, None]))[:, None, None]
+  visible = visible[:, None, None]
   scores = jnp.where(visible, scores / jnp.sqrt(jnp.float32(width)), NEVER)
   weights = jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0)
-  out = jnp.einsum("bgrts,bgsd->btgrd", weights.astype(keys.v.dtype), keys.v)
+  out = jnp.einsum("bgrts,bgsd->btgrd", weights.astype(v.dtype), v)
   return out.reshape(batch, tokens, heads, width)
 
 
@@ -57,7 +74,11 @@ def rotary(
   positions: Int[Array, "*N"],
   base: float = 10_000.0,
 ) -> Float[Array, "*N H D"]:
-  """Rotary position embedding, halves rotated (Su et al., 2021, eq. 34)."""
+  """Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864).
+
+  Eq. 34 with feature i paired with i + D/2, as GPT-NeoX and Llama lay it out,
+  instead of with its neighbour.
+  """
   half = x.shape[-1] // 2
   rate = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = positions[..., None, None].astype(jnp.float32) * rate

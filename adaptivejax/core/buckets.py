@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
+from adaptivejax.core.batching import folded, looped
+from adaptivejax.core.chunks import Leaves, fill, run_cover, where
 from adaptivejax.core.cost import Cost, jaxpr_flops
 from adaptivejax.core.covers import Cover, default_cover
 from adaptivejax.core.rowwise import (
@@ -43,8 +43,6 @@ from adaptivejax.core.rowwise import (
 )
 from adaptivejax.core.select import compact
 from adaptivejax.core.varying import vary, varying_axes
-
-Leaves = list[Any]
 
 
 def bucketed(
@@ -71,10 +69,16 @@ def bucketed(
     `(y, cost)`; `y` is shaped like `x`, or like the output of `f`.
 
   Raises:
-    ValueError: shapes, dtypes or the cover do not fit, or `f` is not row-wise.
+    ValueError: shapes, dtypes or the cover do not fit, `f` does not return one
+      row per row, or it holds a collective over a mesh axis on which the
+      selection differs.
 
-  Forward mode alone (`jax.jvp`) and reverse over reverse are not defined here:
-  differentiate `masked`, which is made of plain operations.
+  Call it under `jit`: eagerly it compiles at each call.  Work that is itself
+  conditional does not belong in `f`, whose FLOPs are counted as if it were not:
+  intersect the masks.  Forward mode (`jax.jvp`) and, under `jit`, reverse over
+  reverse are not defined: differentiate `masked`, made of plain operations.
+  Where rows are sharded over devices, call it inside `jax.shard_map`: under
+  `jit` alone the result is right, but every device computes all selected rows.
   """
   _check_items(x, mask)
   cover = cover or default_cover(mask.size)
@@ -108,10 +112,10 @@ def masked(
   _check_items(x, mask)
   call = _flatten(f, x, mask, operands, keep, (mask.size,))
   order, _ = compact(call.mask)
-  rows = [_fill(a, call.mask, order) for a in call.x]
+  rows = [fill(a, call.mask, order) for a in call.x]
   out = call.f.apply(rows, call.theta)
   y = [
-    _where(call.mask, new, old if keep else jnp.zeros_like(new))
+    where(call.mask, new, old if keep else jnp.zeros_like(new))
     for new, old in zip(out, call.x if keep else out)
   ]
   slots = jnp.full_like(call.mask, mask.size, jnp.float32, shape=())
@@ -140,6 +144,9 @@ def _flatten(f, x, mask, operands, keep, sizes) -> _Call:
   rows = vary(rows, predicate)
   operands = vary(operands, predicate | varying_axes(rows))
   function, theta = trace_rows(f, rows, operands, sizes, predicate)
+  if keep and function.out_axes - varying_axes(rows):
+    rows = vary(rows, function.out_axes)  # so that both sides of `where` agree
+    function, theta = trace_rows(f, rows, operands, sizes, predicate)
   if keep:
     _check_keep(function, rows)
   return _Call(function, theta, jax.tree.leaves(rows), mask, lead)
@@ -158,24 +165,19 @@ def _executor(f: RowFunction, cover: Cover, keep: bool) -> Callable:
 
   def blank(x, mask):
     """The result before any row is computed."""
-    y = (
-      x
-      if keep
-      else [
-        jnp.zeros((mask.shape[0], *a.shape[1:]), a.dtype) for a in f.out_avals
-      ]
-    )
-    axes = [f.out_axes | varying_axes(mask)] * len(y)
-    return [vary(a, b) for a, b in zip(y, axes)]
+    axes = f.out_axes | varying_axes(mask)
+    shapes = [(mask.shape[0], *a.shape[1:]) for a in f.out_avals]
+    zeros = [jnp.zeros(s, a.dtype) for s, a in zip(shapes, f.out_avals)]
+    return vary(x if keep else zeros, axes)
 
   def zeros(like, dtype):
     return vary(jnp.zeros(like.shape, dtype), varying_axes(like))
 
-  def value(theta, x, mask):
+  def value(cover, theta, x, mask):
     def step(chunk, y):
       return chunk.scatter(y, f.apply(chunk.gather(x), theta))
 
-    return _run(cover, mask, step, blank(x, mask))
+    return run_cover(cover, mask, step, blank(x, mask))
 
   def backward(theta, x, mask, dy):
     def step(chunk, state):
@@ -195,11 +197,11 @@ def _executor(f: RowFunction, cover: Cover, keep: bool) -> Callable:
       zeros(a, jnp.promote_types(a.dtype, jnp.float32))
       for a in differentiable(theta)
     ]
-    (dx, dtheta), _ = _run(cover, mask, step, (dx, dtheta))
+    (dx, dtheta), _ = run_cover(cover, mask, step, (dx, dtheta))
     narrow = zip(dtheta, differentiable(theta), strict=True)
     return [d.astype(a.dtype) for d, a in narrow], dx
 
-  value, backward = _folded(value), _looped(backward)
+  value, backward = folded(value, cover), looped(backward)
   run = jax.custom_vjp(value)
 
   def run_forward(theta, x, mask):
@@ -212,132 +214,6 @@ def _executor(f: RowFunction, cover: Cover, keep: bool) -> Callable:
 
   run.defvjp(run_forward, run_backward)
   return run
-
-
-class _Chunk(NamedTuple):
-  """`size` slots of the compacted rows; slot s holds row `order[s]`."""
-
-  size: int
-  begin: Int[Array, ""]
-  order: Int[Array, " N"]
-  live: Bool[Array, " C"]
-  mask: Bool[Array, " N"]
-
-  @property
-  def whole(self) -> bool:
-    """A chunk of all rows runs on x itself: no gather, no scatter."""
-    return self.size == self.mask.shape[0]
-
-  @property
-  def items(self) -> Int[Array, " C"]:
-    return lax.dynamic_slice_in_dim(self.order, self.begin, self.size)
-
-  def gather(self, x: Leaves) -> Leaves:
-    """The rows of this chunk; padding repeats a selected row."""
-    if self.whole:
-      return [_fill(a, self.mask, self.order) for a in x]
-    return [a.at[self.items].get(mode="promise_in_bounds") for a in x]
-
-  def gather_live(self, x: Leaves) -> Leaves:
-    """The rows of this chunk; padding is zero."""
-    return [_where(self.live, a, jnp.zeros_like(a)) for a in self.gather(x)]
-
-  def scatter(self, y: Leaves, rows: Leaves) -> Leaves:
-    """Writes the live rows of this chunk into `y`."""
-    if self.whole:
-      return [_where(self.mask, new, old) for new, old in zip(rows, y)]
-    n = self.mask.shape[0]
-    nowhere = n + jnp.arange(self.size, dtype=jnp.int32)
-    to = jnp.where(self.live, self.items, nowhere)
-    write = lambda old, new: old.at[to].set(
-      vary(new, varying_axes(old)), mode="drop", unique_indices=True
-    )
-    return [write(old, new) for old, new in zip(y, rows)]
-
-
-def _run(cover: Cover, mask, step: Callable, state: Any) -> tuple[Any, Array]:
-  """Runs `step(chunk, state)` over the cover; returns the state and slots."""
-  order, count = compact(mask)
-  n, done = mask.shape[0], jnp.zeros_like(count)
-  for size, rounds in zip(cover.sizes, cover.trips(count), strict=True):
-
-    def body(i, state, size=size, done=done):
-      first = done + i * size
-      begin = jnp.minimum(first, n - size)  # the last chunk may overlap
-      slot = begin + jnp.arange(size, dtype=jnp.int32)
-      live = mask if size == n else (slot >= first) & (slot < count)
-      return step(_Chunk(size, begin, order, live, mask), state)
-
-    # The conditional: XLA hoists the invariant part of a body out of its loop,
-    # and would run it even where the loop has no rounds.
-    state = lax.cond(
-      rounds > 0,
-      lambda s, rounds=rounds, body=body: lax.fori_loop(0, rounds, body, s),
-      lambda s: s,
-      state,
-    )
-    done += rounds * size
-  return state, done.astype(jnp.float32)
-
-
-def _folded(value: Callable) -> Callable:
-  """Under `vmap`: the batch becomes rows, if the operands are shared."""
-
-  def rule(op, batch, batched, theta, x, mask):
-    if any(batched[0]):
-      return _loop(op, batch, batched, theta, x, mask)
-    spread = lambda a, b: a if b else jnp.broadcast_to(a, (batch, *a.shape))
-    x, mask = jax.tree.map(spread, (x, mask), tuple(batched[1:]))
-    n = mask.shape[1]
-    fold = lambda a: a.reshape(batch * n, *a.shape[2:])
-    y, slots = op(theta, [fold(a) for a in x], fold(mask))
-    y = [a.reshape(batch, n, *a.shape[1:]) for a in y]
-    shares = jnp.broadcast_to(slots / batch, (batch,))
-    return (y, shares), ([True] * len(y), True)
-
-  return _with_rule(value, rule)
-
-
-def _looped(f: Callable) -> Callable:
-  """Under `vmap`: one example after the other, each with its own cover."""
-  return _with_rule(f, _loop)
-
-
-def _with_rule(f: Callable, rule: Callable) -> Callable:
-  """`f` batched by `rule(op, batch, batched, *args)`.
-
-  Its derivative is that of `f`: JAX's derivative of a `custom_vmap` mixes up
-  the axes where an argument is batched and its tangent is not (`hessian`).
-  """
-  op = custom_vmap(f)
-  op.def_vmap(lambda *args: rule(op, *args))
-  run = jax.custom_jvp(op)
-  run.defjvp(lambda primals, tangents: jax.jvp(f, primals, tangents))
-  return run
-
-
-def _loop(op, batch, batched, *args):
-  flags, tree = jax.tree.flatten(tuple(batched))
-  leaves = jax.tree.leaves(args)
-  shared = [a for a, b in zip(leaves, flags, strict=True) if not b]
-
-  def one(each):
-    each, rest = iter(each), iter(shared)
-    values = [next(each if b else rest) for b in flags]
-    return op(*jax.tree.unflatten(tree, values))
-
-  out = lax.map(one, [a for a, b in zip(leaves, flags) if b])
-  return out, jax.tree.map(lambda _: True, out)
-
-
-def _fill(a: Array, mask: Bool[Array, " N"], order: Int[Array, " N"]) -> Array:
-  """`a` with a selected row in place of the unselected (ones if none is)."""
-  live = jnp.where(mask.any(), a[order[-1]], jnp.ones_like(a[0]))
-  return _where(mask, a, lax.stop_gradient(live)[None])
-
-
-def _where(mask: Bool[Array, " N"], a: Array, b: Array) -> Array:
-  return jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
 
 def _check_items(x: Any, mask: Array) -> None:

@@ -104,20 +104,29 @@ def solve_setting(
   high: float,
   rounds: int = 12,
 ) -> float:
-  """The setting in [low, high] whose measured share of compute is `target`.
+  """The lowest setting in [low, high] that spends at most `target`.
 
   Args:
     measure: realised share of compute at a setting; falls as it rises.
     target: wished share.
-    low, high: range to bisect; its ends are the answer where it is too narrow.
+    low, high: range to bisect.
     rounds: halvings.
 
   Runs on the host; `measure` should be compiled once, the setting being data.
+
+  Raises:
+    ValueError: even `high` spends more than `target`.
   """
   if not 0 < target <= 1 or low >= high:
     raise ValueError(
       f"{target=} must be a share of compute in (0, 1], and {low=} below"
       f" {high=}."
+    )
+  least = measure(high)
+  if least > target:
+    raise ValueError(
+      f"{target=} cannot be met: at the setting {high} the share of compute is"
+      f" still {least:.3f}. Ask for that share or more."
     )
   for _ in range(rounds):
     middle = (low + high) / 2

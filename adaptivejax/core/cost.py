@@ -105,6 +105,8 @@ def _equation_flops(eqn: jex.JaxprEqn) -> float:
     (contract, _), _ = params["dimension_numbers"]
     depth = math.prod(inputs[0].shape[i] for i in contract)
     return 2.0 * outputs[0].size * depth
+  if name.startswith("ragged_dot"):
+    return 2.0 * outputs[0].size * inputs[0].shape[-1]
   if name == "conv_general_dilated":
     kernel = inputs[1]
     out_features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
@@ -112,14 +114,17 @@ def _equation_flops(eqn: jex.JaxprEqn) -> float:
   if name == "cond":
     return max(jaxpr_flops(branch.jaxpr) for branch in params["branches"])
   rounds = params["length"] if name == "scan" else 1
-  return rounds * sum(jaxpr_flops(sub) for sub in _subjaxprs(params))
+  return rounds * sum(jaxpr_flops(sub) for sub in subjaxprs(params))
 
 
-def _subjaxprs(params: dict[str, Any]) -> list[jex.Jaxpr]:
-  found = []
-  for value in params.values():
-    if isinstance(value, jex.ClosedJaxpr):
-      found.append(value.jaxpr)
-    elif isinstance(value, jex.Jaxpr):
-      found.append(value)
-  return found
+def subjaxprs(params: dict[str, Any]) -> list[jex.Jaxpr]:
+  """The jaxprs that an equation holds: bodies and branches."""
+  values = [
+    value
+    for param in params.values()
+    for value in (param if isinstance(param, tuple | list) else [param])
+  ]
+  closed = [
+    value.jaxpr for value in values if isinstance(value, jex.ClosedJaxpr)
+  ]
+  return closed + [value for value in values if isinstance(value, jex.Jaxpr)]

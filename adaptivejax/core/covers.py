@@ -47,6 +47,12 @@ class Cover(NamedTuple):
     """Rows executed for `count` selected ones, padding included."""
     return (self.trips(count) * jnp.asarray(self.sizes, jnp.int32)).sum()
 
+  def widened(self, batch: int) -> "Cover":
+    """A cover for `batch` times the rows, of chunks that repeat these."""
+    times = lambda size: min(batch, max(1, MAX_CHUNK // size))
+    sizes = {size * times(size) for size in self.sizes} | {self.sizes[-1]}
+    return coins(*sorted(sizes, reverse=True))
+
 
 def ladder(*rungs: int) -> Cover:
   """The smallest of the ascending `rungs` that holds all selected rows."""

@@ -6,7 +6,8 @@ halted: a `while_loop` over stacked parameters with a dynamic index, one body
 to compile whatever the depth; it has no reverse mode.  `depth_scan` runs all
 layers under masks, is differentiable, and returns every layer.  A row that has
 halted keeps its value; layers may still run for it while others go on, so a
-layer must not let rows mix (attention over a cache mixes tokens, not rows).
+layer must not let rows mix (attention over a cache mixes tokens, not rows), and
+must be finite, with its derivative, on values that left earlier layers.
 
 Axes: L layers, B rows.
 """

@@ -16,9 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
+from adaptivejax.core.cost import subjaxprs
 from adaptivejax.core.varying import varying_axes
 
 Leaves = list[Any]
+
+COLLECTIVES = {"psum", "psum2", "psum_invariant", "pmax", "pmin", "ppermute"}
+COLLECTIVES |= {"all_gather", "all_gather_invariant", "all_to_all"}
+COLLECTIVES |= {"reduce_scatter", "psum_scatter", "ragged_all_to_all"}
 
 
 class RowFunction(NamedTuple):
@@ -44,8 +49,13 @@ class RowFunction(NamedTuple):
     return varying_axes(self.out_avals)
 
   def apply(self, rows: Leaves, theta: Leaves) -> Leaves:
-    """`f` on C rows, C one of the traced sizes."""
+    """`f` on C rows, C a traced size or a multiple of one."""
     size = rows[0].shape[0]
+    if size not in self.jaxprs:
+      part = max(s for s in self.jaxprs if size % s == 0)
+      split = [a.reshape(size // part, part, *a.shape[1:]) for a in rows]
+      out = jax.vmap(self.apply, (0, None))(split, theta)
+      return [a.reshape(size, *a.shape[2:]) for a in out]
     constants = [
       theta[c.place] if isinstance(c, _Closed) else c
       for c in self.constants[size]
@@ -81,7 +91,7 @@ def trace_rows(
 
   Raises:
     ValueError: `f` does not map C rows to C rows, or closes over an array that
-      is replicated over `predicate`.
+      is replicated over `predicate`, or holds a collective over it.
   """
   theta = jax.tree.leaves(operands)
   count, seen = len(theta), {}
@@ -91,6 +101,7 @@ def trace_rows(
     closed, out = jax.make_jaxpr(f, return_shape=True)(rows, *operands)
     avals = closed.out_avals
     _check_rows(avals, size)
+    _check_collectives(closed.jaxpr, predicate)
     jaxprs[size], constants[size] = closed.jaxpr, []
     for const in closed.consts:
       if isinstance(const, jax.core.Tracer):
@@ -141,6 +152,21 @@ def _check_rows(avals: list[Any], size: int) -> None:
         f"`f` must return floating-point rows; got {a.dtype}. Compute integers"
         " outside, on all items."
       )
+
+
+def _check_collectives(jaxpr: jex.Jaxpr, predicate: frozenset[str]) -> None:
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name in COLLECTIVES:
+      axes = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+      axes = {axes} if isinstance(axes, str) else set(axes)
+      if axes & predicate:
+        raise ValueError(
+          f"`f` holds a `{eqn.primitive.name}` over {sorted(axes)}, mesh axes"
+          " on which the selection differs: devices would wait for each other"
+          " for ever. Do it outside `bucketed`."
+        )
+    for sub in subjaxprs(eqn.params):
+      _check_collectives(sub, predicate)
 
 
 def _check_closed(const: Any, predicate: frozenset[str]) -> None:

@@ -74,10 +74,10 @@ def generate(
     temperature: 0 is greedy; else sampling, which needs `key` (dynamic).
     key: for sampling.
   """
-  _check(prompt, model.config.vocab)
+  prompt, policy = _checked(prompt, model.config.vocab), _bound(policy)
   if steps < 1:
     raise ValueError(f"{steps=} must be at least 1 token.")
-  if temperature < 0 or (temperature > 0 and key is None):
+  if not temperature >= 0 or (temperature > 0 and key is None):
     raise ValueError(
       f"{temperature=} must be 0 (greedy) or above, and then needs a `key`."
     )
@@ -122,7 +122,7 @@ def score(
     prompt: static.
     policy: how the layers run while decoding.
   """
-  _check(tokens, model.config.vocab)
+  tokens, policy = _checked(tokens, model.config.vocab), _bound(policy)
   if not 1 <= prompt < tokens.shape[1]:
     raise ValueError(
       f"{prompt=} must leave tokens to score of the {tokens.shape[1]} given."
@@ -147,7 +147,18 @@ def _score(model, tokens, policy, prompt) -> Score:
   return Score(nats.T, depth.T, shares, cost.total())
 
 
-def _check(tokens, vocab: int) -> None:
+def _bound(policy):
+  """A policy as a pytree, so that its thresholds are data."""
+  if not callable(policy):
+    raise ValueError(
+      f"a policy is a stack, as in `Partial(calm, threshold=0.9)`; got"
+      f" {policy!r}."
+    )
+  return policy if isinstance(policy, Partial) else Partial(policy)
+
+
+def _checked(tokens, vocab: int) -> Int[Array, "B T"]:
+  tokens = jnp.asarray(tokens)
   if tokens.ndim != 2 or 0 in tokens.shape:
     raise ValueError(
       f"tokens must be [batch, length] with at least one of each; got shape"
@@ -160,3 +171,4 @@ def _check(tokens, vocab: int) -> None:
         f"tokens must lie in 0..{vocab - 1}, the model's vocabulary; got"
         f" {low}..{high}."
       )
+  return tokens

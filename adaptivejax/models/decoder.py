@@ -136,10 +136,13 @@ class DecoderLM(nnx.Module):
   def readout(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Logits of a hidden state of any layer, f32."""
     x = self.norm(x)
-    if self.head is not None:
-      return self.head(x).astype(jnp.float32)
-    table = self.embedding.get_value().astype(x.dtype)
-    return (x @ table.T).astype(jnp.float32)
+    if self.head is None:
+      table = self.embedding.get_value().T
+    else:
+      table = self.head.kernel.get_value()
+    return jnp.matmul(
+      x, table.astype(x.dtype), preferred_element_type=jnp.float32
+    )
 
   def empty_cache(self, batch: int, slots: int) -> KVCache:
     """A cache for `batch` rows of up to `slots` tokens (static)."""
@@ -164,7 +167,10 @@ class DecoderLM(nnx.Module):
       stack: how the layers are run, see `nn.stack`.
       key: given in training, asks for the differentiable form.
     """
+    _check_tokens(tokens)
     batch, length = tokens.shape
+    if cache is not None:
+      _check_cache(cache, self, batch)
     if cache is None:
       positions = jnp.arange(length, dtype=jnp.int32)
       positions = jnp.broadcast_to(positions, (batch, length))
@@ -183,4 +189,23 @@ class DecoderLM(nnx.Module):
       out.depth,
       out.shares,
       out.hidden,
+    )
+
+
+def _check_tokens(tokens) -> None:
+  shape = jnp.shape(tokens)
+  if len(shape) != 2 or 0 in shape:
+    raise ValueError(
+      f"tokens must be [batch, length] with at least one of each; got {shape=}."
+    )
+  if not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(f"tokens must be integers; got {tokens.dtype}.")
+
+
+def _check_cache(cache: KVCache, model: DecoderLM, batch: int) -> None:
+  wanted = jax.eval_shape(lambda: model.empty_cache(batch, cache.slots))
+  if cache.k.shape != wanted.k.shape:
+    raise ValueError(
+      f"the cache, {cache.k.shape}, is not of this model and batch,"
+      f" {wanted.k.shape}: make it with `model.empty_cache({batch}, slots)`."
     )

@@ -71,23 +71,43 @@ class Attention(nnx.Module):
       `(y, cache, cost)`: zero for tokens that are not live, which also have no
       key at this layer; the cache with this layer's keys appended.
     """
-    (q, k, v), cost = self._items(_project, (x, positions), live)
+    count = positions.size
+    (q, k, v), cost = self._items(_project, (x, positions), live, count)
     pos = positions if live is None else jnp.where(live, positions, -1)
     keys = Keys(jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), pos)
+    window = None if cache is None else cache.slots
     if cache is not None:
-      cache = append(cache, layer, keys)
-      keys = cache.read(layer)
-    mixed = attend(q, keys, positions).reshape(x.shape)
+      cache, keys = _remember(cache, layer, keys, positions)
+    mixed = attend(q, keys, positions, window=window).reshape(x.shape)
     cost += _attend_cost(q, keys, live)
-    y, out_cost = self._items(_output, mixed, live)
+    y, out_cost = self._items(_output, mixed, live, count)
     return y, cache, cost + out_cost
 
-  def _items(self, f, x, live):
+  def _items(self, f, x, live, count):
     """`f(x, self)` on the live items only, or on all."""
     if live is not None:
       return bucketed(f, x, live, self, keep=False)
-    tokens = next(a for a in (x if isinstance(x, tuple) else (x,)))
-    return f(x, self), Cost.dense(flops(f, x, self), tokens[..., 0].size)
+    return f(x, self), Cost.dense(flops(f, x, self), count)
+
+
+def _remember(cache, layer, new: Keys, positions) -> tuple[KVCache, Keys]:
+  """The cache with the new keys, and the keys that their queries may see.
+
+  One new token overwrites what is out of its window anyway.  Several may
+  overwrite what the first of them still see: these look at what was there, too.
+  """
+  after = append(cache, layer, new)
+  if positions.shape[1] == 1:
+    return after, after.read(layer)
+  old = cache.read(layer)
+  past = jnp.where(old.pos < positions[:, :1], old.pos, -1)
+  join = lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=-2)
+  keys = Keys(
+    join(old.k, new.k),
+    join(old.v, new.v),
+    jnp.concatenate([past, new.pos], axis=-1),
+  )
+  return after, keys
 
 
 def _project(x_positions, attention):

@@ -75,7 +75,7 @@ def every_layer(layers, x, positions, cache=None, *, readout, key=None):
   steps = layers, jnp.arange(count, dtype=jnp.int32), keys
   (x, cache), (hidden, cost, signals) = lax.scan(body, (x, cache), steps)
   mean = jax.tree.map(jnp.mean, signals)
-  depth = jnp.full(x.shape[:2], count, jnp.float32)
+  depth = jnp.full(x.shape[:2], count * layers.depth, jnp.float32)
   return StackOutput(x, cache, cost.total(), mean, depth, cost.share, hidden)
 
 

@@ -21,6 +21,7 @@ from adaptivejax import decode
 from adaptivejax.core.budget import solve_depth_threshold, solve_setting
 from adaptivejax.core.cost import Cost
 from adaptivejax.core.losses import cross_entropy
+from adaptivejax.decode import FULL
 from adaptivejax.methods.depth.calm import exit_confidence
 from adaptivejax.nn import adjust, every_layer
 from adaptivejax.report.clock import interleave, quartiles
@@ -33,11 +34,11 @@ class Entry(NamedTuple):
   method: str
   setting: str
   model: Any
-  policy: Any = decode.FULL
+  policy: Any = FULL
 
 
 class Reading(NamedTuple):
-  """What reading the windows gave."""
+  """What reading gave: nats per byte of each window, f32[W], and totals."""
 
   nats: Array
   depth: Array
@@ -52,14 +53,15 @@ def read_by_token(model, policy, windows: Int[Array, "W S"]) -> Reading:
     out = decode.score(model, window[None], policy=policy)
     return Reading(out.nats.mean(), out.depth.mean(), out.cost)
 
-  return jax.tree.map(lambda a: a.mean(0), jax.lax.map(one, windows))
+  out = jax.lax.map(one, windows)
+  return Reading(out.nats, out.depth.mean(), out.cost.total())
 
 
 @jax.jit
 def read_at_once(model, policy, windows: Int[Array, "W S"]) -> Reading:
   """Scores all windows in one call."""
   out = model(windows[:, :-1], stack=policy)
-  nats = cross_entropy(out.logits, windows[:, 1:]).mean()
+  nats = cross_entropy(out.logits, windows[:, 1:]).mean(1)
   return Reading(nats, out.depth.mean(), out.cost)
 
 
@@ -71,7 +73,7 @@ def measure_points(
   regime: str,
   seconds: float,
   progress=lambda: None,
-) -> list[Point]:
+) -> tuple[list[Point], list[float]]:
   """Times each entry in turn with the dense twin.
 
   Args:
@@ -81,11 +83,16 @@ def measure_points(
     regime: "decode" (token by token, batch 1) or "score" (all at once).
     seconds: to spend on each pair.
     progress: called after each point.
+
+  Returns:
+    The points, the twin first, and for each the standard error of its bits per
+    byte relative to the twin's, over the windows (they are paired).
   """
   read = {"decode": read_by_token, "score": read_at_once}[regime]
   text = jnp.asarray(windows, jnp.int32)
   tokens = text.shape[0] * (text.shape[1] - 1)
-  points = []
+  points, errors = [], []
+  baseline = read(dense.model, dense.policy, text).nats
   for entry in [dense, *entries]:
     pair = [
       lambda _, e=e: read(e.model, e.policy, text) for e in (dense, entry)
@@ -93,22 +100,24 @@ def measure_points(
     base, own = interleave(pair, seconds=seconds, least=3)
     low, middle, high = quartiles([a / b for a, b in zip(base, own)])
     out = read(entry.model, entry.policy, text)
+    spread = float(jnp.std(out.nats - baseline)) / math.sqrt(len(windows))
+    errors.append(spread / float(baseline.mean()))
     points.append(
       Point(
         method=entry.method,
         setting=entry.setting,
         regime=regime,
-        bits_per_byte=float(out.nats) / math.log(2),
+        bits_per_byte=float(out.nats.mean()) / math.log(2),
         tokens_per_second=tokens / quartiles(own)[1],
         speedup=1.0 if entry is dense else middle,
         spread=(1.0, 1.0) if entry is dense else (low, high),
         flops_share=float(out.cost.spent / out.cost.full),
-        mean_depth=float(out.depth),
+        mean_depth=float(out.depth) if entry.policy is not FULL else None,
         dense=entry is dense,
       )
     )
     progress()
-  return points
+  return points, errors
 
 
 def exit_threshold(
@@ -137,7 +146,7 @@ def at_budget(
   text = jnp.asarray(windows, jnp.int32)
 
   def measure(setting: float) -> float:
-    out = read_at_once(adjust(model, jnp.float32(setting)), decode.FULL, text)
+    out = read_at_once(adjust(model, jnp.float32(setting)), FULL, text)
     return float(out.cost.spent / out.cost.full)
 
   setting = solve_setting(measure, share, low=-span, high=span)
@@ -158,19 +167,27 @@ def snippet(entry: Entry, text: bytes) -> Snippet:
   )
 
 
-def sample(entry: Entry, prompt: bytes, steps: int) -> Sample:
-  """A greedy continuation and what it took."""
+def samples(
+  entries: Sequence[Entry], prompt: bytes, steps: int
+) -> list[Sample]:
+  """Greedy continuations, timed in turn, the prompt included."""
   tokens = jnp.asarray([list(prompt)], jnp.int32)
-  write = functools.partial(
-    decode.generate, entry.model, tokens, steps=steps, policy=entry.policy
-  )
-  (times,) = interleave([lambda _: write()], seconds=0, least=3)
-  out = write()
-  return Sample(
-    prompt=prompt,
-    continuation=bytes(np.asarray(out.tokens[0]).astype(np.uint8)),
-    method=entry.method,
-    setting=entry.setting,
-    tokens_per_second=steps / quartiles(times)[1],
-    mean_depth=float(out.depth.mean()),
-  )
+  writers = [
+    functools.partial(
+      decode.generate, e.model, tokens, steps=steps, policy=e.policy
+    )
+    for e in entries
+  ]
+  times = interleave([lambda _, w=w: w() for w in writers], seconds=0, least=3)
+  made = [write() for write in writers]
+  return [
+    Sample(
+      prompt=prompt,
+      continuation=bytes(np.asarray(out.tokens[0]).astype(np.uint8)),
+      method=entry.method,
+      setting=entry.setting,
+      tokens_per_second=steps / quartiles(own)[1],
+      mean_depth=float(out.depth.mean()),
+    )
+    for entry, own, out in zip(entries, times, made)
+  ]

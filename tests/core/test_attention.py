@@ -46,6 +46,37 @@ def test_a_query_without_keys_has_no_gradient():
   np.testing.assert_array_equal(grad, 0)
 
 
+def test_a_key_that_nobody_sees_may_be_nan():
+  """Empty slots, and slots of positions yet to come."""
+  pos = jnp.array([[0, -1, 1, 7]])
+  bad = jnp.array([False, True, False, True])[:, None]
+  k, v = jax.random.normal(jax.random.key(0), (2, 1, 1, 4, W))
+  q = jax.random.normal(jax.random.key(1), (1, 2, 1, W))
+
+  def read(q, k, v):
+    return (attend(q, Keys(k, v, pos), jnp.array([[1, 2]])) ** 2).sum()
+
+  poisoned = jnp.where(bad, jnp.nan, k), jnp.where(bad, jnp.nan, v)
+  got = jax.value_and_grad(read, argnums=(0, 1, 2))(q, *poisoned)
+  want = jax.value_and_grad(read, argnums=(0, 1, 2))(q, k, v)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_window_hides_what_is_further_back():
+  keys = Keys(
+    *jax.random.normal(jax.random.key(0), (2, 1, 1, 4, W)), jnp.arange(4)[None]
+  )
+  q = jax.random.normal(jax.random.key(1), (1, 1, 1, W))
+  near = jax.tree.map(lambda a: a[..., 2:, :], (keys.k, keys.v))
+  at = jnp.array([[3]])
+  np.testing.assert_allclose(
+    attend(q, keys, at, window=2),
+    attend(q, Keys(*near, jnp.array([[2, 3]])), at),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
 def test_rotary_scores_depend_on_the_distance_only():
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, W))
   at = lambda x, p: rotary(x, jnp.full((1, 1), p))

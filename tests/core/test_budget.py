@@ -98,6 +98,7 @@ def test_budget_loss():
     (lambda: solve_exit_thresholds(np.ones((3, 2)), np.ones(2)), "sum to 1"),
     (lambda: solve_setting(lambda _: 1.0, 0.0, low=0, high=1), "target"),
     (lambda: solve_setting(lambda _: 1.0, 0.5, low=1, high=1), "below"),
+    (lambda: solve_setting(lambda _: 0.6, 0.5, low=0, high=1), "cannot be"),
   ],
 )
 def test_bad_input_is_refused_in_words(call, words):

@@ -183,6 +183,29 @@ def test_a_replicated_closure_is_refused_in_words():
   """)
 
 
+def test_a_collective_that_would_hang_is_refused_in_words():
+  run_in_subprocess("""
+    def mixing(rows, w1, w2):
+      return ffn(rows, w1, w2) + jax.jit(jax.lax.psum, static_argnums=1)(
+        rows, "data"
+      )
+
+    sharded = jax.shard_map(
+      lambda x, m, w1, w2: bucketed(mixing, x, m, w1, w2)[0],
+      mesh=mesh(data=8),
+      in_specs=(P("data"), P("data"), P(), P()),
+      out_specs=P("data"),
+    )
+    try:
+      jax.jit(sharded)(x, mask, w1, w2)
+    except ValueError as error:
+      for word in ("psum", "['data']", "outside"):
+        assert word in str(error), error
+    else:
+      raise AssertionError("not refused")
+  """)
+
+
 def test_auto_sharded_jit():
   """Sharded arguments of `jit`: the compiler splits it, the result is same."""
   run_in_subprocess("""

@@ -6,6 +6,7 @@ conditionals into selects that run every branch.  Backward memory is dense's.
 """
 
 import functools
+import re
 
 import chex
 import jax
@@ -73,7 +74,16 @@ def test_one_conditional_per_chunk_size():
 def test_vmap_with_shared_operands_folds_into_the_rows(axes):
   args = [a if b == 0 else a[0] for a, b in zip((X, MASK, W), axes)]
   hlo = agree(lambda op: jax.vmap(functools.partial(layer, op), axes), *args)
-  assert conditionals(hlo) == plain()
+  assert conditionals(hlo)[0] == len(COVER.widened(B).sizes)
+
+
+def test_chunks_grow_with_the_batch():
+  """Many examples of one row each are not many chunks of one row."""
+  assert core.default_cover(1).widened(64).sizes == (64, 1)
+  run = lambda x, m: core.bucketed(lambda r, w: r @ w, x, m, W[0])[0]
+  x, mask = jnp.ones((64, 1, D)), jnp.ones((64, 1), bool)
+  text = jax.jit(jax.vmap(run)).lower(x, mask).as_text()
+  assert re.search(rf"dot_general.*tensor<64x1x{D}xf32>", text)
 
 
 def test_vmap_with_own_operands_loops():
@@ -86,7 +96,8 @@ def test_nested_vmap():
   x, mask = jnp.stack([X, -X]), jnp.stack([MASK, ~MASK])
   f = lambda op: functools.partial(layer, op)
   shared = lambda op: jax.vmap(jax.vmap(f(op), (0, 0, None)), (0, 0, None))
-  assert conditionals(agree(shared, x, mask, W[0])) == plain()
+  wide = COVER.widened(B).widened(2)
+  assert conditionals(agree(shared, x, mask, W[0]))[0] == len(wide.sizes)
   own = lambda op: jax.vmap(jax.vmap(f(op), (0, 0, None)), (0, 0, 0))
   agree(own, x, mask, W[:2])
 

@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -67,6 +68,37 @@ def test_rows_of_a_cache_may_differ_in_length(model):
   np.testing.assert_allclose(out[1], full[:4], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("parts", [(3, 3, 3), (4, 1, 4)])
+def test_a_full_cache_is_a_window_however_the_tokens_come(model, parts):
+  def feed(parts):
+    cache, begin, logits = model.empty_cache(2, 4), 0, []
+    for part in parts:
+      out = model(TOKENS[:, begin : begin + part], cache)
+      cache, begin = out.cache, begin + part
+      logits.append(out.logits)
+    return jnp.concatenate(logits, 1)
+
+  np.testing.assert_allclose(feed(parts), feed((1,) * T), rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_set_back_forgets_what_came_after(model):
+  """Moving `length` back is enough to continue elsewhere, NaN or not."""
+  cache = model(TOKENS, model.empty_cache(2, T + 3)).cache
+  stale = (cache.pos >= 4)[:, :, None, :, None]
+  cache = cache._replace(
+    k=jnp.where(stale, jnp.nan, cache.k),
+    v=jnp.where(stale, jnp.nan, cache.v),
+    length=jnp.full(2, 4, jnp.int32),
+  )
+  want = model(TOKENS).logits[:, 4:6]
+  np.testing.assert_allclose(
+    model(TOKENS[:, 4:6], cache).logits, want, rtol=1e-4, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    model(TOKENS[:, 4:5], cache).logits, want[:, :1], rtol=1e-4, atol=1e-5
+  )
+
+
 def test_later_tokens_change_nothing_before_them(model):
   other = TOKENS.at[:, 5:].set((TOKENS[:, 5:] + 1) % V)
   a, b = model(TOKENS).logits, model(other).logits
@@ -110,6 +142,18 @@ def test_a_group_is_its_layers_in_turn():
   )
 
 
+def fed(tokens, layers=2):
+  """A call, types unchecked, with a cache for two rows and so many layers."""
+  config = DecoderConfig(**(SHAPE | {"layers": layers}), kv_heads=4)
+  cache = DecoderLM(config, rngs=nnx.Rngs(0)).empty_cache(2, T)
+  model = DecoderLM(CONFIGS["tied"], rngs=nnx.Rngs(0))
+  jaxtyping.config.update("jaxtyping_disable", True)
+  try:
+    return model(tokens, cache)
+  finally:
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.mark.parametrize(
   ("call", "words"),
   [
@@ -127,6 +171,11 @@ def test_a_group_is_its_layers_in_turn():
       "multiple",
     ),
     (lambda: Group([]), "at least one layer"),
+    (lambda: fed(TOKENS[0]), "batch, length"),
+    (lambda: fed(TOKENS[:0]), "batch, length"),
+    (lambda: fed(TOKENS * 1.0), "integers"),
+    (lambda: fed(TOKENS, layers=1), "not of this model"),
+    (lambda: fed(TOKENS[:1], layers=2), "not of this model"),
   ],
 )
 def test_bad_input_is_refused_in_words(call, words):

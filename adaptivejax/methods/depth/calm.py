@@ -14,7 +14,10 @@ Primitive: `depth_loop`, then `kv_propagate`.
 Departs: a row that is sure waits, frozen, until its batch is (exits stay per
 row; the published code lets the least confident row decide for all), and the
 state that is propagated is the exit state, as in the paper (the published code
-propagates that of the first exit).
+propagates that of the first exit).  Confidence is the largest probability, a
+choice of the published code; the paper takes the difference of the two largest.
+One threshold for all positions, set by a budget (`exit_confidence`), not by the
+paper's learn-then-test guarantee.
 Axes: L layers, B batch, T tokens, D features, V vocabulary, N samples.
 """
 
@@ -25,11 +28,12 @@ from jaxtyping import Array, Float
 from adaptivejax.core.cache import kv_propagate
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.depth import depth_loop
+from adaptivejax.nn.block import Block
 from adaptivejax.nn.stack import StackOutput, layer_at, layer_count, plain
 
 
 def confidence(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
-  """Probability of the most likely token (softmax response)."""
+  """Probability of the most likely token."""
   return jax.nn.softmax(logits.astype(jnp.float32), axis=-1).max(-1)
 
 
@@ -52,15 +56,21 @@ def calm(
 
   Other arguments as in `nn.stack`.  Training has no exits: see `sorted_loss`.
   """
+  if not isinstance(layers, Block):
+    raise ValueError(
+      f"calm exits between layers of type `Block`, whose keys it can fill in;"
+      f" this model stacks {type(layers).__name__}. Decode it with `plain`."
+    )
   if cache is None or x.shape[1] > 1:
     return plain(layers, x, positions, cache, readout=readout, key=key)
-  total, span = layer_count(layers), layers.depth
+  total = layer_count(layers)
 
   def layer(block, l, x, state, live):
-    del live  # rows that wait still write keys, of their exit state
+    # rows that wait run too: that writes the keys of their exit state
     cache, cost = state
-    x, cache, spent, _ = block(x, positions, cache, l * span)
-    return x, (cache, cost + spent)
+    x, cache, spent, _ = block(x, positions, cache, l)
+    asked = spent.items * live.mean(dtype=jnp.float32)
+    return x, (cache, cost + spent._replace(items=asked))
 
   def sure(l, before, after):
     del l, before
@@ -71,7 +81,7 @@ def calm(
   )
   cache, cost = out.state
   ran = out.depth.max()
-  start = jnp.broadcast_to(ran * span, out.depth.shape)
+  start = jnp.broadcast_to(ran, out.depth.shape)
 
   def project(l, cache):
     del cache
@@ -87,7 +97,7 @@ def calm(
     full=cost.full * total / ran,
   )
   depth = out.depth[:, None].astype(jnp.float32)
-  shares = (jnp.arange(total) < out.depth[:, None]).mean(0, jnp.float32)
+  shares = (jnp.arange(total) < ran).astype(jnp.float32)
   return StackOutput(out.x, cache, cost, Signals.none(), depth, shares)
 
 

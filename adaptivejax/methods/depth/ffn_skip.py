@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from adaptivejax.nn.block import Block
 from adaptivejax.nn.stack import StackOutput, layer_count
 
 
@@ -53,6 +54,11 @@ def ffn_skip(
   as half a layer.
   """
   del readout
+  if not isinstance(layers, Block):
+    raise ValueError(
+      f"ffn_skip runs the two halves of a `Block` apart; this model stacks"
+      f" {type(layers).__name__}. Decode it with `plain`."
+    )
   total = layer_count(layers)
 
   def body(carry, step):

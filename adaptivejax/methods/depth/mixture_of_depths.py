@@ -13,6 +13,9 @@ generation decides by a small predictor of "is in the top-k", trained by
 cross-entropy on stopped gradients (sec. 3.5): causal, token by token.  Its
 threshold is a `Setting`, 0 after training, so that the budget can be moved.
 
+Departs: f is the block's change of its input; the router has a bias; the
+predictor's loss has weight 1 and its threshold may be moved; when generating,
+attention scores are computed for all queries and masked.
 Primitive: one static chunk in training; the `live` mask (`bucketed`) after it.
 Axes: B batch, T tokens, K tokens kept, D features.
 """

@@ -11,6 +11,7 @@ weighted mean over the sub-models n in S,
 
 No new parameters; w_n = 1 is the paper's, w_n = n the weights of CALM (2022).
 
+Departs: a weighted mean, where the paper sums.
 Primitive: `nn.every_layer` (one forward pass), then one readout at a time.
 Axes: L layers, B batch, T tokens, D features, V vocabulary, S sub-models.
 """
@@ -40,12 +41,14 @@ def sorted_loss(
     weights: w_n, one per exit; 1 if not given (static).
   """
   total = hidden.shape[0]
-  exits = exits or tuple(range(1, total + 1))
-  weights = weights or (1.0,) * len(exits)
-  if not all(1 <= n <= total for n in exits) or len(weights) != len(exits):
+  exits = tuple(range(1, total + 1)) if exits is None else exits
+  weights = (1.0,) * len(exits) if weights is None else weights
+  if not exits or not all(1 <= n <= total for n in exits):
+    raise ValueError(f"{exits=} must be one or more depths in 1..{total}.")
+  if len(weights) != len(exits) or min(weights) < 0 or sum(weights) <= 0:
     raise ValueError(
-      f"{exits=} must be depths in 1..{total}, with one weight each; got"
-      f" {weights=}."
+      f"{weights=} must be one per exit, {len(exits)}, none below 0 and not all"
+      " of them 0."
     )
 
   @jax.checkpoint  # one [B, T, V] at a time, also backwards

@@ -57,9 +57,14 @@ def unified_skip(
 
   Other arguments as in `nn.stack`.
   """
+  total, count = layer_count(layers), kept.shape[0]
+  if not 1 <= count <= total:
+    raise ValueError(
+      f"`kept` must name 1..{total} of the layers; got {count}. Make it with"
+      " `kept_layers`."
+    )
   if cache is None or x.shape[1] > 1:
     return plain(layers, x, positions, cache, readout=readout, key=key)
-  total, count = layer_count(layers), kept.shape[0]
 
   def body(carry, index):
     x, cache = carry
@@ -71,6 +76,6 @@ def unified_skip(
   shares = jnp.zeros(total).at[kept].set(cost.share)
   cost = cost.total()
   cost = cost._replace(full=cost.full * total / count)
-  depth = jnp.full(x.shape[:2], count, jnp.float32)
+  depth = jnp.full(x.shape[:2], count * layers.depth, jnp.float32)
   signals = jax.tree.map(jnp.mean, signals)
   return StackOutput(x, cache, cost, signals, depth, shares)

@@ -16,7 +16,9 @@ without training: gate_k - tilt k is maximised instead.
 
 Primitive: `level_apply`.
 Departs: the published inference runs one learner fewer for tokens at the batch
-maximum, and no task gradient reaches its gates; both are mended here.
+maximum, and no task gradient reaches its gates; both are mended here.  Only
+feed-forward layers are replaced, trained end to end (phase 3): no distillation
+of the learners (phase 1), no labels for the gate (phase 2).  `tilt` is ours.
 Axes: B batch, T tokens, D features, F hidden, M learners.
 """
 
@@ -74,6 +76,8 @@ class AdaptiveComputationModule(nnx.Module):
     live: Bool[Array, "B T"] | None = None,
     key: Key[Array, ""] | None = None,
   ) -> tuple[Float[Array, "B T D"], Cost, Signals]:
+    if live is not None:
+      x = jnp.where(live[..., None], x, 0)
     if key is not None:
       return self._train(x, live, key)
     level = self.level(x)
@@ -106,13 +110,17 @@ def split_mlp(mlp: Mlp, learners: int) -> Mlp:
   if learners < 1 or hidden % learners:
     raise ValueError(f"{learners=} must divide the {hidden} hidden neurons.")
 
-  def cut(path, a):
-    into = "down" in jax.tree_util.keystr(path)
-    if into:  # [F, D]
-      return a.reshape(learners, hidden // learners, a.shape[1])
-    return jnp.moveaxis(a.reshape(a.shape[0], learners, -1), 1, 0)
-
-  return jax.tree_util.tree_map_with_path(cut, mlp)
+  columns = lambda a: jnp.moveaxis(a.reshape(a.shape[0], learners, -1), 1, 0)
+  rows = lambda a: a.reshape(learners, hidden // learners, a.shape[1])
+  split = jax.tree.map(lambda a: a, mlp)  # a copy
+  for part, cut in (
+    (split.up, columns),
+    (split.gate, columns),
+    (split.down, rows),
+  ):
+    if part is not None:
+      part.kernel.set_value(cut(part.kernel.get_value()))
+  return split
 
 
 def _sameness(use: Float[Array, "B T M1"]) -> Float[Array, ""]:

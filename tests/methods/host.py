@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small decoder, its parameters shaken, decoded token by token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from adaptivejax.decode import FULL
+from adaptivejax.models import DecoderConfig, DecoderLM
+from adaptivejax.nn import Setting, adjust
+from tests import reference
+
+B, T, PROMPT = 3, 10, 5
+CONFIG = DecoderConfig(
+  vocab=13, layers=4, features=16, hidden=32, heads=2, kv_heads=1, tied=False
+)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 13, (B, T)))
+
+
+def shaken(module, seed=0):
+  """Parameters off their initial ones and zeros, which hide mistakes."""
+  leaves, tree = jax.tree.flatten(module)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  moved = [
+    a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys)
+  ]
+  module = jax.tree.unflatten(tree, moved)
+  return adjust(module, 0.0) if nnx.state(module, Setting) else module
+
+
+@functools.cache
+def model(layer=None, seed=0):
+  return shaken(DecoderLM(CONFIG, layer=layer, rngs=nnx.Rngs(seed)), seed)
+
+
+@jax.jit
+def decode(model, tokens, policy=FULL, prefill=FULL, cache=None):
+  """`(logits, depth, cost, cache)` of the tokens after the prompt."""
+  if cache is None:
+    cache = model.empty_cache(*tokens.shape)
+    cache = model(tokens[:, :PROMPT], cache, stack=prefill).cache
+
+  def step(cache, token):
+    out = model(token[:, None], cache, stack=policy)
+    return out.cache, (out.logits[:, 0], out.depth[:, 0], out.cost)
+
+  cache, out = lax.scan(step, cache, tokens[:, PROMPT:].T)
+  logits, depth, cost = out
+  return jnp.swapaxes(logits, 0, 1), depth.T, cost.total(), cache
+
+
+def keys_of(module, x):
+  """Keys and values of a `Block`'s tokens, head-major as in the cache."""
+  h = reference.norm(module.norm_attention, x)
+  kv = h @ module.attention.key_value.kernel.get_value()
+  k, v = jnp.split(kv.reshape(*x.shape[:2], -1, module.attention.width), 2, 2)
+  positions = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
+  k = reference.rotate(k, positions)
+  return jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
+
+
+def assert_cache_holds(cache, model, tokens, states):
+  """The cache of a decoder whose layer l ended in `states[l]`."""
+  before = [model.embedding.get_value()[tokens], *states[:-1]]
+  for i, module in enumerate(reference.layers_of(model)):
+    for got, want in zip((cache.k[i], cache.v[i]), keys_of(module, before[i])):
+      np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
