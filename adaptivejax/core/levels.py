@@ -52,16 +52,16 @@ def level_apply(
     return bucketed(f, x, level > i, block, keep=False)
 
   first = jax.tree.map(lambda a: a[0], blocks)
-  start = jax.eval_shape(lambda: step((0, first)))
-  start = jax.tree.map(
-    lambda a: vary(jnp.zeros(a.shape, a.dtype), varying_axes(a)), start
-  )
+  like, price = jax.eval_shape(lambda: step((0, first)))
+  wide = jnp.promote_types(like.dtype, jnp.float32)  # a sum of M roundings
+  zero = lambda a, dtype: vary(jnp.zeros(a.shape, dtype), varying_axes(a))
+  start = zero(like, wide), jax.tree.map(lambda a: zero(a, a.dtype), price)
 
   def body(carry, i_block):
     return jax.tree.map(jnp.add, carry, step(i_block)), None
 
   (y, cost), _ = lax.scan(body, start, (jnp.arange(count), blocks))
-  return y, cost
+  return y.astype(like.dtype), cost
 
 
 def prefix_slice(tree: Any, widths: Any) -> Any:

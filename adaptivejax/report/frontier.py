@@ -90,34 +90,39 @@ def measure_points(
   """
   read = {"decode": read_by_token, "score": read_at_once}[regime]
   text = jnp.asarray(windows, jnp.int32)
-  tokens = text.shape[0] * (text.shape[1] - 1)
+  run = lambda e: read(e.model, e.policy, text)
   points, errors = [], []
-  baseline = read(dense.model, dense.policy, text).nats
+  twin = run(dense)
   for entry in [dense, *entries]:
-    pair = [
-      lambda _, e=e: read(e.model, e.policy, text) for e in (dense, entry)
-    ]
-    base, own = interleave(pair, seconds=seconds, least=3)
-    low, middle, high = quartiles([a / b for a, b in zip(base, own)])
-    out = read(entry.model, entry.policy, text)
-    spread = float(jnp.std(out.nats - baseline)) / math.sqrt(len(windows))
-    errors.append(spread / float(baseline.mean()))
-    points.append(
-      Point(
-        method=entry.method,
-        setting=entry.setting,
-        regime=regime,
-        bits_per_byte=float(out.nats.mean()) / math.log(2),
-        tokens_per_second=tokens / quartiles(own)[1],
-        speedup=1.0 if entry is dense else middle,
-        spread=(1.0, 1.0) if entry is dense else (low, high),
-        flops_share=float(out.cost.spent / out.cost.full),
-        mean_depth=float(out.depth) if entry.policy is not FULL else None,
-        dense=entry is dense,
-      )
+    base, own = interleave(
+      [lambda _: run(dense), lambda _, e=entry: run(e)],
+      seconds=seconds,
+      least=3,
     )
+    out = run(entry)
+    gap = float(jnp.std(out.nats - twin.nats)) / math.sqrt(len(windows))
+    errors.append(gap / float(twin.nats.mean()))
+    points.append(_point(entry, entry is dense, regime, text, base, own, out))
     progress()
   return points, errors
+
+
+def _point(entry, is_dense, regime, text, base, own, out: Reading) -> Point:
+  low, middle, high = quartiles([a / b for a, b in zip(base, own)])
+  tokens = text.shape[0] * (text.shape[1] - 1)
+  exits = entry.policy is not FULL  # else every token runs every layer
+  return Point(
+    method=entry.method,
+    setting=entry.setting,
+    regime=regime,
+    bits_per_byte=float(out.nats.mean()) / math.log(2),
+    tokens_per_second=tokens / quartiles(own)[1],
+    speedup=1.0 if is_dense else middle,
+    spread=(1.0, 1.0) if is_dense else (low, high),
+    flops_share=float(out.cost.share),
+    mean_depth=float(out.depth) if exits else None,
+    dense=is_dense,
+  )
 
 
 def exit_threshold(
