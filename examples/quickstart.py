@@ -4,7 +4,7 @@
   make demo QUICK=1    the same path in about a minute: figures mean nothing
 
 Trains four byte-level decoders of one size on the Python standard library: the
-dense twin, one whose every layer is an exit, one with Mixture-of-Depths, one
+dense twin, one with four exits, one with Mixture-of-Depths, one
 with Adaptive Computation Modules.  Sets each to several budgets on training
 text, measures quality and speed on held-out files, and writes the report.
 """
@@ -13,11 +13,14 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from rich.console import Console
 from rich.progress import Progress
 
 from adaptivejax import decode, report
+from adaptivejax.methods.depth import calm, unified_skip
 from adaptivejax.report.frontier import (
   Entry,
   at_budget,
@@ -28,6 +31,7 @@ from adaptivejax.report.frontier import (
 )
 from adaptivejax.training import data, train
 from configs.quickstart import acm, dense, exits, mod
+from configs.quickstart.common import EXITS
 
 OUT = Path("runs/quickstart")
 PROMPT = b'''def load(path, encoding="utf-8"):
@@ -88,14 +92,18 @@ def entries(models: dict, calibration: np.ndarray, quick: bool):
   policy, layers = decode.make_policy, dense.MODEL.layers
   some = lambda *settings: settings[:1] if quick else settings
   exits_, twin = models["exits"], models["dense"]
-  by_token = [Entry("exits, all layers", "8 of 8 layers", exits_)]
-  for depth in some(4, 2, 3, 5, 6):
-    level = exit_threshold(exits_, calibration, depth)
-    setting = f"{depth} of {layers} layers, λ={level:.2f}"
+  by_token = [Entry("exits, all layers", f"{layers} of {layers}", exits_)]
+  for depth in some(*EXITS[1::-1]):
+    first = Partial(unified_skip, kept=jnp.arange(depth))
     by_token.append(
-      Entry("CALM", setting, exits_, policy("calm", exits_, level))
+      Entry("sorted sub-model", f"{depth} of {layers} layers", exits_, first)
     )
-  for speedup in some(2, 1.34):
+  for depth in some(7, 6, 9):
+    level = exit_threshold(exits_, calibration, depth, EXITS[0])
+    setting = f"mean {depth} of {layers} layers, λ={level:.2f}"
+    leave = Partial(calm, threshold=jnp.float32(level), min_depth=EXITS[0])
+    by_token.append(Entry("CALM", setting, exits_, leave))
+  for speedup in some(1.5, 2):
     plan = policy("unified", twin, speedup)
     kept = f"{plan.keywords['kept'].size} of {layers} layers"
     by_token.append(Entry("unified skip", kept, twin, plan))
@@ -138,8 +146,8 @@ def main() -> None:
         progress=lambda: bar.advance(task),
       )
       points, errors = points + made, errors + error
-  calm = next(e for e in by_token if e.method == "CALM")
-  shown = [calm, *(e for e in at_once if e.method != "FFN-SkipLLM")]
+  sure = next(e for e in by_token if e.method == "CALM")
+  shown = [sure, *(e for e in at_once if e.method != "FFN-SkipLLM")]
   shown = list({entry.method: entry for entry in reversed(shown)}.values())
   text = bytes(test[-1][1:].astype(np.uint8))
   folder = OUT.with_name("quickstart-quick") if quick else OUT
@@ -150,7 +158,7 @@ def main() -> None:
     points=tuple(points),
     curves=tuple(report.curve(folder_of(n, quick), n) for n in models),
     snippets=tuple(snippet(entry, text) for entry in shown),
-    samples=tuple(samples((twin, calm), PROMPT, 32 if quick else 128)),
+    samples=tuple(samples((twin, sure), PROMPT, 32 if quick else 128)),
     measured=(*MEASURED, ERROR.format(len(test), max(errors))),
     notes=NOTES,
   )

@@ -28,7 +28,9 @@ class Attention(nnx.Module):
     *,
     rngs: nnx.Rngs,
   ):
-    kv_heads = kv_heads or heads
+    kv_heads = heads if kv_heads is None else kv_heads
+    if min(heads, kv_heads) < 1:
+      raise ValueError(f"{heads=} and {kv_heads=} must be at least 1.")
     if features % heads or heads % kv_heads or (features // heads) % 2:
       raise ValueError(
         f"{heads=} must divide {features=} into heads of even width, and"

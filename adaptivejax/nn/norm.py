@@ -14,6 +14,7 @@ class RMSNorm(nnx.Module):
   """Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467, eq. 4."""
 
   def __init__(self, features: int, *, epsilon: float = 1e-6):
+    _check(features)
     self.scale = nnx.Param(jnp.ones(features))
     self.epsilon = epsilon
 
@@ -28,6 +29,7 @@ class LayerNorm(nnx.Module):
   """Ba et al., 2016, https://arxiv.org/abs/1607.06450, eq. 4."""
 
   def __init__(self, features: int, *, epsilon: float = 1e-6):
+    _check(features)
     self.scale = nnx.Param(jnp.ones(features))
     self.bias = nnx.Param(jnp.zeros(features))
     self.epsilon = epsilon
@@ -39,3 +41,8 @@ class LayerNorm(nnx.Module):
     y = (wide * jax.lax.rsqrt(power + self.epsilon)).astype(x.dtype)
     scale, bias = self.scale.get_value(), self.bias.get_value()
     return y * scale.astype(x.dtype) + bias.astype(x.dtype)
+
+
+def _check(features: int) -> None:
+  if features < 1:
+    raise ValueError(f"a norm needs at least one feature; got {features=}.")

@@ -126,12 +126,19 @@ def _point(entry, is_dense, regime, text, base, own, out: Reading) -> Point:
 
 
 def exit_threshold(
-  model, windows: Int[np.ndarray, "W S"], depth: float
+  model, windows: Int[np.ndarray, "W S"], depth: float, min_depth: int = 1
 ) -> float:
-  """The confidence at which tokens leave after `depth` layers on average."""
+  """The confidence at which tokens leave after `depth` layers on average.
+
+  Args:
+    model: a `DecoderLM`.
+    windows: calibration text.
+    depth: wished mean.
+    min_depth: layers that every token runs.
+  """
   out = model(jnp.asarray(windows, jnp.int32), stack=every_layer)
-  sure = exit_confidence(out.hidden, model.readout)
-  return solve_depth_threshold(np.asarray(sure), depth)
+  sure = exit_confidence(out.hidden[min_depth - 1 :], model.readout)
+  return solve_depth_threshold(np.asarray(sure), depth - min_depth + 1)
 
 
 def at_budget(

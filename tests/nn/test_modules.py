@@ -47,7 +47,7 @@ def test_a_block_passes_dead_tokens_and_never_reads_them():
 def test_gradients_of_a_block_never_read_dead_tokens():
   def loss(block, x):
     y = block(x, POSITIONS, live=LIVE)[0]
-    return jnp.where(LIVE[..., None], jnp.sin(y), 0).sum()
+    return jnp.sin(jnp.where(LIVE[..., None], y, 0)).sum()
 
   grad = jax.grad(loss, argnums=(0, 1))
   block = decoder_block(CONFIG, nnx.Rngs(0))
@@ -104,11 +104,14 @@ def test_adjust_sets_every_setting_of_a_copy():
   ("call", "words"),
   [
     (lambda r: Attention(16, 3, rngs=r), "heads"),
+    (lambda r: Attention(16, 0, rngs=r), "heads"),
+    (lambda r: Attention(16, 4, 0, rngs=r), "kv_heads"),
+    (lambda r: Attention(0, 1, rngs=r), "features"),
     (lambda r: Attention(16, 4, 3, rngs=r), "kv_heads"),
     (lambda r: Attention(12, 4, rngs=r), "even width"),
     (lambda r: Router(16, 0, rngs=r), "choices"),
     (lambda r: Router(16, hidden=0, rngs=r), "hidden"),
-    (lambda r: Mlp(16, 0, rngs=r), "hidden"),
+    (lambda r: Mlp(16, 0, rngs=r), "features_out=0"),
     (lambda r: Mlp(-1, 8, rngs=r), "features"),
     (lambda r: adjust(Mlp(16, 32, rngs=r), 1.0), "Setting"),
     (lambda r: RMSNorm(0), "features"),
