@@ -89,11 +89,21 @@ def test_tokens_that_are_not_live_get_zero():
   live = jnp.arange(8) % 3 == jnp.zeros((3, 1), jnp.int32)
   nan = jnp.where(live[..., None], X, jnp.nan)
   for key in (None, KEY):
-    y, _, signals = module()(nan, live, key)
+    y, cost, signals = module()(nan, live, key)
     want = module()(X, live, key)[0]
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
     assert not np.any(np.asarray(y)[~np.asarray(live)])
     assert np.isfinite(signals.share)
+    if key is None:
+      asked = np.where(live, module().level(X), 0).sum()
+      assert cost.items == asked
+
+
+def test_training_pays_for_all_learners_and_the_gate():
+  cost = module()(X, key=KEY)[1]
+  gate = 2 * X[..., 0].size * (D * 16 + 16 * (M + 1))
+  np.testing.assert_allclose(cost.full, 4 * X.size * F)
+  np.testing.assert_allclose(cost.spent, cost.full + gate)
 
 
 def test_training_computes_a_sampled_level():

@@ -78,18 +78,19 @@ class AdaptiveComputationModule(nnx.Module):
   ) -> tuple[Float[Array, "B T D"], Cost, Signals]:
     if live is not None:
       x = jnp.where(live[..., None], x, 0)
-    if key is not None:
-      return self._train(x, live, key)
+    if key is None:
+      y, cost, signals = self._infer(x, live)
+    else:
+      y, cost, signals = self._train(x, live, key)
+    gate = flops(lambda g, x: g(x), self.gate, x)
+    return y, cost._replace(spent=cost.spent + gate), signals
+
+  def _infer(self, x, live) -> tuple[Array, Cost, Signals]:
     level = self.level(x)
     level = level if live is None else jnp.where(live, level, 0)
     y, cost = level_apply(lambda r, m: m.rows(r), x, level, self.learners)
-    gate = flops(lambda g, x: g(x), self.gate, x)
     share = jnp.mean(level, dtype=jnp.float32) / self.count
-    return (
-      y,
-      cost._replace(spent=cost.spent + gate),
-      Signals(share, jnp.float32(0)),
-    )
+    return y, cost, Signals(share, jnp.float32(0))
 
   def _train(self, x, live, key) -> tuple[Array, Cost, Signals]:
     logits = self.gate(x).astype(jnp.float32)
