@@ -90,10 +90,10 @@ def windows(quick: bool) -> tuple[np.ndarray, np.ndarray]:
 def entries(models: dict, calibration: np.ndarray, quick: bool):
   """The methods at their budgets: `(decode, score)`."""
   policy, layers = decode.make_policy, dense.MODEL.layers
-  some = lambda *settings: settings[:1] if quick else settings
+  some = lambda *settings: settings[:1] if quick else sorted(settings)
   exits_, twin = models["exits"], models["dense"]
   by_token = [Entry("exits, all layers", f"{layers} of {layers}", exits_)]
-  for depth in some(*EXITS[1::-1]):
+  for depth in some(EXITS[1], EXITS[0]):
     first = Partial(unified_skip, kept=jnp.arange(depth))
     by_token.append(
       Entry("sorted sub-model", f"{depth} of {layers} layers", exits_, first)
