@@ -14,6 +14,8 @@ from adaptivejax.core.budget import (
 from adaptivejax.core.cache import (
   KVCache,
   append,
+  commit_path,
+  crop,
   kv_propagate,
   leave_empty,
   share_from,
@@ -54,7 +56,9 @@ __all__ = [
   "budget_loss",
   "chunk_union",
   "coins",
+  "commit_path",
   "compact",
+  "crop",
   "cross_entropy",
   "default_cover",
   "depth_loop",
