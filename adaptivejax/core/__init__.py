@@ -21,12 +21,14 @@ from adaptivejax.core.cache import (
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.covers import Cover, coins, default_cover, ladder, tiles
 from adaptivejax.core.depth import Depth, depth_loop, depth_scan
+from adaptivejax.core.drafts import Verified, draft_verify
 from adaptivejax.core.levels import level_apply, prefix_slice
 from adaptivejax.core.losses import (
   accuracy,
   binary_cross_entropy,
   cross_entropy,
 )
+from adaptivejax.core.sampling import Draw, Sampling, log_probs
 from adaptivejax.core.select import (
   chunk_union,
   compact,
@@ -38,15 +40,22 @@ from adaptivejax.core.select import (
   top_k,
   top_p,
 )
+from adaptivejax.core.trees import Path, Tree, ancestors, depths, tree_verify
 
 __all__ = [
   "Cost",
   "Cover",
   "Depth",
+  "Draw",
   "KVCache",
   "Keys",
+  "Path",
+  "Sampling",
   "Signals",
+  "Tree",
+  "Verified",
   "accuracy",
+  "ancestors",
   "append",
   "attend",
   "binary_cross_entropy",
@@ -59,6 +68,8 @@ __all__ = [
   "default_cover",
   "depth_loop",
   "depth_scan",
+  "depths",
+  "draft_verify",
   "exit_depth",
   "exit_fractions",
   "expert_choice",
@@ -69,6 +80,7 @@ __all__ = [
   "ladder",
   "leave_empty",
   "level_apply",
+  "log_probs",
   "masked",
   "prefix_slice",
   "rotary",
@@ -81,4 +93,5 @@ __all__ = [
   "tiles",
   "top_k",
   "top_p",
+  "tree_verify",
 ]
