@@ -23,6 +23,7 @@ from adaptivejax.core.cache import (
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.covers import Cover, coins, default_cover, ladder, tiles
 from adaptivejax.core.depth import Depth, depth_loop, depth_scan
+from adaptivejax.core.drafts import Verified, draft_verify
 from adaptivejax.core.halting import (
   EntropyRing,
   Streak,
@@ -42,6 +43,7 @@ from adaptivejax.core.losses import (
   binary_cross_entropy,
   cross_entropy,
 )
+from adaptivejax.core.sampling import Draw, Sampling, log_probs
 from adaptivejax.core.select import (
   chunk_union,
   compact,
@@ -53,17 +55,25 @@ from adaptivejax.core.select import (
   top_k,
   top_p,
 )
+from adaptivejax.core.staged import freeze, masked_scan, staged_while
+from adaptivejax.core.trees import Path, Tree, ancestors, depths, tree_verify
 
 __all__ = [
   "Cost",
   "Cover",
   "Depth",
   "EntropyRing",
+  "Draw",
   "KVCache",
   "Keys",
+  "Path",
+  "Sampling",
   "Signals",
   "Streak",
+  "Tree",
+  "Verified",
   "accuracy",
+  "ancestors",
   "append",
   "attend",
   "binary_cross_entropy",
@@ -81,11 +91,16 @@ __all__ = [
   "depth_loop",
   "depth_scan",
   "entropy",
+  "depths",
+  "draft_verify",
   "exit_depth",
   "exit_distribution",
   "exit_fractions",
   "expert_choice",
   "flops",
+  "freeze",
+  "masked_scan",
+  "staged_while",
   "gumbel_sigmoid",
   "gumbel_softmax",
   "kv_propagate",
@@ -94,6 +109,7 @@ __all__ = [
   "level_apply",
   "logit_margin",
   "margin",
+  "log_probs",
   "masked",
   "max_prob",
   "patience",
@@ -109,4 +125,5 @@ __all__ = [
   "tiles",
   "top_k",
   "top_p",
+  "tree_verify",
 ]
