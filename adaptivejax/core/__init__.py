@@ -27,6 +27,13 @@ from adaptivejax.core.losses import (
   binary_cross_entropy,
   cross_entropy,
 )
+from adaptivejax.core.plans import (
+  PlanTable,
+  run_anyway,
+  run_if,
+  run_plan,
+  specialize,
+)
 from adaptivejax.core.select import (
   chunk_union,
   compact,
@@ -45,6 +52,7 @@ __all__ = [
   "Depth",
   "KVCache",
   "Keys",
+  "PlanTable",
   "Signals",
   "accuracy",
   "append",
@@ -72,10 +80,14 @@ __all__ = [
   "masked",
   "prefix_slice",
   "rotary",
+  "run_anyway",
+  "run_if",
+  "run_plan",
   "share_from",
   "solve_depth_threshold",
   "solve_exit_thresholds",
   "solve_setting",
+  "specialize",
   "straight_through",
   "threshold",
   "tiles",

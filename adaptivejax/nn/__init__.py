@@ -6,6 +6,7 @@ from adaptivejax.nn.block import Block, Group
 from adaptivejax.nn.functional import functional
 from adaptivejax.nn.mlp import Mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
+from adaptivejax.nn.plan import by_plan
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.setting import Setting, adjust
 from adaptivejax.nn.stack import StackOutput, every_layer, plain
@@ -21,6 +22,7 @@ __all__ = [
   "Setting",
   "StackOutput",
   "adjust",
+  "by_plan",
   "every_layer",
   "functional",
   "plain",

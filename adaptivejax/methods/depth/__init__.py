@@ -2,6 +2,7 @@
 """Methods that spend compute on fewer layers."""
 
 from adaptivejax.methods.depth.calm import calm, exit_confidence
+from adaptivejax.methods.depth.evopress import divergence, evolve
 from adaptivejax.methods.depth.ffn_skip import ffn_skip
 from adaptivejax.methods.depth.mixture_of_depths import MixtureOfDepths
 from adaptivejax.methods.depth.sorted_fine_tuning import sorted_loss
@@ -13,6 +14,8 @@ from adaptivejax.methods.depth.unified_layer_skipping import (
 __all__ = [
   "MixtureOfDepths",
   "calm",
+  "divergence",
+  "evolve",
   "exit_confidence",
   "ffn_skip",
   "kept_layers",
