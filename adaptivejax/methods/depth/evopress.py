@@ -7,13 +7,12 @@ A plan drops so many attention and so many feed-forward halves of the layers.
 From the best plan so far, (1 + lambda) evolution makes lambda offspring by
 min(u, v) swaps of a kept and a dropped half of one kind, u and v drawn from
 1..3, and sieves them in stages, fewer plans on more text each time; the parent
-competes in the last.  The fitness, KL(p_dense || p_plan) in nats per token, sees
-what layers do for each other, which scores of single layers do not.
+competes in the last.  The fitness, KL(p_dense || p_plan) per token, sees what
+layers do for each other, which scores of single layers do not.
 
 Primitive: `nn.by_plan` (`run_if`), plans being data: one program per stage.
 Departs: drops only, no levels of sparsity or bit-width.
-Axes: P plans, U units, K kinds (attention, feed-forward), L layers, N windows,
-S bytes of a window.
+Axes: P plans, U units, K kinds of them, L layers, N windows, S tokens of each.
 """
 
 from collections.abc import Callable
@@ -75,8 +74,7 @@ def evolve(
       plans = _sieve(fitness, plans, samples, rng)[0][:survivors]
     plans = parent + plans  # elitism; the parent wins ties
     plans, worth = _sieve(fitness, plans, stages[-1][1], rng)
-    parent = plans[:1]
-    history.append(worth)
+    parent, history = plans[:1], [*history, worth]
     progress(generation, worth)
     plans = [mutate(parent[0], rng) for _ in range(offspring)]
   return Evolution(parent[0], history)
@@ -103,7 +101,7 @@ def mutate(
 
 
 def divergence(model, text: Int[Array, "N S"]) -> Fitness:
-  """KL from the whole model to the model under a plan, on windows of `text`."""
+  """KL from the whole model to the model under a plan, on rows of `text`."""
 
   @jax.jit
   def kl(model, text, plans: Bool[Array, "P L 2"]) -> Float[Array, " P"]:
