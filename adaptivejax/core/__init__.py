@@ -14,6 +14,8 @@ from adaptivejax.core.budget import (
 from adaptivejax.core.cache import (
   KVCache,
   append,
+  commit_path,
+  crop,
   kv_propagate,
   leave_empty,
   share_from,
@@ -21,6 +23,20 @@ from adaptivejax.core.cache import (
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.covers import Cover, coins, default_cover, ladder, tiles
 from adaptivejax.core.depth import Depth, depth_loop, depth_scan
+from adaptivejax.core.drafts import Verified, draft_verify
+from adaptivejax.core.halting import (
+  EntropyRing,
+  Streak,
+  cdf,
+  delta,
+  entropy,
+  exit_distribution,
+  logit_margin,
+  margin,
+  max_prob,
+  patience,
+  saturation,
+)
 from adaptivejax.core.levels import level_apply, prefix_slice
 from adaptivejax.core.losses import (
   accuracy,
@@ -34,6 +50,7 @@ from adaptivejax.core.plans import (
   run_plan,
   specialize,
 )
+from adaptivejax.core.sampling import Draw, Sampling, log_probs
 from adaptivejax.core.select import (
   chunk_union,
   compact,
@@ -45,44 +62,71 @@ from adaptivejax.core.select import (
   top_k,
   top_p,
 )
+from adaptivejax.core.staged import freeze, masked_scan, staged_while
+from adaptivejax.core.trees import Path, Tree, ancestors, depths, tree_verify
 
 __all__ = [
   "Cost",
   "Cover",
   "Depth",
+  "EntropyRing",
+  "Draw",
   "KVCache",
   "Keys",
   "PlanTable",
+  "Path",
+  "Sampling",
   "Signals",
+  "Streak",
+  "Tree",
+  "Verified",
   "accuracy",
+  "ancestors",
   "append",
   "attend",
   "binary_cross_entropy",
   "bucketed",
   "budget_loss",
+  "cdf",
   "chunk_union",
   "coins",
+  "commit_path",
   "compact",
+  "crop",
   "cross_entropy",
   "default_cover",
+  "delta",
   "depth_loop",
   "depth_scan",
+  "entropy",
+  "depths",
+  "draft_verify",
   "exit_depth",
+  "exit_distribution",
   "exit_fractions",
   "expert_choice",
   "flops",
+  "freeze",
+  "masked_scan",
+  "staged_while",
   "gumbel_sigmoid",
   "gumbel_softmax",
   "kv_propagate",
   "ladder",
   "leave_empty",
   "level_apply",
+  "logit_margin",
+  "margin",
+  "log_probs",
   "masked",
+  "max_prob",
+  "patience",
   "prefix_slice",
   "rotary",
   "run_anyway",
   "run_if",
   "run_plan",
+  "saturation",
   "share_from",
   "solve_depth_threshold",
   "solve_exit_thresholds",
@@ -93,4 +137,5 @@ __all__ = [
   "tiles",
   "top_k",
   "top_p",
+  "tree_verify",
 ]
