@@ -24,8 +24,9 @@ from jax import lax
 from jax.tree_util import Partial
 
 from adaptivejax.core import buckets, depth, levels, plans
-from adaptivejax.core.cost import Cost
+from adaptivejax.core.cost import Cost, flops
 from adaptivejax.methods.depth import (
+  DuoMlp,
   MixtureOfDepths,
   calm,
   ffn_skip,
@@ -151,7 +152,13 @@ def parameters(case: Case, seed: int = 0):
 def dense_twin():
   """Every executor replaced by its masked-dense twin."""
   with contextlib.ExitStack() as stack:
-    for module in ("core.levels", "nn.mlp", "nn.attention", "core.buckets"):
+    for module in (
+      "core.levels",
+      "nn.mlp",
+      "nn.attention",
+      "core.buckets",
+      "methods.depth.duo_llm",
+    ):
       name = f"adaptivejax.{module}.bucketed"
       stack.enter_context(mock.patch(name, buckets.masked))
     for module in ("core.depth", "methods.depth.calm"):
@@ -500,11 +507,34 @@ def _modules_call(module, x, budget, key=None):
   return y, cost
 
 
+def _duo(rngs):
+  return DuoMlp(Mlp(D, F // 4, rngs=rngs), _mlp(rngs), D, rngs=rngs)
+
+
+def _duo_overhead(module, x):
+  """The router, and the small layer beside the rounding up of both."""
+  rows = lambda m, x: m.small.rows(x)
+  return _routing(module, x) + flops(rows, module, x)
+
+
+def _certain_duo(module, tax):
+  module = jax.tree.map(lambda a: a, module)  # a copy
+  bias = module.router.outer.bias
+  bias.set_value(bias.get_value() - tax * jnp.arange(3.0))
+  return module
+
+
+def _poisoned_duo(params, x):
+  out = adjust(params, 3.0).choose(x)[..., None] == 0
+  return params, jnp.where(out, jnp.nan, x), np.float32(3), out
+
+
 def _poisoned_modules(params, x):
   out = adjust(params, float(SOME)).level(x)[..., None] == 0
   return params, jnp.where(out, jnp.nan, x), SOME, out
 
 
+_both_run = "training computes both sizes for all tokens"
 _static_capacity = "the top-k of training has a static size"
 _no_zero = "a capacity of 0 is refused: leave the block out"
 _all_selected = "training computes all learners for all tokens"
@@ -586,6 +616,45 @@ LAYERS = [
       "row": _noise,
       "shard_map": _noise,
       "cost": _all_selected,
+    },
+  ),
+  Case(
+    "duo_llm",
+    "depth.duo_llm",
+    _duo,
+    _sequence,
+    _modules_call,
+    full=ALL,
+    some=np.float32(3),
+    none=NO,
+    place=adjust,
+    dense=lambda m, x: reference.mlp(m.big, x),
+    least=lambda m, x: jnp.zeros_like(x),
+    poison=_poisoned_duo,
+    overhead=_duo_overhead,
+  ),
+  Case(
+    "duo_llm.training",
+    "depth.duo_llm",
+    _duo,
+    _sequence,
+    lambda m, x, b: _modules_call(m, x, b, jax.random.key(0)),
+    full=ALL,
+    some=np.float32(3),
+    none=NO,
+    place=_certain_duo,
+    dense=lambda m, x: reference.mlp(m.big, x),
+    least=lambda m, x: jnp.zeros_like(x),
+    overhead=_duo_overhead,
+    unless={
+      "oracle": "it is masked-dense itself",
+      "gradient": "it is masked-dense itself",
+      "cover": _no_rows,
+      "poison": _both_run,
+      "poison_gradient": _both_run,
+      "row": _noise,
+      "shard_map": _noise,
+      "cost": _both_run,
     },
   ),
 ]

@@ -2,6 +2,13 @@
 """Methods that spend compute on fewer layers."""
 
 from adaptivejax.methods.depth.calm import calm, exit_confidence
+from adaptivejax.methods.depth.duo_llm import (
+  DuoMlp,
+  follow,
+  oracle,
+  pattern_losses,
+  patterns,
+)
 from adaptivejax.methods.depth.evopress import divergence, evolve
 from adaptivejax.methods.depth.ffn_skip import ffn_skip
 from adaptivejax.methods.depth.mixture_of_depths import MixtureOfDepths
@@ -12,6 +19,11 @@ from adaptivejax.methods.depth.unified_layer_skipping import (
 )
 
 __all__ = [
+  "DuoMlp",
+  "follow",
+  "oracle",
+  "pattern_losses",
+  "patterns",
   "MixtureOfDepths",
   "calm",
   "divergence",
