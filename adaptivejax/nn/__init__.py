@@ -6,6 +6,7 @@ from adaptivejax.nn.block import Block, Group
 from adaptivejax.nn.functional import functional
 from adaptivejax.nn.mlp import Mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
+from adaptivejax.nn.plan import by_plan
 from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.setting import Setting, adjust
@@ -32,6 +33,7 @@ __all__ = [
   "StackOutput",
   "Step",
   "adjust",
+  "by_plan",
   "every_layer",
   "functional",
   "plain",

@@ -2,6 +2,14 @@
 """Methods that spend compute on fewer layers."""
 
 from adaptivejax.methods.depth.calm import calm, exit_confidence
+from adaptivejax.methods.depth.duo_llm import (
+  DuoMlp,
+  follow,
+  oracle,
+  pattern_losses,
+  patterns,
+)
+from adaptivejax.methods.depth.evopress import divergence, evolve
 from adaptivejax.methods.depth.ffn_skip import ffn_skip
 from adaptivejax.methods.depth.layer_skip import (
   dropout_rates,
@@ -16,14 +24,21 @@ from adaptivejax.methods.depth.unified_layer_skipping import (
 )
 
 __all__ = [
+  "DuoMlp",
   "MixtureOfDepths",
   "calm",
+  "divergence",
   "dropout_rates",
+  "evolve",
   "exit_confidence",
   "exit_weights",
   "ffn_skip",
+  "follow",
   "kept_layers",
   "layer_dropout",
+  "oracle",
+  "pattern_losses",
+  "patterns",
   "sorted_loss",
   "unified_skip",
 ]
