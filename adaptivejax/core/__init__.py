@@ -23,6 +23,7 @@ from adaptivejax.core.covers import Cover, coins, default_cover, ladder, tiles
 from adaptivejax.core.depth import Depth, depth_loop, depth_scan
 from adaptivejax.core.halting import (
   EntropyRing,
+  Ponder,
   Streak,
   cdf,
   delta,
@@ -32,6 +33,7 @@ from adaptivejax.core.halting import (
   margin,
   max_prob,
   patience,
+  ponder,
   saturation,
 )
 from adaptivejax.core.levels import level_apply, prefix_slice
@@ -59,6 +61,7 @@ __all__ = [
   "EntropyRing",
   "KVCache",
   "Keys",
+  "Ponder",
   "Signals",
   "Streak",
   "accuracy",
@@ -93,6 +96,7 @@ __all__ = [
   "masked",
   "max_prob",
   "patience",
+  "ponder",
   "prefix_slice",
   "rotary",
   "saturation",

@@ -5,30 +5,19 @@ The oracle runs the encoder in plain NumPy-like `jnp`, all keys visible, and
 asks the rule row by row.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.tree_util import Partial
 
 from adaptivejax.core import max_prob
 from adaptivejax.models import Classifier, ClassifierConfig
-from tests import reference
-from tests.methods.host import shaken
+from tests.methods.host import ENCODER as CONFIG
+from tests.methods.host import INPUTS, ROWS, every_exit
+from tests.methods.host import encoder as model
 
-CONFIG = ClassifierConfig(
-  tokens=5, inputs=3, classes=4, layers=4, features=16, hidden=24, heads=2
-)
-K, B = CONFIG.layers, 9
-INPUTS = jax.random.normal(jax.random.key(0), (B, 5, 3))
-
-
-@functools.cache
-def model():
-  return shaken(Classifier(CONFIG, rngs=nnx.Rngs(0)))
+K, B = CONFIG.layers, ROWS
 
 
 def sure(threshold, l, logits, pooled, memory):
@@ -48,14 +37,9 @@ def answer(model, inputs, threshold, min_exit=1):
   return model(inputs, Partial(sure, threshold), min_exit=min_exit)
 
 
-def exits_of(model, inputs):
-  """`(logits [K, B, C], pooled [K, B, D])`."""
-  return reference.classifier(model, inputs)
-
-
 def test_every_exit_is_the_plain_encoder():
   got = jax.jit(Classifier.every_exit)(model(), INPUTS)
-  logits, pooled = exits_of(model(), INPUTS)
+  logits, pooled = every_exit()
   np.testing.assert_allclose(got.logits, logits, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(got.pooled, pooled, rtol=1e-4, atol=1e-5)
 
@@ -76,7 +60,7 @@ def test_tokens_see_both_ways():
   ("threshold", "least"), [(0.4, 1), (0.5, 1), (0.4, 3), (0.6, 2)]
 )
 def test_rows_leave_at_their_first_sure_exit(threshold, least):
-  logits, _ = exits_of(model(), INPUTS)
+  logits, _ = every_exit()
   is_sure = np.array(jax.nn.softmax(logits, -1).max(-1)) >= threshold
   is_sure[: least - 1], is_sure[-1] = False, True
   want = is_sure.argmax(0)
@@ -91,7 +75,7 @@ def test_rows_leave_at_their_first_sure_exit(threshold, least):
 def test_the_rule_has_a_memory():
   start = {"last": jnp.full(B, -1), "asked": jnp.zeros(B, jnp.int32)}
   got = model()(INPUTS, counting, start)
-  said = np.array(exits_of(model(), INPUTS)[0]).argmax(-1)
+  said = np.array(every_exit()[0]).argmax(-1)
   same = np.vstack([np.zeros(B, bool), said[1:] == said[:-1]])
   same[-1] = True
   np.testing.assert_array_equal(got.exit, same.argmax(0) + 1)
