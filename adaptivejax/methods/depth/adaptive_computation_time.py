@@ -80,7 +80,8 @@ class AdaptiveComputationTime(Layer):
     run = depth_loop if key is None else depth_scan
     state, memory = (keys, given, Cost.zero()), Ponder.start(fold(x))
     out = run(step, times, fold(x), state, halt, memory)
-    ran, cost = out.depth.max(), out.state[-1]
+    ran = out.depth.max() if key is None else len(times)
+    cost = out.state[-1]
     asked = flops(self.router, x) * ran
     full = cost.full * len(times) / ran
     cost = cost._replace(spent=cost.spent + asked, full=full)
