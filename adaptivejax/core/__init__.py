@@ -26,6 +26,7 @@ from adaptivejax.core.depth import Depth, depth_loop, depth_scan
 from adaptivejax.core.drafts import Verified, draft_verify
 from adaptivejax.core.halting import (
   EntropyRing,
+  Ponder,
   Streak,
   cdf,
   delta,
@@ -35,6 +36,7 @@ from adaptivejax.core.halting import (
   margin,
   max_prob,
   patience,
+  ponder,
   saturation,
 )
 from adaptivejax.core.levels import level_apply, prefix_slice
@@ -76,6 +78,7 @@ __all__ = [
   "Keys",
   "Path",
   "PlanTable",
+  "Ponder",
   "Sampling",
   "Signals",
   "Streak",
@@ -122,6 +125,7 @@ __all__ = [
   "masked_scan",
   "max_prob",
   "patience",
+  "ponder",
   "prefix_slice",
   "rotary",
   "run_anyway",

@@ -1,6 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods that spend compute on fewer layers."""
 
+from adaptivejax.methods.depth import (
+  deer_vla,
+  dynamic_perceiver,
+  jei_dnn,
+  pabee,
+  ponder_net,
+)
+from adaptivejax.methods.depth.adaptive_computation_time import (
+  AdaptiveComputationTime,
+)
 from adaptivejax.methods.depth.calm import calm, exit_confidence
 from adaptivejax.methods.depth.duo_llm import (
   DuoMlp,
@@ -24,21 +34,27 @@ from adaptivejax.methods.depth.unified_layer_skipping import (
 )
 
 __all__ = [
+  "AdaptiveComputationTime",
   "DuoMlp",
   "MixtureOfDepths",
   "calm",
+  "deer_vla",
   "divergence",
   "dropout_rates",
+  "dynamic_perceiver",
   "evolve",
   "exit_confidence",
   "exit_weights",
   "ffn_skip",
   "follow",
+  "jei_dnn",
   "kept_layers",
   "layer_dropout",
   "oracle",
+  "pabee",
   "pattern_losses",
   "patterns",
+  "ponder_net",
   "sorted_loss",
   "unified_skip",
 ]
