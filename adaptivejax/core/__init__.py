@@ -42,6 +42,12 @@ from adaptivejax.core.losses import (
   binary_cross_entropy,
   cross_entropy,
 )
+from adaptivejax.core.risk import (
+  hoeffding,
+  hoeffding_bentkus,
+  learn_then_test,
+  pareto_front,
+)
 from adaptivejax.core.select import (
   chunk_union,
   compact,
@@ -88,14 +94,18 @@ __all__ = [
   "flops",
   "gumbel_sigmoid",
   "gumbel_softmax",
+  "hoeffding",
+  "hoeffding_bentkus",
   "kv_propagate",
   "ladder",
+  "learn_then_test",
   "leave_empty",
   "level_apply",
   "logit_margin",
   "margin",
   "masked",
   "max_prob",
+  "pareto_front",
   "patience",
   "prefix_slice",
   "rotary",
