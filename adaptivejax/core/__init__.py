@@ -22,7 +22,7 @@ from adaptivejax.core.cache import (
 )
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.covers import Cover, coins, default_cover, ladder, tiles
-from adaptivejax.core.depth import Depth, depth_loop, depth_scan
+from adaptivejax.core.depth import Depth, depth_loop, depth_scan, only_after
 from adaptivejax.core.halting import (
   EntropyRing,
   Streak,
@@ -105,6 +105,7 @@ __all__ = [
   "margin",
   "masked",
   "max_prob",
+  "only_after",
   "pareto_front",
   "patience",
   "prefix_slice",

@@ -29,3 +29,23 @@ def adjust(model: M, value: Float[Array, ""] | float) -> M:
     )
   changed = jax.tree.map(lambda a: jnp.full_like(a, value), settings)
   return nnx.merge(graph, changed, rest)
+
+
+def refuse_nan(**settings) -> None:
+  """Raises ValueError for a setting that is NaN, unless it is traced.
+
+  No comparison with NaN is true: it would silently mean never.
+  """
+  for name, value in settings.items():
+    for leaf in jax.tree.leaves(value):
+      traced = isinstance(leaf, jax.core.Tracer)
+      if not traced and jnp.ndim(leaf) == 0 and _is_nan(leaf):
+        raise ValueError(
+          f"`{name}` is NaN, which compares with nothing: give a number; one"
+          " out of range, such as 2, means never."
+        )
+
+
+def _is_nan(leaf) -> bool:
+  dtype = jnp.asarray(leaf).dtype
+  return jnp.issubdtype(dtype, jnp.floating) and bool(jnp.isnan(leaf))

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods that spend compute on fewer layers."""
 
-from adaptivejax.methods.depth.calm import calm, exit_confidence
+from adaptivejax.methods.depth.calm import calm, meta_loss
 from adaptivejax.methods.depth.ffn_skip import ffn_skip
 from adaptivejax.methods.depth.mixture_of_depths import MixtureOfDepths
-from adaptivejax.methods.depth.sorted_fine_tuning import sorted_loss
+from adaptivejax.methods.depth.sorted_fine_tuning import prefix, sorted_loss
+from adaptivejax.methods.depth.stop_and_exit import (
+  StopAndExit,
+  controller_labels,
+  controller_loss,
+  stop_and_exit,
+)
 from adaptivejax.methods.depth.unified_layer_skipping import (
   kept_layers,
   unified_skip,
@@ -12,10 +18,15 @@ from adaptivejax.methods.depth.unified_layer_skipping import (
 
 __all__ = [
   "MixtureOfDepths",
+  "StopAndExit",
   "calm",
-  "exit_confidence",
+  "controller_labels",
+  "controller_loss",
   "ffn_skip",
   "kept_layers",
+  "meta_loss",
+  "prefix",
   "sorted_loss",
+  "stop_and_exit",
   "unified_skip",
 ]
