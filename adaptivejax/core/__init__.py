@@ -23,6 +23,7 @@ from adaptivejax.core.cache import (
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.covers import Cover, coins, default_cover, ladder, tiles
 from adaptivejax.core.depth import Depth, depth_loop, depth_scan, only_after
+from adaptivejax.core.drafts import Verified, draft_verify
 from adaptivejax.core.halting import (
   EntropyRing,
   Streak,
@@ -48,6 +49,7 @@ from adaptivejax.core.risk import (
   learn_then_test,
   pareto_front,
 )
+from adaptivejax.core.sampling import Draw, Sampling, log_probs
 from adaptivejax.core.select import (
   chunk_union,
   compact,
@@ -59,17 +61,25 @@ from adaptivejax.core.select import (
   top_k,
   top_p,
 )
+from adaptivejax.core.staged import freeze, masked_scan, staged_while
+from adaptivejax.core.trees import Path, Tree, ancestors, depths, tree_verify
 
 __all__ = [
   "Cost",
   "Cover",
   "Depth",
   "EntropyRing",
+  "Draw",
   "KVCache",
   "Keys",
+  "Path",
+  "Sampling",
   "Signals",
   "Streak",
+  "Tree",
+  "Verified",
   "accuracy",
+  "ancestors",
   "append",
   "attend",
   "binary_cross_entropy",
@@ -87,11 +97,16 @@ __all__ = [
   "depth_loop",
   "depth_scan",
   "entropy",
+  "depths",
+  "draft_verify",
   "exit_depth",
   "exit_distribution",
   "exit_fractions",
   "expert_choice",
   "flops",
+  "freeze",
+  "masked_scan",
+  "staged_while",
   "gumbel_sigmoid",
   "gumbel_softmax",
   "hoeffding",
@@ -103,6 +118,7 @@ __all__ = [
   "level_apply",
   "logit_margin",
   "margin",
+  "log_probs",
   "masked",
   "max_prob",
   "only_after",
@@ -120,4 +136,5 @@ __all__ = [
   "tiles",
   "top_k",
   "top_p",
+  "tree_verify",
 ]

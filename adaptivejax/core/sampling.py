@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from adaptivejax.core import select
+from adaptivejax.core.varying import vary, varying_axes
 
 TOKEN, DRAFT, ACCEPT = range(3)
 """Salts, what a draw is for: a token of the text, one of a draft, a coin."""
@@ -112,6 +113,7 @@ class Draw(NamedTuple):
     """The token at position `at[b]` of row b; greedy costs one argmax."""
     warm = lambda x: self.categorical(self.log_probs(x), at, salt)
     cold = lambda x: _clean(x).argmax(-1).astype(jnp.int32)
+    logits = self._vary(logits, at)
     return lax.cond(self.sampling.temperature > 0, warm, cold, logits)
 
   def categorical(
@@ -131,20 +133,25 @@ class Draw(NamedTuple):
       return x + jax.vmap(noise)(self._keys(at, salt))
 
     warm = self.sampling.temperature > 0
-    scores = lax.cond(warm, noisy, lambda x: x, log_probs.astype(jnp.float32))
+    scores = self._vary(log_probs.astype(jnp.float32), at)
+    scores = lax.cond(warm, noisy, lambda x: x, scores)
     return scores.argmax(-1).astype(jnp.int32)
 
   def uniform(
     self, at: Int[Array, " B"], salt: int, shape: tuple[int, ...] = ()
   ) -> Float[Array, " B ..."]:
     """Numbers in [0, 1) for position `at[b]`; where greedy, all 0."""
-    shape = (*at.shape, *shape)
-    numbers = jax.vmap(lambda key: jax.random.uniform(key, shape[1:]))
+    numbers = jax.vmap(lambda key: jax.random.uniform(key, shape))
+    zeros = self._vary(jnp.zeros((*at.shape, *shape), jnp.float32), at)
     return lax.cond(
       self.sampling.temperature > 0,
-      lambda: numbers(self._keys(at, salt)),
-      lambda: jnp.zeros(shape, jnp.float32),
+      lambda _: numbers(self._keys(at, salt)),
+      lambda zeros: zeros,
+      zeros,
     )
+
+  def _vary(self, x, at):
+    return vary(x, varying_axes(self, at))
 
   def _keys(self, at, salt):
     fold = jax.random.fold_in

@@ -78,7 +78,7 @@ def calibrate(
     delta: mean loss to tolerate, in (0, 1).
     epsilon: probability to be wrong, in (0, 1).
     loss: what is lost at a token.
-    prompt: tokens of each text that run all layers and are not counted (static).
+    prompt: tokens of each text that run all layers and do not count (static).
     p_value: see `core.risk`.
   """
   levels = np.asarray(thresholds, np.float32)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stack that a token may leave early, when decoding.
 
-What it skips gets keys all the same, projected from the state it left with, so
-that later tokens may go deeper.  Which rows leave after which layer is a halting
-rule (`core.depth.Halt`): the only thing in which methods differ.
+The layers it skips get keys all the same, projected from the state it left
+with, so that later tokens may go deeper.  Which rows leave after which layer is
+a halting rule (`core.depth.Halt`), the one thing in which methods differ.
 
 Axes: L layers, B batch, T tokens, D features.
 """

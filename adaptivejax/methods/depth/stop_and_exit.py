@@ -72,11 +72,11 @@ class StopAndExit(Policy):
   """Decodes by `stop_and_exit`; a text that is stopped ends with `end`."""
 
   controller: Any
-  stop: Float[Array, ""] | float
-  exit: Float[Array, ""] | float
-  end: Int[Array, ""] | int = 0
-  min_depth: Int[Array, ""] | int = 1
-  every: Int[Array, ""] | int = 1
+  stop: Array | float
+  exit: Array | float
+  end: Array | int = 0
+  min_depth: Array | int = 1
+  every: Array | int = 1
 
   def check(self, model) -> None:
     del model
