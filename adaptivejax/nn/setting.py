@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -47,5 +48,5 @@ def refuse_nan(**settings) -> None:
 
 
 def _is_nan(leaf) -> bool:
-  dtype = jnp.asarray(leaf).dtype
-  return jnp.issubdtype(dtype, jnp.floating) and bool(jnp.isnan(leaf))
+  floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+  return floating and bool(np.isnan(np.asarray(leaf)))  # NumPy: never traced
