@@ -3,6 +3,11 @@
 
 from adaptivejax.methods.depth.calm import calm, meta_loss
 from adaptivejax.methods.depth.ffn_skip import ffn_skip
+from adaptivejax.methods.depth.layer_skip import (
+  dropout_rates,
+  exit_weights,
+  layer_dropout,
+)
 from adaptivejax.methods.depth.mixture_of_depths import MixtureOfDepths
 from adaptivejax.methods.depth.sorted_fine_tuning import prefix, sorted_loss
 from adaptivejax.methods.depth.stop_and_exit import (
@@ -26,6 +31,10 @@ __all__ = [
   "kept_layers",
   "meta_loss",
   "prefix",
+  "dropout_rates",
+  "exit_confidence",
+  "exit_weights",
+  "layer_dropout",
   "sorted_loss",
   "stop_and_exit",
   "unified_skip",
