@@ -22,7 +22,7 @@ from adaptivejax.core.cache import (
 )
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.covers import Cover, coins, default_cover, ladder, tiles
-from adaptivejax.core.depth import Depth, depth_loop, depth_scan
+from adaptivejax.core.depth import Depth, depth_loop, depth_scan, only_after
 from adaptivejax.core.drafts import Verified, draft_verify
 from adaptivejax.core.halting import (
   EntropyRing,
@@ -52,6 +52,11 @@ from adaptivejax.core.plans import (
   run_if,
   run_plan,
   specialize,
+from adaptivejax.core.risk import (
+  hoeffding,
+  hoeffding_bentkus,
+  learn_then_test,
+  pareto_front,
 )
 from adaptivejax.core.sampling import Draw, Sampling, log_probs
 from adaptivejax.core.select import (
@@ -114,8 +119,11 @@ __all__ = [
   "freeze",
   "gumbel_sigmoid",
   "gumbel_softmax",
+  "hoeffding",
+  "hoeffding_bentkus",
   "kv_propagate",
   "ladder",
+  "learn_then_test",
   "leave_empty",
   "level_apply",
   "log_probs",
@@ -124,6 +132,8 @@ __all__ = [
   "masked",
   "masked_scan",
   "max_prob",
+  "only_after",
+  "pareto_front",
   "patience",
   "ponder",
   "prefix_slice",

@@ -3,6 +3,14 @@
 
 from adaptivejax.nn.attention import Attention
 from adaptivejax.nn.block import Block, Group
+from adaptivejax.nn.confidence import (
+  MARGIN,
+  MAX_PROB,
+  STATE,
+  MetaClassifier,
+  exit_confidence,
+)
+from adaptivejax.nn.exit import early_exit
 from adaptivejax.nn.functional import functional
 from adaptivejax.nn.mlp import Mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
@@ -20,11 +28,15 @@ from adaptivejax.nn.stack import (
 
 __all__ = [
   "FULL",
+  "MARGIN",
+  "MAX_PROB",
+  "STATE",
   "Attention",
   "Block",
   "ByStack",
   "Group",
   "LayerNorm",
+  "MetaClassifier",
   "Mlp",
   "Policy",
   "RMSNorm",
@@ -34,7 +46,9 @@ __all__ = [
   "Step",
   "adjust",
   "by_plan",
+  "early_exit",
   "every_layer",
+  "exit_confidence",
   "functional",
   "plain",
   "run_layers",

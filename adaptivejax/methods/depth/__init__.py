@@ -11,7 +11,7 @@ from adaptivejax.methods.depth import (
 from adaptivejax.methods.depth.adaptive_computation_time import (
   AdaptiveComputationTime,
 )
-from adaptivejax.methods.depth.calm import calm, exit_confidence
+from adaptivejax.methods.depth.calm import calm, exit_confidence, meta_loss
 from adaptivejax.methods.depth.duo_llm import (
   DuoMlp,
   follow,
@@ -27,7 +27,13 @@ from adaptivejax.methods.depth.layer_skip import (
   layer_dropout,
 )
 from adaptivejax.methods.depth.mixture_of_depths import MixtureOfDepths
-from adaptivejax.methods.depth.sorted_fine_tuning import sorted_loss
+from adaptivejax.methods.depth.sorted_fine_tuning import prefix, sorted_loss
+from adaptivejax.methods.depth.stop_and_exit import (
+  StopAndExit,
+  controller_labels,
+  controller_loss,
+  stop_and_exit,
+)
 from adaptivejax.methods.depth.unified_layer_skipping import (
   kept_layers,
   unified_skip,
@@ -37,7 +43,10 @@ __all__ = [
   "AdaptiveComputationTime",
   "DuoMlp",
   "MixtureOfDepths",
+  "StopAndExit",
   "calm",
+  "controller_labels",
+  "controller_loss",
   "deer_vla",
   "divergence",
   "dropout_rates",
@@ -50,11 +59,14 @@ __all__ = [
   "jei_dnn",
   "kept_layers",
   "layer_dropout",
+  "meta_loss",
   "oracle",
   "pabee",
   "pattern_losses",
   "patterns",
   "ponder_net",
+  "prefix",
   "sorted_loss",
+  "stop_and_exit",
   "unified_skip",
 ]
