@@ -52,6 +52,7 @@ from adaptivejax.core.plans import (
   run_if,
   run_plan,
   specialize,
+)
 from adaptivejax.core.risk import (
   hoeffding,
   hoeffding_bentkus,
