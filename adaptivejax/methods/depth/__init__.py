@@ -11,7 +11,7 @@ from adaptivejax.methods.depth import (
 from adaptivejax.methods.depth.adaptive_computation_time import (
   AdaptiveComputationTime,
 )
-from adaptivejax.methods.depth.calm import calm, exit_confidence, meta_loss
+from adaptivejax.methods.depth.calm import calm, meta_loss
 from adaptivejax.methods.depth.duo_llm import (
   DuoMlp,
   follow,
@@ -52,7 +52,6 @@ __all__ = [
   "dropout_rates",
   "dynamic_perceiver",
   "evolve",
-  "exit_confidence",
   "exit_weights",
   "ffn_skip",
   "follow",
