@@ -67,6 +67,12 @@ def test_greedy_is_exactly_one_hot():
   np.testing.assert_array_equal(run(logits, Sampling.of()), want)
 
 
+@pytest.mark.parametrize("k", range(1, V + 2))
+def test_top_k_keeps_exactly_k_of_equals(k):
+  got = run(jnp.zeros(V), Sampling.of(1.0, k))
+  np.testing.assert_array_equal(np.isfinite(got), np.arange(V) < k)
+
+
 @pytest.mark.parametrize("nothing", [-np.inf, np.nan])
 def test_token_0_where_nothing_is_left(nothing):
   for setting in [(0.0,), (1.0,), (1.0, 2, 0.5)]:
