@@ -1,29 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""METHODS.md from the docstrings of the methods.
+"""METHODS.md from what the methods say, promise and achieve.
 
     python -m adaptivejax.catalogue [FILE]    writes FILE, else METHODS.md
 
 The docstring of a method file starts with `Name: what it spends compute on.`,
 then cites the paper, `Authors, year, URL` on a line, and has the fields
-`Primitive:` and `Axes:`.  Files are parsed, not imported.
+`Primitive:` and `Axes:`.  The laws it obeys are counted in the `Case`s of
+tests/laws.py, its headline is what `benchmarks.headlines --write` measured.
+Files are parsed, not imported.
 """
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 METHODS = Path(__file__).parent / "methods"
+LAWS = Path(__file__).parents[1] / "tests" / "laws.py"
+RESULTS = Path(__file__).parents[1] / "benchmarks/headlines/results.json"
 HEADER = """\
 # Methods
 
-One paper, one file.  This page is made from their docstrings by
-`python -m adaptivejax.catalogue`.
+One paper, one file.  This page is made by `python -m adaptivejax.catalogue`
+from the docstrings; from the laws that hold in `tests/laws.py`, the least over
+the cases of a method; and from its headline: what the paper claims, and what
+became of it here, on small models and data (✓ holds, ✗ does not, - cannot be
+said).
 
-| method | axis | what it does | paper | primitive |
-|--|--|--|--|--|
+| method | axis | what it does | paper | primitive \
+| laws | the paper claims | measured here | by |
+|--|--|--|--|--|--|--|--|--|
 """
+MARKS = {True: "✓", False: "✗", None: "-"}
 
 
 class Entry(NamedTuple):
@@ -51,11 +61,82 @@ def entries() -> list[Entry]:
 def render() -> str:
   """The text of METHODS.md."""
   cite = lambda e: "; ".join(f"[{paper}]({url})" for paper, url in e.papers)
+  held, claims = laws(), headlines()
   return HEADER + "".join(
     f"| [{e.title}](adaptivejax/methods/{e.axis}/{e.name}.py) | {e.axis}"
-    f" | {e.summary} | {cite(e)} | {e.primitive} |\n"
+    f" | {e.summary} | {cite(e)} | {e.primitive}"
+    f" | {held.get(f'{e.axis}.{e.name}', '-')}"
+    f" | {' | '.join(claims.get(e.name, ('-',) * 3))} |\n"
     for e in entries()
   )
+
+
+def laws() -> dict[str, str]:
+  """How many laws each method obeys, such as `16 of 18`, by `axis.name`.
+
+  Of several cases of a method it is the least.
+
+  Raises:
+    ValueError: an exception is not written so that it can be counted: `unless`
+      takes a dictionary, or the name of one, which may unpack others.
+  """
+  tree = ast.parse(LAWS.read_text(encoding="utf-8"))
+  named = {
+    target.id: node.value
+    for node in tree.body
+    if isinstance(node, ast.Assign)
+    for target in node.targets
+    if isinstance(target, ast.Name)
+  }
+  total = len(ast.literal_eval(named["LAWS"]))
+  least: dict[str, int] = {}
+  for node in ast.walk(tree):
+    case = _case(node)
+    method = case.get("method")
+    if isinstance(method, ast.Constant) and isinstance(method.value, str):
+      holds = total - len(_keys(case.get("unless"), named))
+      least[method.value] = min(holds, least.get(method.value, total))
+  return {method: f"{holds} of {total}" for method, holds in least.items()}
+
+
+def headlines() -> dict[str, tuple[str, str, str]]:
+  """The claim, the finding with its mark, and the command, by method."""
+  if not RESULTS.is_file():
+    return {}
+  cell = lambda text: " ".join(text.split()).replace("|", "\\|")
+  return {
+    name: (
+      cell(found["paper"]),
+      f"{MARKS[found['holds']]} {cell(found['text'])}",
+      f"`{found['command']}`",
+    )
+    for name, found in json.loads(RESULTS.read_text("utf-8")).items()
+  }
+
+
+def _case(node: ast.AST) -> dict[str, ast.expr]:
+  """The arguments of a call `Case(...)` by name."""
+  if not isinstance(node, ast.Call) or ast.unparse(node.func) != "Case":
+    return {}
+  first = dict(zip(("name", "method"), node.args))
+  return first | {k.arg: k.value for k in node.keywords if k.arg}
+
+
+def _keys(node: ast.expr | None, named: dict[str, ast.expr]) -> set[str]:
+  """The keys of a dictionary display, of those it unpacks too."""
+  if node is None:
+    return set()
+  if isinstance(node, ast.Name) and node.id in named:
+    return _keys(named[node.id], named)
+  if not isinstance(node, ast.Dict):
+    raise ValueError(
+      f"{LAWS}:{node.lineno}: cannot count the laws in `{ast.unparse(node)}`:"
+      " write a dictionary, or the name of one"
+    )
+  found: set[str] = set()
+  for key, value in zip(node.keys, node.values):
+    found |= _keys(value, named) if key is None else {ast.literal_eval(key)}
+  return found
 
 
 def _entry(path: Path) -> Entry:

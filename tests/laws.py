@@ -265,7 +265,7 @@ def _deepen(w, l, x, state, live):
 def _halting(loop):
   def call(params, x, level):
     state = jnp.zeros(x.shape[0], jnp.int32)
-    sure = lambda l, before, after: jax.nn.sigmoid(after[:, 0]) >= level
+    sure = lambda l, x, y, m: (jax.nn.sigmoid(y[:, 0]) >= level, m)
     run = getattr(depth, loop)
     return run(_deepen, params, x, state, sure).x, None
 

@@ -5,9 +5,14 @@ Two twins of one definition.  `depth_loop` stops as soon as every row has
 halted: a `while_loop` over stacked parameters with a dynamic index, one body
 to compile whatever the depth; it has no reverse mode.  `depth_scan` runs all
 layers under masks, is differentiable, and returns every layer.  A row that has
-halted keeps its value; layers may still run for it while others go on, so a
-layer must not let rows mix (attention over a cache mixes tokens, not rows), and
-must be finite, with its derivative, on values that left earlier layers.
+halted keeps its value and its memory; layers may still run for it while others
+go on, so a layer must not let rows mix (attention over a cache mixes tokens,
+not rows), and must be finite, with its derivative, on values that left earlier
+layers.
+
+A value may be a pytree: what a layer makes beside the hidden state, such as the
+logits of an exit, is then there for the halting rule to read.  The rules
+themselves are made of `core.halting`.
 
 Axes: L layers, B rows.
 """
@@ -18,15 +23,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from adaptivejax.core.varying import vary, varying_axes
 
-Layer = Callable[[Any, Any, Array, Any, Array], tuple[Array, Any]]
+Layer = Callable[[Any, Any, Any, Any, Array], tuple[Any, Any]]
 """`(params_l, l, x, state, live) -> (x, state)`."""
 
-Halt = Callable[[Any, Array, Array], Array]
-"""`(l, before, after) -> bool[B]`: which rows may stop after layer l."""
+Halt = Callable[[Any, Any, Any, Any], tuple[Array, Any]]
+"""`(l, before, after, memory) -> (stop bool[B], memory)`: which rows may stop
+after layer l (counted from 0), and what to remember of it."""
 
 
 class Depth(NamedTuple):
@@ -34,24 +40,28 @@ class Depth(NamedTuple):
 
   Attributes:
     x: the value of each row after its last layer.
-    depth: layers run per row, i32[B], in 1..L.
+    depth: layers run per row, i32[B], in 1..L (0 if never live).
     state: what the layers carried.
+    memory: what the halting rule remembered, per row as of its last layer.
     layers: `depth_scan` only: the value after every layer, [L, B, ...].
   """
 
-  x: Array
+  x: Any
   depth: Array
   state: Any
-  layers: Array | None = None
+  memory: Any = None
+  layers: Any = None
 
 
 def depth_loop(
   layer: Layer,
   params: Any,
-  x: Array,
+  x: Any,
   state: Any,
   halt: Halt,
+  memory: Any = None,
   *,
+  live: Bool[Array, " B"] | None = None,
   min_depth: Int[Array, ""] | int = 1,
   axis_names: tuple[str, ...] = (),
 ) -> Depth:
@@ -60,76 +70,101 @@ def depth_loop(
   Args:
     layer: one layer; `live` says which rows still need it.
     params: pytree stacked over L.
-    x: rows on the leading axis.
+    x: pytree, rows on the leading axis.
     state: pytree carried through, e.g. the cache.
     halt: the decision after a layer; data, so thresholds never recompile.
-    min_depth: layers that every row runs (dynamic).
+    memory: what `halt` starts from: a pytree, rows on the leading axis.
+    live: rows that need anything at all; the others stay as they are, of
+      depth 0.  All if not given.
+    min_depth: layers that every live row runs (dynamic).
     axis_names: mesh axes whose devices share collectives inside `layer`; the
       loop goes on while any of them has work (static).
   """
   total = _depth(params)
-  rows = x.shape[0]
 
   def unfinished(carry):
-    l, _, _, done, _ = carry
-    pending = jnp.any(~done)
+    l, rows = carry
+    pending = jnp.any(~rows.done)
     if axis_names:
       pending = lax.pmax(pending.astype(jnp.int32), axis_names) > 0
     return (l < total) & pending
 
   def body(carry):
-    l, x, state, done, depth = carry
+    l, rows = carry
     block = jax.tree.map(
       lambda a: lax.dynamic_index_in_dim(a, l, keepdims=False), params
     )
-    x, state, done, depth = _step(
-      layer, halt, min_depth, block, l, x, state, done, depth
-    )
-    return l + 1, x, state, done, depth
+    return l + 1, _step(layer, halt, min_depth, block, l, rows)
 
-  start = _start(x, state, rows)
-  _, x, state, _, depth = lax.while_loop(
-    unfinished, body, (jnp.int32(0), *start)
-  )
-  return Depth(x, depth, state)
+  start = jnp.int32(0), _start(x, state, memory, live)
+  _, end = lax.while_loop(unfinished, body, start)
+  return Depth(end.x, end.depth, end.state, end.memory)
 
 
 def depth_scan(
   layer: Layer,
   params: Any,
-  x: Array,
+  x: Any,
   state: Any,
   halt: Halt,
+  memory: Any = None,
   *,
+  live: Bool[Array, " B"] | None = None,
   min_depth: Int[Array, ""] | int = 1,
 ) -> Depth:
-  """The differentiable twin of `depth_loop`: same rows, depths and `x`.
+  """The differentiable twin of `depth_loop`: same depths, `x` and `memory`.
 
   `state` agrees as far as layers do nothing for rows that are not live.
   """
 
-  def body(carry, l_block):
+  def body(rows, l_block):
     l, block = l_block
-    carry = _step(layer, halt, min_depth, block, l, *carry)
-    return carry, carry[0]
+    rows = _step(layer, halt, min_depth, block, l, rows)
+    return rows, rows.x
 
-  start = _start(x, state, x.shape[0])
   steps = jnp.arange(_depth(params), dtype=jnp.int32)
-  (x, state, _, depth), layers = lax.scan(body, start, (steps, params))
-  return Depth(x, depth, state, layers)
+  end, layers = lax.scan(body, _start(x, state, memory, live), (steps, params))
+  return Depth(end.x, end.depth, end.state, end.memory, layers)
 
 
-def _start(x, state, rows):
-  start = x, state, jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32)
-  return vary(start, varying_axes(x))
+class _Rows(NamedTuple):
+  """What both twins carry from layer to layer."""
+
+  x: Any
+  state: Any
+  memory: Any
+  done: Array
+  depth: Array
 
 
-def _step(layer, halt, min_depth, block, l, x, state, done, depth):
+def _start(x, state, memory, live) -> _Rows:
+  sizes = {jnp.shape(a)[:1] for a in jax.tree.leaves((x, memory))}
+  if len(sizes) != 1 or () in sizes:
+    raise ValueError(
+      "every leaf of `x` and `memory` needs the same leading axis, the rows;"
+      f" got {sorted(sizes)}. What belongs to no row goes into `state`."
+    )
+  (rows,) = sizes.pop()
+  done = jnp.zeros(rows, bool) if live is None else ~live
+  depth = jnp.zeros(rows, jnp.int32)
+  x, state, memory = jax.tree.map(jnp.asarray, (x, state, memory))
+  return vary(_Rows(x, state, memory, done, depth), varying_axes(x))
+
+
+def _step(layer, halt, min_depth, block, l, rows: _Rows) -> _Rows:
+  x, state, memory, done, depth = rows
   new, state = layer(block, l, x, state, ~done)
-  new = jnp.where(done.reshape(-1, *[1] * (x.ndim - 1)), x, new)
-  stop = halt(l, x, new) & (l + 1 >= min_depth)
+  new = _frozen(done, x, new)
+  stop, seen = halt(l, x, new, memory)
   depth = jnp.where(done, depth, l + 1)
-  return new, state, done | stop, depth
+  stop = stop & (l + 1 >= min_depth)
+  return _Rows(new, state, _frozen(done, memory, seen), done | stop, depth)
+
+
+def _frozen(done, old, new):
+  """`old` in the rows that are done, else `new`."""
+  rows = lambda a: done.reshape(-1, *[1] * (a.ndim - 1))
+  return jax.tree.map(lambda a, b: jnp.where(rows(a), a, b), old, new)
 
 
 def _depth(params: Any) -> int:

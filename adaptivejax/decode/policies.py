@@ -7,9 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from adaptivejax.decode.engine import FULL
 from adaptivejax.methods import depth
-from adaptivejax.nn.stack import layer_count
+from adaptivejax.nn.stack import FULL, layer_count
 
 
 def _full(model, setting):

@@ -19,9 +19,9 @@ def layer(w, l, x, state, live):
   return jnp.tanh(x @ w), state + jnp.where(live, l + 1, 0).sum()
 
 
-def halt(level, l, before, after):
+def halt(level, l, before, after, memory):
   del l, before
-  return after[:, 0] > level
+  return after[:, 0] > level, memory
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -52,6 +52,60 @@ def test_twins_and_simulation_agree(level, min_depth):
     np.testing.assert_allclose(out.x, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(out.depth, depths)
     assert out.state == state
+
+
+def forgetful(limit, l, before, after, memory):
+  """Stops once the states of a row have summed above `limit`."""
+  del l, before
+  total = memory["total"] + after[:, 0]
+  return total > limit, {"total": total, "asked": memory["asked"] + 1}
+
+
+def test_the_memory_of_a_row_is_that_of_its_last_layer():
+  start = {"total": jnp.zeros(B), "asked": jnp.zeros(B, jnp.int32)}
+  rule = functools.partial(forgetful, 0.5)
+  totals, depths = [], []
+  for row in np.asarray(X):
+    total = 0.0
+    depth = 0
+    for w in np.asarray(WEIGHTS):
+      depth += 1
+      row = np.tanh(row @ w)
+      total += row[0]
+      if total > 0.5:
+        break
+    totals.append(total)
+    depths.append(depth)
+  assert len(set(depths)) > 1, "the case decides nothing"
+  for twin in (depth_loop, depth_scan):
+    out = twin(layer, WEIGHTS, X, jnp.int32(0), rule, start)
+    np.testing.assert_array_equal(out.depth, depths)
+    np.testing.assert_array_equal(out.memory["asked"], depths)
+    np.testing.assert_allclose(out.memory["total"], totals, rtol=1e-4)
+
+
+def test_a_value_may_be_a_tree():
+  """The rule reads what the layer made beside the state."""
+
+  def twice(w, l, x, state, live):
+    y, state = layer(w, l, x["x"], state, live)
+    return {"x": y, "read": 2 * y[:, 0]}, state
+
+  stop = lambda l, before, after, m: (after["read"] > 0.8, m)
+  start = {"x": X, "read": jnp.zeros(B)}
+  want = run(depth_loop, WEIGHTS, X, 0.4, 1)
+  for twin in (depth_loop, depth_scan):
+    out = twin(twice, WEIGHTS, start, jnp.int32(0), stop)
+    np.testing.assert_array_equal(out.depth, want.depth)
+    np.testing.assert_allclose(out.x["x"], want.x, rtol=1e-5)
+    np.testing.assert_allclose(out.x["read"], 2 * want.x[:, 0], rtol=1e-5)
+
+
+def test_memory_without_rows_is_refused():
+  stop = functools.partial(halt, 0.0)
+  for memory in (jnp.float32(0), jnp.zeros(B + 1)):
+    with pytest.raises(ValueError, match=r"memory.*rows"):
+      depth_loop(layer, WEIGHTS, X, jnp.int32(0), stop, memory)
 
 
 def test_never_halting_is_the_plain_stack():

@@ -67,5 +67,7 @@ def assert_cache_holds(cache, model, tokens, states):
   """The cache of a decoder whose layer l ended in `states[l]`."""
   before = [model.embedding.get_value()[tokens], *states[:-1]]
   for i, module in enumerate(reference.layers_of(model)):
-    for got, want in zip((cache.k[i], cache.v[i]), keys_of(module, before[i])):
+    for got, want in zip(
+      (cache.k[:, i], cache.v[:, i]), keys_of(module, before[i])
+    ):
       np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ With p_l = softmax(readout(h_l)) after layer l, the exit layer is (sec. 3)
 and the skipped layers' keys and values are projected from the exit state
 (sec. 3.1), so that later tokens may go deeper.  The prompt runs all layers.
 
-Primitive: `depth_loop`, then `kv_propagate`.
+Primitive: `depth_loop` on `max_prob`, then `kv_propagate`.
 Departs: a row that is sure waits, frozen, until its batch is (exits stay per
 row; the published code lets the least confident row decide for all), and the
 state that is propagated is the exit state, as in the paper (the published code
@@ -28,13 +28,9 @@ from jaxtyping import Array, Float
 from adaptivejax.core.cache import kv_propagate
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.depth import depth_loop
+from adaptivejax.core.halting import max_prob
 from adaptivejax.nn.block import Block
 from adaptivejax.nn.stack import StackOutput, layer_at, layer_count, plain
-
-
-def confidence(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
-  """Probability of the most likely token."""
-  return jax.nn.softmax(logits.astype(jnp.float32), axis=-1).max(-1)
 
 
 def calm(
@@ -72,9 +68,9 @@ def calm(
     asked = spent.items * live.mean(dtype=jnp.float32)
     return x, (cache, cost + spent._replace(items=asked))
 
-  def sure(l, before, after):
+  def sure(l, before, after, memory):
     del l, before
-    return confidence(readout(after[:, 0])) >= threshold
+    return max_prob(readout(after[:, 0])) >= threshold, memory
 
   out = depth_loop(
     layer, layers, x, (cache, Cost.zero()), sure, min_depth=min_depth
@@ -109,5 +105,5 @@ def exit_confidence(
   Give it the hidden states of `every_layer`; feed the result to
   `core.budget.solve_depth_threshold`.
   """
-  sure = jax.lax.map(lambda h: confidence(readout(h)), hidden)
+  sure = jax.lax.map(lambda h: max_prob(readout(h)), hidden)
   return sure.reshape(hidden.shape[0], -1).T

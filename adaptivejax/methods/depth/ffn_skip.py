@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from adaptivejax.core.halting import saturation
 from adaptivejax.nn.block import Block
 from adaptivejax.nn.stack import StackOutput, layer_count
 
@@ -68,7 +69,7 @@ def ffn_skip(
     free = (l >= cold_first) & (l < total - cold_last) & (positions >= warm_up)
     skip = saturated & free & (skipped + 1 <= budget * total)
     y, feed_cost, signals = block.feed(x, ~skip, key)
-    saturated = saturated | (_cosine(x, y) >= threshold)
+    saturated = saturated | (saturation(x, y) >= threshold)
     carry = y, cache, saturated, skipped + skip
     return carry, (cost + feed_cost, signals)
 
@@ -81,9 +82,3 @@ def ffn_skip(
   depth = total - skipped.astype(jnp.float32) / 2
   signals = jax.tree.map(jnp.mean, signals)
   return StackOutput(x, cache, cost.total(), signals, depth, cost.share)
-
-
-def _cosine(a: Float[Array, "... D"], b: Float[Array, "... D"]):
-  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-  norm = jnp.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-  return (a * b).sum(-1) / jnp.maximum(norm, 1e-12)
