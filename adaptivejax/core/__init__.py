@@ -42,6 +42,7 @@ from adaptivejax.core.losses import (
   accuracy,
   binary_cross_entropy,
   cross_entropy,
+  exit_cross_entropy,
 )
 from adaptivejax.core.sampling import Draw, Sampling, log_probs
 from adaptivejax.core.select import (
@@ -93,6 +94,7 @@ __all__ = [
   "entropy",
   "depths",
   "draft_verify",
+  "exit_cross_entropy",
   "exit_depth",
   "exit_distribution",
   "exit_fractions",

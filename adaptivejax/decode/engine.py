@@ -11,6 +11,7 @@ Axes: B batch, P prompt tokens, T tokens, L layers.
 
 import enum
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,8 +113,8 @@ def generate(
   prompt: Int[Array, "B P"],
   *,
   steps: int,
-  lengths: Int[Array, " B"] | None = None,
-  limits: Int[Array, " B"] | None = None,
+  lengths: Array | np.ndarray | Sequence[int] | None = None,
+  limits: Array | np.ndarray | Sequence[int] | None = None,
   policy=FULL,
   temperature: float = 0.0,
   top_k: int | None = None,

@@ -135,6 +135,10 @@ class DecoderLM(nnx.Module):
     )
     self.config = config
 
+  def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """The hidden state that a token enters the layers with."""
+    return self.embedding.get_value()[tokens]
+
   def readout(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Logits of a hidden state of any layer, f32."""
     x = self.norm(x)
@@ -187,7 +191,7 @@ class DecoderLM(nnx.Module):
     start = 0 if cache is None else cache.length[:, None]
     positions = jnp.where(place >= 0, start + place, -1)
     positions = jnp.broadcast_to(positions, (batch, length))
-    x = self.embedding.get_value()[tokens]
+    x = self.embed(tokens)
     cache = vary(cache, varying_axes(x))
     out = stack(self.layers, x, positions, cache, readout=self.readout, key=key)
     logits = self.readout(out.x)

@@ -2,5 +2,6 @@
 """Methods that spend fewer steps on a text."""
 
 from adaptivejax.methods.decode.aded import ADED
+from adaptivejax.methods.decode.self_speculation import SelfSpeculation
 
-__all__ = ["ADED"]
+__all__ = ["ADED", "SelfSpeculation"]
