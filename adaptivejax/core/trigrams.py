@@ -172,14 +172,14 @@ def likeliest(
   """The tree of the `nodes - 1` likeliest continuations of `context`.
 
   A step to a token of weight w has probability w / (sum of weights + `rate`),
-  `rate` standing for what is not in the table.  As that is below 1, every
-  continuation is less likely than its own beginning, which so is in the tree,
-  too, and no level has more than `nodes - 1`: the search is exact.
+  `rate` standing for what is not in the table.  No continuation is likelier
+  than its own beginning, which so is in the tree, too, and no level holds more
+  than `nodes - 1`: the search is exact.
 
   Args:
     follow: `context i32[2] -> (tokens i32[C], weight f32[C])`, 0 for no token.
     context: the last two tokens; the second is the root.
-    rate: above 0 (dynamic).
+    rate: 0 or above (dynamic).
     nodes: the root included (static).
     depth: of the deepest node (static).
   """
@@ -187,7 +187,8 @@ def likeliest(
   score, contexts = jnp.zeros(1), context[None]
   for _ in range(depth):
     tokens, weight = jax.vmap(follow)(contexts)
-    odds = weight / (weight.sum(-1, keepdims=True) + rate)
+    total = weight.sum(-1, keepdims=True) + rate
+    odds = weight / jnp.where(total > 0, total, 1)
     log = (score[:, None] + jnp.log(odds)).reshape(-1)
     score, best = lax.top_k(log, min(wanted, log.size))
     parent, token = best // tokens.shape[1], tokens.reshape(-1)[best]

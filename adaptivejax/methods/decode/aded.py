@@ -28,12 +28,8 @@ from jaxtyping import Array, Bool
 
 from adaptivejax.core.cache import commit_path
 from adaptivejax.core.trees import ABSENT, ancestors, tree_verify
-from adaptivejax.core.trigrams import (
-  Recent,
-  TrigramTable,
-  likeliest,
-  successors,
-)
+from adaptivejax.core.trigrams import Recent, TrigramTable
+from adaptivejax.core.trigrams import likeliest, successors
 from adaptivejax.nn.policy import Policy, Step
 
 
@@ -92,18 +88,16 @@ class ADED(Policy):
         f"window={self.window} must hold a tri-gram, 3 tokens, and size="
         f"{self.size} all that it has, {self.window - 2}."
       )
-    if (most := int(self.table.tokens.max())) >= model.config.vocab:
+    tokens, vocab = self.table.tokens, model.config.vocab
+    if not isinstance(tokens, jax.core.Tracer) and tokens.max() >= vocab:
       raise ValueError(
-        f"the table holds token {most}, but the model's vocabulary ends at"
-        f" {model.config.vocab - 1}: build it with the model's tokens."
+        f"the table holds token {tokens.max()}, but the model's vocabulary ends"
+        f" at {vocab - 1}: build it with the model's tokens."
       )
 
   def start(self, model, prompt, lengths, slots) -> Memory:
     del model, slots
-    empty = jax.tree.map(
-      lambda a: jnp.broadcast_to(a, (len(prompt), *a.shape)),
-      Recent.empty(self.size),
-    )
+    empty = jax.vmap(lambda _: Recent.empty(self.size))(lengths)
     at = lengths[:, None] + jnp.arange(1 - self.window, 0)
     tokens = jnp.take_along_axis(prompt, jnp.maximum(at, 0), axis=1)
     return Memory(empty, jnp.where(at >= 0, tokens, -1))
@@ -120,19 +114,12 @@ class ADED(Policy):
     count = jnp.where(live, path.count, 0)
     text = jnp.concatenate([text, path.tokens], 1)
     at = count[:, None] + jnp.arange(self.window - 1)
-    made = count.sum(dtype=jnp.float32)
-    return Step(
-      path.tokens,
-      count,
-      commit_path(out.cache, path.nodes, count),
-      Memory(recent, jnp.take_along_axis(text, at, axis=1)),
-      out.depth[:, 0],
-      out.cost._replace(
-        full=out.cost.full * made / tree.tokens.size,  # one by one
-        items=made,
-      ),
-      jnp.zeros_like(live),
-    )
+    memory = Memory(recent, jnp.take_along_axis(text, at, axis=1))
+    cache = commit_path(out.cache, path.nodes, count)
+    made = count.sum(dtype=jnp.float32)  # the twin makes them one by one
+    full = out.cost.full * made / tree.tokens.size
+    cost, ends = out.cost._replace(full=full, items=made), jnp.zeros_like(live)
+    return Step(path.tokens, count, cache, memory, out.depth[:, 0], cost, ends)
 
   def _draft(self, recent, context):
     follow = lambda context: successors(self.table, recent, context, self.cap)
