@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Int
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost
 from adaptivejax.core.sampling import Draw
+from adaptivejax.nn.setting import refuse_nan
 
 
 class Step(NamedTuple):
@@ -95,6 +96,10 @@ class ByStack(Policy):
   """One token per step, through a stack (`nn.stack`)."""
 
   stack: Any
+
+  def check(self, model) -> None:
+    del model
+    refuse_nan(**getattr(self.stack, "keywords", {}))
 
   def step(self, model, last, cache, memory, draw, live) -> Step:
     reads = live.astype(jnp.int32)  # a row that is done reads nothing
