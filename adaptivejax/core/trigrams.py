@@ -54,13 +54,16 @@ class TrigramTable(NamedTuple):
     cut = np.lib.stride_tricks.sliding_window_view
     found = [cut(np.asarray(text), 3) for text in texts if len(text) > 2]
     found = np.concatenate([np.zeros((0, 3), np.int32), *found])
-    if found.size and found.min() < 0:
-      raise ValueError(f"tokens must be 0 or above; got {found.min()}.")
-    found, count = np.unique(found, axis=0, return_counts=True)
-    context, group = np.unique(found[:, :2], axis=0, return_inverse=True)
-    group = group.reshape(-1)
-    order = np.lexsort((found[:, 2], -count, group))
-    found, count, group = found[order], count[order], group[order]
+    if found.min(initial=0) < 0 or found.max(initial=0) >= 2**21:
+      raise ValueError(
+        f"tokens must lie in 0..{2**21 - 1}; got {found.min()}..{found.max()}."
+      )
+    a, b, c = found.T.astype(np.int64)
+    code, count = np.unique(a << 42 | b << 21 | c, return_counts=True)
+    context, group = np.unique(code >> 21, return_inverse=True)
+    order = np.lexsort((-count, group))  # stable: equals by their tokens
+    code, count, group = code[order], count[order], group[order]
+    context = np.stack([context >> 21, context % 2**21], 1).astype(np.int32)
     rank = np.arange(len(group)) - np.searchsorted(group, group)
     total = np.bincount(group, count, len(context))
     kept = rank < successors
@@ -70,7 +73,7 @@ class TrigramTable(NamedTuple):
     tokens = np.full((slots, successors), -1, np.int32)
     share = np.zeros((slots, successors), np.float32)
     table[slot] = context
-    tokens[at] = found[kept, 2]
+    tokens[at] = code[kept] % 2**21
     share[at] = (count / total[group])[kept]
     return cls(*map(jnp.asarray, (table, tokens, share)))
 
@@ -160,6 +163,20 @@ def successors(
     jnp.concatenate([tokens, recent.trigrams[:, 2]]),
     jnp.minimum(weight, cap),
   )
+
+
+def draft(
+  table: TrigramTable,
+  recent: Recent,
+  context: Int[Array, "2"],
+  rate: Float[Array, ""] | float,
+  cap: Float[Array, ""] | float,
+  nodes: int,
+  depth: int,
+) -> Tree:
+  """The tree of the likeliest continuations by this table and this row."""
+  follow = lambda context: successors(table, recent, context, cap)
+  return likeliest(follow, context, rate, nodes, depth)
 
 
 def likeliest(

@@ -190,7 +190,11 @@ def test_tree_is_the_best_first_search(nodes, depth):
 
 BAD = {
   "no successors": (lambda: TrigramTable.build([], successors=0), "at least 1"),
-  "negative": (lambda: TrigramTable.build([[1, -1, 2]]), "0 or above; got -1"),
+  "negative": (
+    lambda: TrigramTable.build([[1, -1, 2]]),
+    r"in 0\.\.2097151; got -1\.\.2",
+  ),
+  "too large": (lambda: TrigramTable.build([[1, 2**21, 2]]), "got 1..2097152"),
   "long window": (
     lambda: Recent.empty(3).update(jnp.arange(6), RATE, CAP),
     "window of 6 tokens has 4 tri-grams, more than the 3",

@@ -159,10 +159,10 @@ def test_a_full_cache_ends_the_row_in_time():
 
 
 BAD = {
-  "depth of nothing": ({"depth": 0}, "depth=0 must be at least 1 and below"),
-  "deeper than nodes": ({"nodes": 3}, "depth=3.*below nodes=3"),
-  "no tri-gram": ({"window": 2}, "window=2 must hold a tri-gram"),
-  "no room": ({"size": 13}, "size=13 all that it has, 14"),
+  "depth of nothing": ({"depth": 0}, r"depth=0 must lie in 1\.\.7"),
+  "deeper than nodes": ({"nodes": 3}, r"depth=3.*1\.\.2, of self.nodes=3"),
+  "no tri-gram": ({"window": 2}, r"window=2 must lie in 3\.\.258"),
+  "no room": ({"size": 13}, r"window=16.*3\.\.15.*self.size=13"),
   "tokens of another model": ({"texts": [[1, 2, V]]}, "token 13, but.* at 12"),
 }
 

@@ -10,12 +10,12 @@ model verifies (`tree_verify`); the keys of the accepted path stay.  The text is
 that of plain decoding, greedy or sampled, whatever the table says: it decides
 the number of steps only.
 
-Primitive: `tree_verify` and `commit_path`; `core.trigrams`.
-Departs: the tree holds the N - 1 likeliest continuations of up to D tokens
-(`likeliest`); the published code searches by 150 iterations of PUCT with random
-roll-outs.  One draw per node; the published code draws once per path, which is
-biased, and takes the best as the token after it.  What a row learns, it keeps
-(the published code changes the table), so that it does not depend on its batch.
+Primitive: `tree_verify`, `commit_path`; `draft` of `core.trigrams`.
+Departs: the tree holds the N - 1 likeliest continuations of up to D tokens; the
+published code searches by 150 iterations of PUCT with random roll-outs.  One
+draw per node; the published code draws once per path, which is biased, and
+takes the best as the token after it.  What a row learns, it keeps (the
+published code changes the table), so that it does not depend on its batch.
 Axes: B batch, N nodes, D depth, W tokens, M tri-grams of a row.
 """
 
@@ -28,8 +28,7 @@ from jaxtyping import Array, Bool
 
 from adaptivejax.core.cache import commit_path
 from adaptivejax.core.trees import ABSENT, ancestors, tree_verify
-from adaptivejax.core.trigrams import Recent, TrigramTable
-from adaptivejax.core.trigrams import likeliest, successors
+from adaptivejax.core.trigrams import Recent, TrigramTable, draft
 from adaptivejax.nn.policy import Policy, Step
 
 
@@ -80,13 +79,12 @@ class ADED(Policy):
   def check(self, model) -> None:
     if not 1 <= self.depth < self.nodes:
       raise ValueError(
-        f"depth={self.depth} must be at least 1 and below nodes={self.nodes},"
-        " which count the last token."
+        f"depth={self.depth} must lie in 1..{self.nodes - 1}, of {self.nodes=}."
       )
-    if self.window < 3 or self.size < self.window - 2:
+    if not 3 <= self.window <= self.size + 2:
       raise ValueError(
-        f"window={self.window} must hold a tri-gram, 3 tokens, and size="
-        f"{self.size} all that it has, {self.window - 2}."
+        f"window={self.window} must lie in 3..{self.size + 2}: a tri-gram, and"
+        f" no more of them than {self.size=}."
       )
     tokens, vocab = self.table.tokens, model.config.vocab
     if not isinstance(tokens, jax.core.Tracer) and tokens.max() >= vocab:
@@ -106,7 +104,10 @@ class ADED(Policy):
     text = jnp.concatenate([memory.window, last[:, None]], 1)
     update = jax.vmap(lambda row, text: row.update(text, self.rate, self.cap))
     recent = update(memory.recent, text)
-    tree = jax.vmap(self._draft)(recent, text[:, -2:])
+    grow = lambda row, context: draft(
+      self.table, row, context, self.rate, self.cap, self.nodes, self.depth
+    )
+    tree = jax.vmap(grow)(recent, text[:, -2:])
     tree = tree._replace(parent=jnp.where(live[:, None], tree.parent, ABSENT))
     out = model(tree.tokens, cache, tree=ancestors(tree))
     log = draw.log_probs(out.logits)
@@ -120,7 +121,3 @@ class ADED(Policy):
     full = out.cost.full * made / tree.tokens.size
     cost, ends = out.cost._replace(full=full, items=made), jnp.zeros_like(live)
     return Step(path.tokens, count, cache, memory, out.depth[:, 0], cost, ends)
-
-  def _draft(self, recent, context):
-    follow = lambda context: successors(self.table, recent, context, self.cap)
-    return likeliest(follow, context, self.rate, self.nodes, self.depth)
