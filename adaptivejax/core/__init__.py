@@ -73,6 +73,7 @@ from adaptivejax.core.select import (
 )
 from adaptivejax.core.staged import freeze, masked_scan, staged_while
 from adaptivejax.core.trees import Path, Tree, ancestors, depths, tree_verify
+from adaptivejax.core.trigrams import TrigramTable
 
 __all__ = [
   "Cost",
@@ -89,6 +90,7 @@ __all__ = [
   "Signals",
   "Streak",
   "Tree",
+  "TrigramTable",
   "Verified",
   "accuracy",
   "ancestors",
