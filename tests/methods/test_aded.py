@@ -115,7 +115,7 @@ def test_the_cache_after_a_step_is_that_of_reading_the_text():
   m, adaptive = model(), table("right", "greedy")
   lengths = jnp.asarray(LENGTHS)
   first = m(TOKENS, m.empty_cache(B, 30), lengths=lengths)
-  memory = adaptive.start(m, TOKENS, lengths, 30)
+  memory, _ = adaptive.start(m, TOKENS, lengths, 30, None)
   last = plain("greedy").tokens[:, 0]
   draw = Draw(Sampling.of(), jax.random.split(jax.random.key(0), B))
   live = jnp.array([True, True, False])
