@@ -68,11 +68,12 @@ class Generate:
   """Text to continue."""
 
   policy: str = "full"
-  """How the layers are run: full, calm, unified, ffn_skip."""
+  """How the layers are run: full, calm, calm_max_prob, calm_state, unified,
+  ffn_skip."""
 
   setting: float | None = None
-  """Its threshold or speed-up: the confidence of calm, the cosine of ffn_skip,
-  the speed-up of unified."""
+  """Its threshold or speed-up: the confidence of calm, the cosine of calm_state
+  and ffn_skip, the speed-up of unified."""
 
   steps: int = 256
   """Bytes to add."""

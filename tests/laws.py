@@ -11,6 +11,7 @@ V vocabulary.
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,10 +24,11 @@ from flax import nnx
 from jax import lax
 from jax.tree_util import Partial
 
-from adaptivejax.core import Streak, buckets, depth, levels
-from adaptivejax.core.cost import Cost
+from adaptivejax.core import Streak, buckets, depth, levels, plans
+from adaptivejax.core.cost import Cost, flops
 from adaptivejax.methods.depth import (
   AdaptiveComputationTime,
+  DuoMlp,
   MixtureOfDepths,
   calm,
   deer_vla,
@@ -52,6 +54,7 @@ from adaptivejax.nn import (
   Router,
   Setting,
   adjust,
+  by_plan,
   every_layer,
   plain,
 )
@@ -65,7 +68,6 @@ CONFIG = DecoderConfig(
 )
 ALL, SOME, NO = np.float32(-1e6), np.float32(0.8), np.float32(1e6)  # a tax
 
-BUCKETED = "core.buckets", "core.levels", "nn.mlp", "nn.attention"
 
 LAWS = (
   "full",  # the whole budget equals the dense layer
@@ -160,17 +162,22 @@ def parameters(case: Case, seed: int = 0):
   return adjust(params, 0.0) if has_budget else params
 
 
+EXECUTORS = {
+  "bucketed": (buckets.bucketed, buckets.masked),
+  "depth_loop": (depth.depth_loop, depth.depth_scan),
+  "run_if": (plans.run_if, plans.run_anyway),
+}
+
+
 @contextlib.contextmanager
 def dense_twin():
-  """Every executor replaced by its masked-dense twin."""
+  """Every executor replaced by its masked-dense twin, wherever it is used."""
   with contextlib.ExitStack() as stack:
-    act, host = "methods.depth.adaptive_computation_time", "models.classifier"
-    for module in (*BUCKETED, act, host):
-      name = f"adaptivejax.{module}.bucketed"
-      stack.enter_context(mock.patch(name, buckets.masked))
-    for module in ("core.depth", "methods.depth.calm", act, host):
-      name = f"adaptivejax.{module}.depth_loop"
-      stack.enter_context(mock.patch(name, depth.depth_scan))
+    for name, module in list(sys.modules.items()):
+      for attribute, (executor, twin) in EXECUTORS.items():
+        uses = getattr(module, attribute, None) is executor
+        if name.startswith("adaptivejax.") and uses:
+          stack.enter_context(mock.patch.object(module, attribute, twin))
     yield
 
 
@@ -301,10 +308,34 @@ def _poisoned_row(params, x):
   return params, jnp.where(first, jnp.nan, x), np.float32(0.8), first
 
 
+TABLE = plans.PlanTable.of([range(L), (0, 2), (0,)], L)
+
+
+def _run_plan(params, x, plan):
+  layer = lambda w, l, x: _deepen(w, l, x, 0, 0)[0]
+  return plans.run_plan(layer, params, x, TABLE, plan), None
+
+
+def _run_if(params, x, keep):
+  f = lambda x, w: x + jnp.tanh(x @ w)
+  for i in range(L):
+    x = plans.run_if(keep[i], f, x, params[i])
+  return x, None
+
+
+def _poisoned_weights(budget, *gone):
+  def poison(params, x):
+    return params.at[jnp.array(gone)].set(jnp.nan), x, budget, None
+
+  return poison
+
+
 _no_module = "a primitive is a function; its parameters are the caller's"
 _no_price = "depth_loop prices nothing; the layers do, see calm"
 _no_reverse = "a while_loop has no reverse mode; depth_scan is its twin"
 _no_rows = "no rows are compacted"
+_no_price_plan = "a plan prices nothing; the layers do, see evopress"
+_no_reverse_plan = "a loop of dynamic length; specialize to train"
 
 PRIMITIVES = [
   Case(
@@ -375,6 +406,41 @@ PRIMITIVES = [
       "cost": _no_price,
       "cover": _no_rows,
     },
+  ),
+  Case(
+    "run_plan",
+    "core.plans",
+    _layers,
+    lambda batch: _normal(batch, D),
+    _run_plan,
+    full=np.int32(0),
+    some=np.int32(1),
+    none=np.int32(2),
+    dense=_deep(L),
+    least=_deep(1),
+    poison=_poisoned_weights(np.int32(1), 1, 3),
+    unless={
+      "oracle": "against a loop over the plan in test_plans",
+      "gradient": _no_reverse_plan,
+      "poison_gradient": _no_reverse_plan,
+      "linen": _no_module,
+      "cost": _no_price_plan,
+      "cover": _no_rows,
+    },
+  ),
+  Case(
+    "run_if",
+    "core.plans",
+    _layers,
+    lambda batch: _normal(batch, D),
+    _run_if,
+    full=np.ones(L, bool),
+    some=np.arange(L) < 2,
+    none=np.zeros(L, bool),
+    dense=_deep(L),
+    least=lambda params, x: x,
+    poison=_poisoned_weights(np.arange(L) < 2, 2, 3),
+    unless={"linen": _no_module, "cost": _no_price_plan, "cover": _no_rows},
   ),
 ]
 
@@ -452,9 +518,34 @@ def _modules_call(module, x, budget, key=None):
   return y, cost
 
 
+def _duo(rngs):
+  return DuoMlp(Mlp(D, F // 4, rngs=rngs), _mlp(rngs), D, rngs=rngs)
+
+
+def _duo_overhead(module, x):
+  """The router, and the small layer beside the rounding up of both."""
+  rows = lambda m, x: m.small.rows(x)
+  return _routing(module, x) + flops(rows, module, x)
+
+
+def _certain_duo(module, tax):
+  module = jax.tree.map(lambda a: a, module)  # a copy
+  bias = module.router.outer.bias
+  bias.set_value(bias.get_value() - tax * jnp.arange(3.0))
+  return module
+
+
+def _poisoned_duo(params, x):
+  out = adjust(params, 3.0).choose(x)[..., None] == 0
+  return params, jnp.where(out, jnp.nan, x), np.float32(3), out
+
+
 def _poisoned_modules(params, x):
   out = adjust(params, float(SOME)).level(x)[..., None] == 0
   return params, jnp.where(out, jnp.nan, x), SOME, out
+
+
+_both_run = "training computes both sizes for all tokens"
 
 
 def _recurrent(rngs):
@@ -595,6 +686,45 @@ LAYERS = [
       "cost": _all_selected,
     },
   ),
+  Case(
+    "duo_llm",
+    "depth.duo_llm",
+    _duo,
+    _sequence,
+    _modules_call,
+    full=ALL,
+    some=np.float32(3),
+    none=NO,
+    place=adjust,
+    dense=lambda m, x: reference.mlp(m.big, x),
+    least=lambda m, x: jnp.zeros_like(x),
+    poison=_poisoned_duo,
+    overhead=_duo_overhead,
+  ),
+  Case(
+    "duo_llm.training",
+    "depth.duo_llm",
+    _duo,
+    _sequence,
+    lambda m, x, b: _modules_call(m, x, b, jax.random.key(0)),
+    full=ALL,
+    some=np.float32(3),
+    none=NO,
+    place=_certain_duo,
+    dense=lambda m, x: reference.mlp(m.big, x),
+    least=lambda m, x: jnp.zeros_like(x),
+    overhead=_duo_overhead,
+    unless={
+      "oracle": "it is masked-dense itself",
+      "gradient": "it is masked-dense itself",
+      "cover": _no_rows,
+      "poison": _both_run,
+      "poison_gradient": _both_run,
+      "row": _noise,
+      "shard_map": _noise,
+      "cost": _both_run,
+    },
+  ),
 ]
 
 
@@ -643,6 +773,16 @@ def _unified(model, tokens, kept):
 def _ffn_skip(model, tokens, threshold):
   skip = Partial(ffn_skip, threshold=threshold, cold_first=0, cold_last=0)
   return _decode(model, tokens, skip, prefill=skip)
+
+
+def _by_plan(model, tokens, plan):
+  out = model(tokens, stack=Partial(by_plan, plan=plan))
+  return out.logits[:, PROMPT:], out.cost
+
+
+def _by_plan_decoding(model, tokens, plan):
+  stack = Partial(by_plan, plan=plan)
+  return _decode(model, tokens, stack, prefill=stack)
 
 
 def _plain(model, tokens, budget):
@@ -698,6 +838,11 @@ def _kept(*layers):
   return np.array(layers, np.int32)
 
 
+def _halves(text):
+  """bool[L, 2] from "11 10 ...": attention and feed-forward by layer."""
+  return np.array([[c == "1" for c in layer] for layer in text.split()])
+
+
 def _sorted(model, x, exits):
   """One row at a time, to have rows at all: the loss is a mean."""
 
@@ -733,6 +878,7 @@ def _poisoned_group(model, tokens):
   return model, tokens, NO, None
 
 
+_cache_in_place = "a loop of one round or none keeps the cache in place"
 _no_price_loss = "a loss decides nothing"
 _static_exits = "which layers are exits is static"
 _static_count = "how many layers are kept is static, which ones is data"
@@ -790,6 +936,38 @@ MODELS = [
     dense=_dense,
     least=_lived(None, lambda l, t: l == 0),
     poison=_poisoned_layers(np.float32(-NEVER), 1, 2, 3, names=("mlp",)),
+  ),
+  Case(
+    "evopress",
+    "depth.evopress",
+    _model(),
+    _tokens,
+    _by_plan,
+    full=_halves("11 11 11 11"),
+    some=_halves("11 10 01 00"),
+    none=_halves("00 00 00 00"),
+    dense=_dense,
+    least=_lived(lambda l, t: False),
+    poison=_poisoned_layers(_halves("11 11 00 00"), 2, 3),
+    unless={"cover": _no_rows},
+  ),
+  Case(
+    "evopress.decoding",
+    "depth.evopress",
+    _model(),
+    _tokens,
+    _by_plan_decoding,
+    full=_halves("11 11 11 11"),
+    some=_halves("11 10 01 00"),
+    none=_halves("00 00 00 00"),
+    dense=_dense,
+    least=_lived(lambda l, t: False),
+    poison=_poisoned_layers(_halves("11 11 00 00"), 2, 3),
+    unless={
+      "gradient": _cache_in_place,
+      "poison_gradient": _cache_in_place,
+      "cover": _no_rows,
+    },
   ),
   Case(
     "sorted_fine_tuning",

@@ -14,13 +14,16 @@ from adaptivejax.core.budget import (
 from adaptivejax.core.cache import (
   KVCache,
   append,
+  commit_path,
+  crop,
   kv_propagate,
   leave_empty,
   share_from,
 )
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.covers import Cover, coins, default_cover, ladder, tiles
-from adaptivejax.core.depth import Depth, depth_loop, depth_scan
+from adaptivejax.core.depth import Depth, depth_loop, depth_scan, only_after
+from adaptivejax.core.drafts import Verified, draft_verify
 from adaptivejax.core.halting import (
   EntropyRing,
   Ponder,
@@ -41,7 +44,22 @@ from adaptivejax.core.losses import (
   accuracy,
   binary_cross_entropy,
   cross_entropy,
+  exit_cross_entropy,
 )
+from adaptivejax.core.plans import (
+  PlanTable,
+  run_anyway,
+  run_if,
+  run_plan,
+  specialize,
+)
+from adaptivejax.core.risk import (
+  hoeffding,
+  hoeffding_bentkus,
+  learn_then_test,
+  pareto_front,
+)
+from adaptivejax.core.sampling import Draw, Sampling, log_probs
 from adaptivejax.core.select import (
   chunk_union,
   compact,
@@ -53,18 +71,27 @@ from adaptivejax.core.select import (
   top_k,
   top_p,
 )
+from adaptivejax.core.staged import freeze, masked_scan, staged_while
+from adaptivejax.core.trees import Path, Tree, ancestors, depths, tree_verify
 
 __all__ = [
   "Cost",
   "Cover",
   "Depth",
+  "Draw",
   "EntropyRing",
   "KVCache",
   "Keys",
+  "Path",
+  "PlanTable",
   "Ponder",
+  "Sampling",
   "Signals",
   "Streak",
+  "Tree",
+  "Verified",
   "accuracy",
+  "ancestors",
   "append",
   "attend",
   "binary_cross_entropy",
@@ -73,40 +100,59 @@ __all__ = [
   "cdf",
   "chunk_union",
   "coins",
+  "commit_path",
   "compact",
+  "crop",
   "cross_entropy",
   "default_cover",
   "delta",
   "depth_loop",
   "depth_scan",
+  "depths",
+  "draft_verify",
   "entropy",
+  "exit_cross_entropy",
   "exit_depth",
   "exit_distribution",
   "exit_fractions",
   "expert_choice",
   "flops",
+  "freeze",
   "gumbel_sigmoid",
   "gumbel_softmax",
+  "hoeffding",
+  "hoeffding_bentkus",
   "kv_propagate",
   "ladder",
+  "learn_then_test",
   "leave_empty",
   "level_apply",
+  "log_probs",
   "logit_margin",
   "margin",
   "masked",
+  "masked_scan",
   "max_prob",
+  "only_after",
+  "pareto_front",
   "patience",
   "ponder",
   "prefix_slice",
   "rotary",
+  "run_anyway",
+  "run_if",
+  "run_plan",
   "saturation",
   "share_from",
   "solve_depth_threshold",
   "solve_exit_thresholds",
   "solve_setting",
+  "specialize",
+  "staged_while",
   "straight_through",
   "threshold",
   "tiles",
   "top_k",
   "top_p",
+  "tree_verify",
 ]

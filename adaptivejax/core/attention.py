@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 NEVER = -1e30
 """Score of an invisible key; finite, so that an empty row stays finite."""
@@ -38,6 +38,7 @@ def attend(
   positions: Int[Array, "B T"],
   *,
   window: int | None = None,
+  mask: Bool[Array, "B T S"] | None = None,
 ) -> Float[Array, "B T H D"]:
   """Softmax attention in f32; a query that sees no key gets zero.
 
@@ -47,6 +48,7 @@ def attend(
     positions: of the queries.
     window: how many positions a query sees, its own included; all if not given
       (static).
+    mask: pairs that may see one another, besides (dynamic); all if not given.
 
   A key that no query of its row sees is as if it were not there, NaN included.
   """
@@ -56,6 +58,8 @@ def attend(
   visible = (pos >= 0) & (pos <= at)
   if window is not None:
     visible &= pos > at - window
+  if mask is not None:
+    visible &= mask
   seen = visible.any(1)[:, None, :, None]
   k, v = jnp.where(seen, keys.k, 0), jnp.where(seen, keys.v, 0)
   q = q.reshape(batch, tokens, groups, heads // groups, width)

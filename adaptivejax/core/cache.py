@@ -3,11 +3,12 @@
 
 A slot is what `pos` says it is, -1 meaning empty; attention reads positions,
 so slots need no order.  Empty slots hold zeros: what was never written or is
-marked invalid cannot leak.  A full cache overwrites its oldest slots, which
-makes it a sliding window.  Layout is head-major, or XLA would copy it in every
-loop body.
+marked invalid cannot leak.  The t-th new token of a row goes to slot `length +
+t`; beyond the last slot nothing is written, so a full cache loses no token:
+ask `full` first.  Rows lead everywhere, so a row can be taken out, moved or
+dropped; each layer is head-major, or XLA would copy it in every loop body.
 
-Axes: L layers, B batch, H key/value heads, S slots, T new tokens, D head width.
+Axes: B batch, L layers, H key/value heads, S slots, T new tokens, D head width.
 """
 
 from collections.abc import Callable
@@ -24,16 +25,19 @@ class KVCache(NamedTuple):
   """Keys and values of all layers.
 
   Attributes:
-    k: keys, f[L, B, H, S, D].
-    v: values, f[L, B, H, S, D].
-    pos: position of the token in each slot, -1 if empty, i32[L, B, S].
+    k: keys, f[B, L, H, S, D].
+    v: values, f[B, L, H, S, D].
+    pos: position of the token in each slot, -1 if empty, i32[B, L, S].
     length: tokens seen so far by each row, i32[B]; the next one's position.
+    tree: while a tree of draft tokens is read: which of these T new tokens each
+      of them sees, bool[B, T, T]; else None.
   """
 
   k: Array
   v: Array
   pos: Array
   length: Array
+  tree: Array | None = None
 
   @classmethod
   def empty(
@@ -51,30 +55,38 @@ class KVCache(NamedTuple):
         f"a cache needs at least one of each: {layers=}, {batch=}, {heads=},"
         f" {slots=}, {width=}."
       )
-    data = jnp.zeros((layers, batch, heads, slots, width), dtype)
-    pos = jnp.full((layers, batch, slots), -1, jnp.int32)
+    data = jnp.zeros((batch, layers, heads, slots, width), dtype)
+    pos = jnp.full((batch, layers, slots), -1, jnp.int32)
     return cls(data, data, pos, jnp.zeros(batch, jnp.int32))
+
+  @property
+  def layers(self) -> int:
+    return self.k.shape[1]
 
   @property
   def slots(self) -> int:
     return self.k.shape[3]
 
+  def full(self, tokens: int = 1) -> Bool[Array, " B"]:
+    """Rows without room for `tokens` (static) more."""
+    return self.length + tokens > self.slots
+
   def positions(self, tokens: int) -> Int[Array, "B T"]:
     """Positions of the next `tokens` (static) tokens of each row."""
     return self.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
 
-  def advance(self, tokens: int) -> "KVCache":
-    """Counts `tokens` (static) as seen, once all layers wrote them."""
+  def advance(self, tokens: Int[Array, " B"] | int) -> "KVCache":
+    """Counts `tokens` (dynamic) as seen, once all layers wrote them."""
     return self._replace(length=self.length + tokens)
 
   def read(self, layer: Int[Array, ""] | int) -> Keys:
-    """Keys, values and positions of one layer."""
-    pick = lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False)
+    """Keys, values and positions of one layer (dynamic)."""
+    pick = lambda a: lax.dynamic_index_in_dim(a, layer, axis=1, keepdims=False)
     return Keys(pick(self.k), pick(self.v), pick(self.pos))
 
   def take(self, layers: Int[Array, " K"]) -> "KVCache":
     """The cache of a model that keeps only these layers (static plan)."""
-    keep = lambda a: a[layers]
+    keep = lambda a: a[:, layers]
     return KVCache(keep(self.k), keep(self.v), keep(self.pos), self.length)
 
 
@@ -99,9 +111,9 @@ def append(
   if tokens > cache.slots:
     raise ValueError(
       f"{tokens} tokens do not fit a cache of {cache.slots} slots: make it with"
-      f" `slots={tokens}` or more, or feed the prompt in parts."
+      f" `slots={tokens}` or more."
     )
-  slot = cache.positions(tokens) % cache.slots
+  slot = cache.positions(tokens)
   if rows is not None:
     slot = jnp.where(rows[:, None], slot, cache.slots)
   row = jnp.arange(batch)[:, None]
@@ -110,12 +122,60 @@ def append(
 
   def write(old, new):
     new = token_major(new).astype(old.dtype)
-    return old.at[layer, row, :, slot].set(new, mode="drop")
+    return old.at[row, layer, :, slot].set(new, mode="drop")
 
-  pos = cache.pos.at[layer, row, slot].set(keys.pos, mode="drop")
+  pos = cache.pos.at[row, layer, slot].set(keys.pos, mode="drop")
   return cache._replace(
     k=write(cache.k, keys.k), v=write(cache.v, keys.v), pos=pos
   )
+
+
+def crop(cache: KVCache, length: Int[Array, " B"]) -> KVCache:
+  """Forgets all tokens from position `length` (dynamic) on.
+
+  Their slots are marked empty; the keys stay where they are, unseen.
+  """
+  pos = jnp.where(cache.pos < length[:, None, None], cache.pos, -1)
+  return cache._replace(pos=pos, length=length)
+
+
+def commit_path(
+  cache: KVCache,
+  nodes: Int[Array, "B T"],
+  count: Int[Array, " B"],
+) -> KVCache:
+  """Keeps the accepted path of a tree whose nodes were written as new tokens.
+
+  Args:
+    cache: `length` not advanced since the tree was written; node n of it lies
+      in slot `length + n`.
+    nodes: the path, from the root.
+    count: nodes to keep (dynamic).
+
+  Returns:
+    The cache in which the path's nodes are the next `count` tokens, in order,
+    and the tree's other nodes are forgotten.
+  """
+  start = cache.length[:, None]
+  row = jnp.arange(nodes.shape[0])[:, None]
+  kept = jnp.arange(nodes.shape[1]) < count[:, None]
+  source = jnp.minimum(start + nodes, cache.slots - 1)
+  target = jnp.where(kept, start + jnp.arange(nodes.shape[1]), cache.slots)
+
+  def move(a):
+    picked = a[row, :, :, source]  # [B, T, L, H, D]
+    return a.at[row, :, :, target].set(picked, mode="drop")
+
+  pos = cache.pos[row, :, source]
+  moved = cache._replace(
+    k=move(cache.k),
+    v=move(cache.v),
+    pos=cache.pos.at[row, :, target].set(pos, mode="drop"),
+  )
+  length = cache.length + count
+  stale = jnp.arange(cache.slots) >= length[:, None]
+  pos = jnp.where(stale[:, None], -1, moved.pos)
+  return moved._replace(pos=pos, length=length)
 
 
 def kv_propagate(
@@ -139,7 +199,7 @@ def kv_propagate(
   def body(layer, cache):
     return append(cache, layer, fill(layer, cache), rows=layer >= start)
 
-  return lax.fori_loop(start.min(), cache.k.shape[0], body, cache)
+  return lax.fori_loop(start.min(), cache.layers, body, cache)
 
 
 def share_from(start: Int[Array, " B"], tokens: int = 1) -> Callable[..., Keys]:
@@ -148,10 +208,10 @@ def share_from(start: Int[Array, " B"], tokens: int = 1) -> Callable[..., Keys]:
   def fill(layer, cache):
     del layer
     row = jnp.arange(start.shape[0])[:, None]
-    slot = cache.positions(tokens) % cache.slots
+    slot = jnp.minimum(cache.positions(tokens), cache.slots - 1)
     last = jnp.maximum(start - 1, 0)[:, None]
-    heads_first = lambda a: jnp.moveaxis(a[last, row, :, slot], 1, 2)
-    pos = cache.pos[last, row, slot]
+    heads_first = lambda a: jnp.moveaxis(a[row, last, :, slot], 1, 2)
+    pos = cache.pos[row, last, slot]
     return Keys(heads_first(cache.k), heads_first(cache.v), pos)
 
   return fill
@@ -162,7 +222,7 @@ def leave_empty(tokens: int = 1) -> Callable[..., Keys]:
 
   def fill(layer, cache):
     del layer
-    _, batch, heads, _, width = cache.k.shape
+    batch, _, heads, _, width = cache.k.shape
     zeros = jnp.zeros((batch, heads, tokens, width), cache.k.dtype)
     return Keys(zeros, zeros, jnp.full((batch, tokens), -1, jnp.int32))
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from adaptivejax.core.varying import vary, varying_axes
 
@@ -40,7 +40,7 @@ class Depth(NamedTuple):
 
   Attributes:
     x: the value of each row after its last layer.
-    depth: layers run per row, i32[B], in 1..L.
+    depth: layers run per row, i32[B], in 1..L (0 if never live).
     state: what the layers carried.
     memory: what the halting rule remembered, per row as of its last layer.
     layers: `depth_scan` only: the value after every layer, [L, B, ...].
@@ -61,6 +61,7 @@ def depth_loop(
   halt: Halt,
   memory: Any = None,
   *,
+  live: Bool[Array, " B"] | None = None,
   min_depth: Int[Array, ""] | int = 1,
   axis_names: tuple[str, ...] = (),
 ) -> Depth:
@@ -73,7 +74,9 @@ def depth_loop(
     state: pytree carried through, e.g. the cache.
     halt: the decision after a layer; data, so thresholds never recompile.
     memory: what `halt` starts from: a pytree, rows on the leading axis.
-    min_depth: layers that every row runs (dynamic).
+    live: rows that need anything at all; the others stay as they are, of
+      depth 0.  All if not given.
+    min_depth: layers that every live row runs (dynamic).
     axis_names: mesh axes whose devices share collectives inside `layer`; the
       loop goes on while any of them has work (static).
   """
@@ -93,7 +96,7 @@ def depth_loop(
     )
     return l + 1, _step(layer, halt, min_depth, block, l, rows)
 
-  start = jnp.int32(0), _start(x, state, memory)
+  start = jnp.int32(0), _start(x, state, memory, live)
   _, end = lax.while_loop(unfinished, body, start)
   return Depth(end.x, end.depth, end.state, end.memory)
 
@@ -106,6 +109,7 @@ def depth_scan(
   halt: Halt,
   memory: Any = None,
   *,
+  live: Bool[Array, " B"] | None = None,
   min_depth: Int[Array, ""] | int = 1,
 ) -> Depth:
   """The differentiable twin of `depth_loop`: same depths, `x` and `memory`.
@@ -119,8 +123,24 @@ def depth_scan(
     return rows, rows.x
 
   steps = jnp.arange(_depth(params), dtype=jnp.int32)
-  end, layers = lax.scan(body, _start(x, state, memory), (steps, params))
+  end, layers = lax.scan(body, _start(x, state, memory, live), (steps, params))
   return Depth(end.x, end.depth, end.state, end.memory, layers)
+
+
+def only_after(due: Callable[[Array], Array], halt: Halt) -> Halt:
+  """`halt`, asked and paid for only after the layers l for which `due(l)`.
+
+  After the others no row stops, and nothing is remembered.
+  """
+
+  def rule(l, before, after, memory):
+    leaf = jax.tree.leaves(after)[0]
+    moves = varying_axes(after, memory)
+    ask = lambda: vary(halt(l, before, after, memory), moves)
+    wait = lambda: vary((jnp.zeros(leaf.shape[0], bool), memory), moves)
+    return lax.cond(due(l), ask, wait)
+
+  return rule
 
 
 class _Rows(NamedTuple):
@@ -133,7 +153,7 @@ class _Rows(NamedTuple):
   depth: Array
 
 
-def _start(x, state, memory) -> _Rows:
+def _start(x, state, memory, live) -> _Rows:
   sizes = {jnp.shape(a)[:1] for a in jax.tree.leaves((x, memory))}
   if len(sizes) != 1 or () in sizes:
     raise ValueError(
@@ -141,7 +161,8 @@ def _start(x, state, memory) -> _Rows:
       f" got {sorted(sizes)}. What belongs to no row goes into `state`."
     )
   (rows,) = sizes.pop()
-  done, depth = jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32)
+  done = jnp.zeros(rows, bool) if live is None else ~live
+  depth = jnp.zeros(rows, jnp.int32)
   x, state, memory = jax.tree.map(jnp.asarray, (x, state, memory))
   return vary(_Rows(x, state, memory, done, depth), varying_axes(x))
 

@@ -1,15 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batched generation and scoring over the cache, any stack as the policy."""
+"""Batched generation, scoring and calibration over the cache."""
 
-from adaptivejax.decode.engine import FULL, Generation, Score, generate, score
+from adaptivejax.decode.calibration import (
+  Calibration,
+  calibrate,
+  excess_loss,
+  inconsistency,
+)
+from adaptivejax.decode.engine import (
+  Ended,
+  Generation,
+  Score,
+  generate,
+  score,
+)
 from adaptivejax.decode.policies import POLICIES, make_policy
+from adaptivejax.nn.stack import FULL
 
 __all__ = [
   "FULL",
   "POLICIES",
+  "Calibration",
+  "Ended",
   "Generation",
   "Score",
+  "calibrate",
+  "excess_loss",
   "generate",
+  "inconsistency",
   "make_policy",
   "score",
 ]

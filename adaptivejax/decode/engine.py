@@ -1,42 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill once, then one token at a time: to generate, or to score.
+"""Prefill once, then step by step: to generate, or to score.
 
-A policy is a stack (`nn.stack`) bound to its thresholds with
-`jax.tree_util.Partial`; it is an argument of the compiled function, so trying
-another threshold does not compile again.
+A policy says how the next tokens are made (`nn.policy`); a bare stack bound to
+its thresholds with `jax.tree_util.Partial` is one, too.  It is an argument of
+the compiled function, so trying another threshold does not compile again.  Rows
+end where they please: the rest goes on without them (`staged_while`).
 
-Axes: B batch, P prompt tokens, T tokens.
+Axes: B batch, P prompt tokens, T tokens, L layers.
 """
 
+import enum
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.tree_util import Partial
 from jaxtyping import Array, Int, Key
 
+from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost
 from adaptivejax.core.losses import cross_entropy
-from adaptivejax.nn.stack import plain
+from adaptivejax.core.sampling import Draw, Sampling
+from adaptivejax.core.staged import staged_while
+from adaptivejax.nn.policy import ByStack, Policy
+from adaptivejax.nn.stack import FULL
 
-FULL = Partial(plain)
-"""The policy that runs all layers."""
+
+class Ended(enum.IntEnum):
+  """Why a row ended."""
+
+  LENGTH = 0
+  """It has the tokens that were asked for."""
+  STOP = 1
+  """By its stop token, or by its policy."""
+  FULL = 2
+  """The cache had no room for another step."""
+
+
+RUNNING = -1
 
 
 class Generation(NamedTuple):
   """What was generated.
 
   Attributes:
-    tokens: i32[B, T], the prompt not included.
-    depth: layers run to predict each of them, f32[B, T].
-    cost: of the T - 1 decoding steps, without the prompt.
+    tokens: i32[B, T], the prompt not included; 0 after a row's end.
+    count: tokens of each row, its stop token included, i32[B].
+    ended: why each row ended, an `Ended`, i32[B].
+    depth: layers run to make each token, f32[B, T]: those of a step are shared
+      out over its tokens.
+    steps: decoding steps of each row, i32[B]; `(count - 1) / steps` tokens
+      each, the first being the prompt's.
+    cost: of the decoding steps, without the prompt.
   """
 
   tokens: Array
+  count: Array
+  ended: Array
   depth: Array
+  steps: Array
   cost: Cost
+
+  @property
+  def tokens_per_step(self) -> Array:
+    """Mean over all steps, f32[]; above 1 where drafts were accepted."""
+    return (self.count - 1).sum() / jnp.maximum(self.steps.sum(), 1)
+
+  @property
+  def mean_depth(self) -> Array:
+    """Layers per decoded token, f32[]."""
+    total = self.depth[:, 1:].sum()  # the first is the prompt's
+    return total / jnp.maximum((self.count - 1).sum(), 1)
 
 
 class Score(NamedTuple):
@@ -55,60 +93,172 @@ class Score(NamedTuple):
   cost: Cost
 
 
+class _Row(NamedTuple):
+  """The state of a row; B leads everywhere."""
+
+  last: Array
+  cache: KVCache
+  memory: Any
+  keys: Array
+  limit: Array
+  tokens: Array
+  count: Array
+  ended: Array
+  depth: Array
+  steps: Array
+
+
 def generate(
   model,
   prompt: Int[Array, "B P"],
   *,
   steps: int,
+  lengths: Array | np.ndarray | Sequence[int] | None = None,
+  limits: Array | np.ndarray | Sequence[int] | None = None,
   policy=FULL,
   temperature: float = 0.0,
+  top_k: int | None = None,
+  top_p: float = 1.0,
   key: Key[Array, ""] | None = None,
+  stop: int | None = None,
+  capacity: int | None = None,
+  rungs: tuple[int, ...] | None = None,
 ) -> Generation:
-  """Continues each prompt by `steps` tokens (static).
+  """Continues each prompt by up to `steps` tokens.
 
   Args:
     model: a `DecoderLM`.
-    prompt: at least one token; rows of equal length.
-    steps: tokens to make.
-    policy: how the layers run while decoding; the prompt runs them all.
+    prompt: at least one token per row, padded on the right.
+    steps: the most tokens to make of any row (static).
+    lengths: real tokens of each prompt; all if not given.
+    limits: the most tokens of each row, in 1..steps; `steps` if not given.
+    policy: how tokens are made, a `Policy` or a stack; the prompt runs all
+      layers.
     temperature: 0 is greedy; else sampling, which needs `key` (dynamic).
-    key: for sampling.
+    top_k: draw from the k likeliest only (dynamic).
+    top_p: draw from the likeliest that hold this mass (dynamic).
+    key: for sampling.  Row b draws from `fold_in(key, b)`, whatever shares its
+      batch.
+    stop: a token that ends its row (dynamic).
+    capacity: slots of the cache (static); room for everything if not given.  A
+      row without room for another step ends as `Ended.FULL`.
+    rungs: numbers of rows to go on with as rows end (static), see
+      `staged_while`.
   """
-  prompt, policy = _checked(prompt, model.config.vocab), _bound(policy)
+  prompt, lengths = _checked(prompt, model.config.vocab, lengths)
+  policy = _bound(policy)
+  policy.check(model)
+  batch, longest = prompt.shape
   if steps < 1:
     raise ValueError(f"{steps=} must be at least 1 token.")
-  if not temperature >= 0 or (temperature > 0 and key is None):
+  limits = np.full(batch, steps) if limits is None else np.asarray(limits)
+  if limits.shape != (batch,) or limits.min() < 1 or limits.max() > steps:
     raise ValueError(
-      f"{temperature=} must be 0 (greedy) or above, and then needs a `key`."
+      f"`limits` must be one number of tokens in 1..{steps} per row; got"
+      f" {limits}."
     )
-  key = jax.random.key(0) if key is None else key
-  return _generate(model, prompt, policy, jnp.float32(temperature), key, steps)
+  sampling = Sampling.of(temperature, top_k, top_p)
+  if temperature > 0 and key is None:
+    raise ValueError(f"{temperature=} draws tokens, which needs a `key`.")
+  if stop is not None and not 0 <= stop < model.config.vocab:
+    raise ValueError(f"{stop=} is no token of 0..{model.config.vocab - 1}.")
+  least = longest + policy.reach if steps > 1 else longest
+  room = least + max(steps - 2, 0)  # the last token is not read
+  slots = room if capacity is None else min(capacity, room)
+  if slots < least:
+    raise ValueError(
+      f"{capacity=} has no room for a prompt of {longest} tokens and a step of"
+      f" up to {policy.reach}: give {least} or more."
+    )
+  return _generate(
+    model,
+    prompt,
+    lengths,
+    jnp.asarray(limits, jnp.int32),
+    policy,
+    sampling,
+    jax.random.key(0) if key is None else key,
+    jnp.int32(-1 if stop is None else stop),
+    steps=steps,
+    slots=slots,
+    rungs=rungs,
+  )
 
 
-@functools.partial(jax.jit, static_argnames="steps")
-def _generate(model, prompt, policy, temperature, key, steps) -> Generation:
-  batch, length = prompt.shape
-  cache = model.empty_cache(batch, length + steps - 1)  # the last is not read
-  first = model(prompt, cache)
+@functools.partial(jax.jit, static_argnames=("steps", "slots", "rungs"))
+def _generate(
+  model, prompt, lengths, limits, policy, sampling, key, stop, *, steps, slots,
+  rungs,
+) -> Generation:  # fmt: skip
+  batch, _ = prompt.shape
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+  first = model(prompt, model.empty_cache(batch, slots), lengths=lengths)
+  rows = jnp.arange(batch)
+  said = first.logits[rows, lengths - 1]
+  token = Draw(sampling, keys).token(said, lengths)
+  blank = jnp.zeros((batch, steps), jnp.int32)
+  start = _Row(
+    token,
+    first.cache,
+    policy.start(model, prompt, lengths, slots),
+    keys,
+    limits,
+    blank.at[:, 0].set(token),
+    jnp.ones(batch, jnp.int32),
+    jnp.zeros(batch, jnp.int32),
+    blank.astype(jnp.float32).at[:, 0].set(first.depth[rows, lengths - 1]),
+    jnp.zeros(batch, jnp.int32),
+  )
+  full = lambda cache: cache.full(policy.reach)
+  over = _ended(token == stop, start.count >= limits, full(first.cache))
+  start = start._replace(ended=over)
 
-  def choose(logits, key):
-    heat = jnp.where(temperature > 0, temperature, 1.0)
-    drawn = jax.random.categorical(key, logits / heat)
-    best = logits.argmax(-1)
-    return jnp.where(temperature > 0, drawn, best).astype(jnp.int32)
+  def step(row: _Row, live):
+    draw = Draw(sampling, row.keys)
+    out = policy.step(model, row.last, row.cache, row.memory, draw, live)
+    place = jnp.arange(out.tokens.shape[1])
+    count = jnp.minimum(out.count, row.limit - row.count)
+    stops = (out.tokens == stop) & (place < count[:, None])
+    count = jnp.where(stops.any(1), stops.argmax(1) + 1, count)
+    count = jnp.where(live, count, 0)
+    at = jnp.where(place < count[:, None], row.count[:, None] + place, steps)
+    write = lambda old, new: old.at[jnp.arange(at.shape[0])[:, None], at].set(
+      new, mode="drop"
+    )
+    each = out.depth / jnp.maximum(count, 1)
+    newest = jnp.maximum(count - 1, 0)[:, None]
+    total = row.count + count
+    ended = _ended(stops.any(1) | out.stop, total >= row.limit, full(out.cache))
+    new = _Row(
+      jnp.take_along_axis(out.tokens, newest, axis=1)[:, 0],
+      out.cache,
+      out.memory,
+      row.keys,
+      row.limit,
+      write(row.tokens, out.tokens),
+      total,
+      jnp.where(live, ended, row.ended),
+      write(row.depth, jnp.broadcast_to(each[:, None], at.shape)),
+      row.steps + live,
+    )
+    return new, out.cost
 
-  def step(carry, key):
-    token, cache = carry
-    out = model(token[:, None], cache, stack=policy)
-    token = choose(out.logits[:, -1], key)
-    return (token, out.cache), (token, out.depth[:, -1], out.cost)
+  rows, cost = staged_while(
+    step,
+    start,
+    lambda row: row.ended == RUNNING,
+    result=lambda row: row._replace(cache=None, memory=None, keys=None),
+    rungs=rungs,
+  )
+  return Generation(
+    rows.tokens, rows.count, rows.ended, rows.depth, rows.steps, cost
+  )
 
-  keys = jax.random.split(key, steps)
-  token = choose(first.logits[:, -1], keys[0])
-  _, (tokens, depth, cost) = lax.scan(step, (token, first.cache), keys[1:])
-  join = lambda one, rest: jnp.concatenate([one[None], rest]).T
-  depth = join(first.depth[:, -1], depth)
-  return Generation(join(token, tokens), depth, cost.total())
+
+def _ended(stopped, enough, full):
+  none = jnp.where(full, Ended.FULL, RUNNING)
+  none = jnp.where(enough, Ended.LENGTH, none)
+  return jnp.where(stopped, Ended.STOP, none).astype(jnp.int32)
 
 
 def score(
@@ -122,23 +272,30 @@ def score(
     prompt: static.
     policy: how the layers run while decoding.
   """
-  tokens, policy = _checked(tokens, model.config.vocab), _bound(policy)
+  tokens, _ = _checked(tokens, model.config.vocab, None)
+  policy = _bound(policy)
+  policy.check(model)
+  if not isinstance(policy, ByStack):
+    raise ValueError(
+      f"{type(policy).__name__} is not a stack: it makes its own tokens, and"
+      " cannot read given ones. Score what it made with a stack."
+    )
   if not 1 <= prompt < tokens.shape[1]:
     raise ValueError(
       f"{prompt=} must leave tokens to score of the {tokens.shape[1]} given."
     )
-  return _score(model, tokens, policy, prompt)
+  return _score(model, tokens, policy.stack, prompt)
 
 
 @functools.partial(jax.jit, static_argnames="prompt")
-def _score(model, tokens, policy, prompt) -> Score:
+def _score(model, tokens, stack, prompt) -> Score:
   cache = model.empty_cache(*tokens.shape)
   first = model(tokens[:, :prompt], cache)
 
   def step(carry, tokens):
     cache, logits = carry
     nats = cross_entropy(logits, tokens)
-    out = model(tokens[:, None], cache, stack=policy)
+    out = model(tokens[:, None], cache, stack=stack)
     carry = out.cache, out.logits[:, -1]
     return carry, (nats, out.depth[:, -1], out.shares, out.cost)
 
@@ -147,22 +304,38 @@ def _score(model, tokens, policy, prompt) -> Score:
   return Score(nats.T, depth.T, shares, cost.total())
 
 
-def _bound(policy):
-  """A policy as a pytree, so that its thresholds are data."""
+def _bound(policy) -> Policy:
+  """A policy; a stack becomes one whose thresholds are data."""
+  if isinstance(policy, Policy):
+    return policy
   if not callable(policy):
     raise ValueError(
-      f"a policy is a stack, as in `Partial(calm, threshold=0.9)`; got"
-      f" {policy!r}."
+      "a policy is a `Policy` or a stack, as in `Partial(calm, threshold=0.9)`;"
+      f" got {policy!r}."
     )
-  return policy if isinstance(policy, Partial) else Partial(policy)
+  return ByStack(policy if isinstance(policy, Partial) else Partial(policy))
 
 
-def _checked(tokens, vocab: int) -> Int[Array, "B T"]:
+def _checked(tokens, vocab: int, lengths):
   tokens = jnp.asarray(tokens)
   if tokens.ndim != 2 or 0 in tokens.shape:
     raise ValueError(
       f"tokens must be [batch, length] with at least one of each; got shape"
       f" {tokens.shape}."
+    )
+  batch, longest = tokens.shape
+  if lengths is None:
+    lengths = np.full(batch, longest)
+  lengths = jnp.asarray(lengths, jnp.int32)
+  if lengths.shape != (batch,):
+    raise ValueError(
+      f"`lengths` must be one number per row, [{batch}]; got {lengths.shape}."
+    )
+  given = not isinstance(lengths, jax.core.Tracer)
+  if given and (lengths.min() < 1 or lengths.max() > longest):
+    raise ValueError(
+      f"`lengths` must lie in 1..{longest}, the tokens there are: an empty"
+      f" prompt has nothing to go on from; got {lengths}."
     )
   if not isinstance(tokens, jax.core.Tracer):
     low, high = int(tokens.min()), int(tokens.max())
@@ -171,4 +344,4 @@ def _checked(tokens, vocab: int) -> Int[Array, "B T"]:
         f"tokens must lie in 0..{vocab - 1}, the model's vocabulary; got"
         f" {low}..{high}."
       )
-  return tokens
+  return tokens, lengths

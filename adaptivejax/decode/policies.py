@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from adaptivejax.decode.engine import FULL
 from adaptivejax.methods import depth
-from adaptivejax.nn.stack import layer_count
+from adaptivejax.nn import MARGIN, MAX_PROB, STATE
+from adaptivejax.nn.stack import FULL, layer_count
 
 
 def _full(model, setting):
@@ -17,9 +17,13 @@ def _full(model, setting):
   return FULL
 
 
-def _calm(model, setting):
-  del model
-  return Partial(depth.calm, threshold=jnp.float32(setting))
+def _calm(measure):
+  def make(model, setting):
+    del model
+    level = jnp.float32(setting)
+    return Partial(depth.calm, threshold=level, measure=measure)
+
+  return make
 
 
 def _unified(model, setting):
@@ -34,7 +38,21 @@ def _ffn_skip(model, setting):
 
 POLICIES: dict[str, tuple[Callable[..., Any], float, str]] = {
   "full": (_full, 0.0, "all layers; the setting is ignored"),
-  "calm": (_calm, 0.9, "confidence at which a token leaves the layers"),
+  "calm": (
+    _calm(MARGIN),
+    0.9,
+    "gap between the two likeliest tokens at which a token leaves the layers",
+  ),
+  "calm_max_prob": (
+    _calm(MAX_PROB),
+    0.9,
+    "probability of the likeliest token at which a token leaves the layers",
+  ),
+  "calm_state": (
+    _calm(STATE),
+    0.99,
+    "cosine of successive states at which a token leaves the layers",
+  ),
   "unified": (_unified, 2.0, "wished speed-up: keep 1 / setting of the layers"),
   "ffn_skip": (_ffn_skip, 0.98, "cosine at which feed-forward layers are left"),
 }

@@ -9,12 +9,12 @@ Axes: B batch, T tokens, D features, L layers, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost, Signals, flops
@@ -67,6 +67,7 @@ class LMOutput(NamedTuple):
     depth: layers run per token, f32[B, T].
     shares: realised share of compute of every layer, f32[L].
     hidden: after every layer, f[L, B, T, D], if the stack returns it.
+    notes: what else the stack says.
   """
 
   logits: Array
@@ -76,6 +77,7 @@ class LMOutput(NamedTuple):
   depth: Array
   shares: Array
   hidden: Array | None
+  notes: Any = None
 
 
 def decoder_block(
@@ -133,6 +135,10 @@ class DecoderLM(nnx.Module):
     )
     self.config = config
 
+  def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """The hidden state that a token enters the layers with."""
+    return self.embedding.get_value()[tokens]
+
   def readout(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Logits of a hidden state of any layer, f32."""
     x = self.norm(x)
@@ -156,14 +162,21 @@ class DecoderLM(nnx.Module):
     tokens: Int[Array, "B T"],
     cache: KVCache | None = None,
     *,
+    lengths: Int[Array, " B"] | None = None,
+    tree: Bool[Array, "B T T"] | None = None,
     stack: Callable = plain,
     key: Key[Array, ""] | None = None,
   ) -> LMOutput:
     """Logits for the token after each of `tokens`.
 
     Args:
-      tokens: appended after what `cache` holds.
+      tokens: appended after what `cache` holds; ask `cache.full` for room.
       cache: keys of earlier tokens; none in training.
+      lengths: real tokens of each row, the rest being padding on the right
+        whose outputs mean nothing (dynamic); all if not given.
+      tree: tokens that each token sees, itself included, where they are a tree
+        of drafts and not a text (`core.trees.ancestors`); needs a cache.  The
+        cache comes back with the tree in it but not advanced: `commit_path`.
       stack: how the layers are run, see `nn.stack`.
       key: given in training, asks for the differentiable form.
     """
@@ -171,25 +184,42 @@ class DecoderLM(nnx.Module):
     batch, length = tokens.shape
     if cache is not None:
       _check_cache(cache, self, batch)
-    if cache is None:
-      positions = jnp.arange(length, dtype=jnp.int32)
-      positions = jnp.broadcast_to(positions, (batch, length))
-    else:
-      positions = cache.positions(length)
-    x = self.embedding.get_value()[tokens]
+      cache = cache._replace(tree=tree)
+    elif tree is not None:
+      raise ValueError("a tree of tokens needs a `cache` to be appended to.")
+    place, count = _place(length, lengths, tree)
+    start = 0 if cache is None else cache.length[:, None]
+    positions = jnp.where(place >= 0, start + place, -1)
+    positions = jnp.broadcast_to(positions, (batch, length))
+    x = self.embed(tokens)
     cache = vary(cache, varying_axes(x))
     out = stack(self.layers, x, positions, cache, readout=self.readout, key=key)
     logits = self.readout(out.x)
     read = flops(lambda m, x: m.readout(x), self, out.x)
     return LMOutput(
       logits,
-      None if cache is None else out.cache.advance(length),
+      None if cache is None else _advance(out.cache, count),
       out.cost + Cost.dense(read, batch * length),
       out.signals,
       out.depth,
       out.shares,
       out.hidden,
+      out.notes,
     )
+
+
+def _place(tokens: int, lengths, tree):
+  """Place of each token after the past, -1 for none; and tokens to count."""
+  place = jnp.arange(tokens, dtype=jnp.int32)[None]
+  if tree is not None:
+    return tree.sum(-1, dtype=jnp.int32) - 1, 0
+  if lengths is not None:
+    return jnp.where(place < lengths[:, None], place, -1), lengths
+  return place, tokens
+
+
+def _advance(cache: KVCache, count) -> KVCache:
+  return cache._replace(tree=None).advance(count)
 
 
 def _check_tokens(tokens) -> None:

@@ -3,25 +3,53 @@
 
 from adaptivejax.nn.attention import Attention
 from adaptivejax.nn.block import Block, Group
+from adaptivejax.nn.confidence import (
+  MARGIN,
+  MAX_PROB,
+  STATE,
+  MetaClassifier,
+  exit_confidence,
+)
+from adaptivejax.nn.exit import early_exit
 from adaptivejax.nn.functional import functional
 from adaptivejax.nn.mlp import Mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
+from adaptivejax.nn.plan import by_plan
+from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.setting import Setting, adjust
-from adaptivejax.nn.stack import StackOutput, every_layer, plain
+from adaptivejax.nn.stack import (
+  FULL,
+  StackOutput,
+  every_layer,
+  plain,
+  run_layers,
+)
 
 __all__ = [
+  "FULL",
+  "MARGIN",
+  "MAX_PROB",
+  "STATE",
   "Attention",
   "Block",
+  "ByStack",
   "Group",
   "LayerNorm",
+  "MetaClassifier",
   "Mlp",
+  "Policy",
   "RMSNorm",
   "Router",
   "Setting",
   "StackOutput",
+  "Step",
   "adjust",
+  "by_plan",
+  "early_exit",
   "every_layer",
+  "exit_confidence",
   "functional",
   "plain",
+  "run_layers",
 ]

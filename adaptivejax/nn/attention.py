@@ -77,10 +77,11 @@ class Attention(nnx.Module):
     (q, k, v), cost = self._items(_project, (x, positions), live, count)
     pos = positions if live is None else jnp.where(live, positions, -1)
     keys = Keys(jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), pos)
-    window = None if cache is None else cache.slots
+    mask = None
     if cache is not None:
-      cache, keys = _remember(cache, layer, keys, positions)
-    mixed = attend(q, keys, positions, window=window).reshape(x.shape)
+      cache = append(cache, layer, keys)
+      keys, mask = cache.read(layer), _tree_mask(cache, positions.shape[1])
+    mixed = attend(q, keys, positions, mask=mask).reshape(x.shape)
     cost += _attend_cost(q, keys, live)
     y, out_cost = self._items(_output, mixed, live, count)
     return y, cache, cost + out_cost
@@ -92,24 +93,14 @@ class Attention(nnx.Module):
     return f(x, self), Cost.dense(flops(f, x, self), count)
 
 
-def _remember(cache, layer, new: Keys, positions) -> tuple[KVCache, Keys]:
-  """The cache with the new keys, and the keys that their queries may see.
-
-  One new token overwrites what is out of its window anyway.  Several may
-  overwrite what the first of them still see: these look at what was there, too.
-  """
-  after = append(cache, layer, new)
-  if positions.shape[1] == 1:
-    return after, after.read(layer)
-  old = cache.read(layer)
-  past = jnp.where(old.pos < positions[:, :1], old.pos, -1)
-  join = lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=-2)
-  keys = Keys(
-    join(old.k, new.k),
-    join(old.v, new.v),
-    jnp.concatenate([past, new.pos], axis=-1),
-  )
-  return after, keys
+def _tree_mask(cache: KVCache, tokens: int) -> Bool[Array, "B T S"] | None:
+  """Which slots the new tokens may see, when they are a tree of drafts."""
+  if cache.tree is None:
+    return None
+  node = jnp.arange(cache.slots) - cache.length[:, None]  # [B, S]
+  new = (node >= 0) & (node < tokens)
+  at = jnp.clip(node, 0, tokens - 1)[:, None]
+  return jnp.take_along_axis(cache.tree, at, axis=2) | ~new[:, None]
 
 
 def _project(x_positions, attention):

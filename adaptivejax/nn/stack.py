@@ -10,11 +10,12 @@ Axes: L layers, B batch, T tokens, D features, V vocabulary.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.tree_util import Partial
 from jaxtyping import Array
 
 from adaptivejax.core.cache import KVCache
@@ -35,6 +36,7 @@ class StackOutput(NamedTuple):
     depth: layers run per token, f32[B, T].
     shares: realised share of compute of every layer, f32[L].
     hidden: `x` after every layer, f[L, B, T, D], from `every_layer` only.
+    notes: what else a stack has to say, to whoever knows it.
   """
 
   x: Array
@@ -44,6 +46,7 @@ class StackOutput(NamedTuple):
   depth: Array
   shares: Array
   hidden: Array | None = None
+  notes: Any = None
 
 
 def layer_count(layers) -> int:
@@ -79,7 +82,32 @@ def every_layer(layers, x, positions, cache=None, *, readout, key=None):
   return StackOutput(x, cache, cost.total(), mean, depth, cost.share, hidden)
 
 
+def run_layers(layers, x, positions, cache, indices):
+  """Runs some of the layers in the order given; they are not copied.
+
+  Args:
+    layers, x, positions, cache: as for a stack.
+    indices: which layers, i32[K]; how many is static, which ones is data.
+
+  Returns:
+    `(x, cache, cost, signals)`, the last two stacked over K.
+  """
+
+  def body(carry, index):
+    x, cache = carry
+    layer = layer_at(layers, index)
+    x, cache, cost, signals = layer(x, positions, cache, index * layers.depth)
+    return (x, cache), (cost, signals)
+
+  (x, cache), (cost, signals) = lax.scan(body, (x, cache), indices)
+  return x, cache, cost, signals
+
+
 def plain(layers, x, positions, cache=None, *, readout, key=None):
   """Runs all layers, one after the other."""
   out = every_layer(layers, x, positions, cache, readout=readout, key=key)
   return out._replace(hidden=None)
+
+
+FULL = Partial(plain)
+"""The stack that runs all layers, as data."""

@@ -12,6 +12,9 @@ from adaptivejax.core import select
 X, MASK = jnp.ones((12, 4)), jnp.arange(12) % 2 == 0
 double = lambda rows: rows * 2
 half = lambda rows: rows[:, :2]
+IDS, LOG = jnp.zeros((12, 2), jnp.int32), jnp.zeros((12, 2, 4))
+TREE = core.Tree(IDS, IDS - 1)
+DRAW = core.Draw(core.Sampling.of(), jax.random.split(jax.random.key(0), 12))
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +132,22 @@ SETTINGS = {
   "level per item": (
     lambda: select.threshold(X[0], jnp.ones(4)),
     "`level` must be one number",
+  ),
+  "target without a place for the bonus": (
+    lambda: core.draft_verify(IDS, LOG, LOG, DRAW, IDS[:, 0]),
+    r"\(12, 2\).*target_log.shape=\(12, 2, 4\) must be \[B, d \+ 1, V\]",
+  ),
+  "draft of another length": (
+    lambda: core.draft_verify(IDS[:, :1], LOG, LOG, DRAW, IDS[:, 0]),
+    r"draft of shape \(12, 1\).*draft_log.shape=\(12, 2, 4\) must be",
+  ),
+  "tree of other rows": (
+    lambda: core.tree_verify(TREE, LOG[:5], DRAW, IDS[:, 0], depth=1),
+    r"at every node: tree.tokens.shape=\(12, 2\) but target_log.shape=\(5,",
+  ),
+  "tree of negative depth": (
+    lambda: core.tree_verify(TREE, LOG, DRAW, IDS[:, 0], depth=-1),
+    r"depth=-1 must be 0 \(the root alone\) or above",
   ),
 }
 

@@ -13,6 +13,8 @@ from adaptivejax.core.attention import Keys
 from adaptivejax.core.cache import (
   KVCache,
   append,
+  commit_path,
+  crop,
   kv_propagate,
   leave_empty,
   share_from,
@@ -42,14 +44,14 @@ class Notebook:
   def check(self, cache):
     seen = set()
     for l, b, s in np.ndindex(L, B, S):
-      p = int(cache.pos[l, b, s])
+      p = int(cache.pos[b, l, s])
       if p < 0:
-        assert not np.any(cache.k[l, b, :, s]), "an empty slot holds zeros"
+        assert not np.any(cache.k[b, l, :, s]), "an empty slot holds zeros"
         continue
       seen.add((l, b, p))
       k, v = self.held[l, b, p]
-      np.testing.assert_array_equal(cache.k[l, b, :, s], k)
-      np.testing.assert_array_equal(cache.v[l, b, :, s], v)
+      np.testing.assert_array_equal(cache.k[b, l, :, s], k)
+      np.testing.assert_array_equal(cache.v[b, l, :, s], v)
     assert seen == set(self.held)
 
 
@@ -75,12 +77,48 @@ def test_nan_without_a_position_is_not_written():
   assert np.isfinite(cache.k).all()
 
 
-def test_a_full_cache_is_a_sliding_window():
+def test_a_full_cache_says_so_and_loses_nothing():
   cache = KVCache.empty(L, B, H, S, W)
   for t in range(S + 3):
+    np.testing.assert_array_equal(cache.full(), t >= S)
+    np.testing.assert_array_equal(cache.full(2), t >= S - 1)
     cache = append(cache, 0, keys(t, np.asarray(cache.positions(1)))).advance(1)
-  held = sorted(np.asarray(cache.pos[0, 0]))
-  assert held == list(range(3, S + 3))
+  np.testing.assert_array_equal(cache.pos[0, 0], np.arange(S))
+  np.testing.assert_array_equal(
+    cache.k[:, 0, :, 0], keys(0, [[0], [0]]).k[:, :, 0]
+  )
+
+
+def test_cropped_tokens_are_gone_in_every_layer():
+  cache = KVCache.empty(L, B, H, S, W)
+  for layer in range(L):
+    cache = append(cache, layer, keys(layer, [[0, 1, 2], [0, 1, 2]]))
+  cut = crop(cache.advance(3), jnp.array([1, 3], jnp.int32))
+  np.testing.assert_array_equal(cut.length, [1, 3])
+  np.testing.assert_array_equal(cut.pos[0], [[0, -1, -1, -1, -1, -1]] * L)
+  np.testing.assert_array_equal(cut.pos[1], [[0, 1, 2, -1, -1, -1]] * L)
+
+
+def test_a_committed_path_is_what_appending_it_gives():
+  """Tree 0 - (1 - 3, 2 - 4): row 0 keeps 0, 2, 4; row 1 only the root."""
+  past = KVCache.empty(L, B, H, 9, W).advance(jnp.array([1, 2], jnp.int32))
+  depth = jnp.array([0, 1, 1, 2, 2])
+  nodes = jnp.array([[0, 2, 4], [0, 1, 3]])
+  count = jnp.array([3, 1])
+  got, want = past, past
+  rows = jnp.arange(B)[:, None]
+  pick = lambda a: jnp.moveaxis(a[rows, :, nodes], 1, 2)
+  for layer in range(L):
+    tree = keys(layer, np.asarray(past.length)[:, None] + np.asarray(depth))
+    got = append(got, layer, tree)
+    here = jnp.where(jnp.arange(3) < count[:, None], tree.pos[rows, nodes], -1)
+    want = append(want, layer, Keys(pick(tree.k), pick(tree.v), here))
+  got, want = jax.jit(commit_path)(got, nodes, count), want.advance(count)
+  held = (want.pos >= 0)[:, :, None, :, None]
+  np.testing.assert_array_equal(got.pos, want.pos)
+  np.testing.assert_array_equal(got.length, want.length)
+  np.testing.assert_array_equal(jnp.where(held, got.k, 0), want.k)
+  np.testing.assert_array_equal(jnp.where(held, got.v, 0), want.v)
 
 
 def test_policies_fill_only_skipped_layers():
@@ -95,24 +133,24 @@ def test_policies_fill_only_skipped_layers():
     "empty": kv_propagate(cache, start, leave_empty()),
   }
   for out in got.values():  # row 1 skipped nothing, row 0 kept layer 0
-    np.testing.assert_array_equal(out.k[:, 1], cache.k[:, 1])
-    np.testing.assert_array_equal(out.k[0], cache.k[0])
+    np.testing.assert_array_equal(out.k[1], cache.k[1])
+    np.testing.assert_array_equal(out.k[:, 0], cache.k[:, 0])
   for l in (1, 2):
     np.testing.assert_array_equal(
-      got["project"].k[l, 0, :, 0], project(l, cache).k[0, :, 0]
+      got["project"].k[0, l, :, 0], project(l, cache).k[0, :, 0]
     )
     np.testing.assert_array_equal(
-      got["share"].v[l, 0, :, 0], cache.v[0, 0, :, 0]
+      got["share"].v[0, l, :, 0], cache.v[0, 0, :, 0]
     )
-  np.testing.assert_array_equal(got["empty"].pos[1:, 0, 0], -1)
-  assert not np.any(got["empty"].k[1:, 0, :, 0])
+  np.testing.assert_array_equal(got["empty"].pos[0, 1:, 0], -1)
+  assert not np.any(got["empty"].k[0, 1:, :, 0])
 
 
 def test_take_keeps_the_layers_asked_for():
   cache = append(KVCache.empty(L, B, H, S, W), 2, keys(0, [[0], [0]]))
   kept = cache.take(jnp.array([0, 2]))
-  assert kept.k.shape[0] == 2
-  np.testing.assert_array_equal(kept.k[1], cache.k[2])
+  assert kept.layers == 2
+  np.testing.assert_array_equal(kept.k[:, 1], cache.k[:, 2])
 
 
 def test_a_step_does_not_copy_the_cache():

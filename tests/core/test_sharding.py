@@ -222,3 +222,30 @@ def test_auto_sharded_jit():
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
     assert got[1][1].sharding == place(None, "model")
   """)
+
+
+def test_decoding_rows_over_devices():
+  """Each device walks its own trees, some longer; no collective."""
+  run_in_subprocess("""
+    keys = jax.random.split(jax.random.key(0), N)
+    setting, place = core.Sampling.of(1.0, 3), jnp.arange(N)
+    tokens = jax.random.randint(jax.random.key(1), (N, 5), 0, 4)
+    parent = jnp.where(share[:, None] > 0.5, jnp.arange(5) - 1, -2)
+    parent = parent.at[:, 0].set(-1)
+    logits = draw(5, N, 5, 4)
+
+    def decode(keys, tokens, parent, logits, place):
+      rows = core.Draw(setting, keys)
+      log, tree = rows.log_probs(logits), core.Tree(tokens, parent)
+      path = core.tree_verify(tree, log, rows, place, depth=4)
+      kept = core.draft_verify(tokens[:, :4], log[:, :4], log, rows, place)
+      return core.ancestors(tree), path, kept
+
+    args = keys, tokens, parent, logits, place
+    sharded = jax.shard_map(
+      decode, mesh=mesh(data=8), in_specs=P("data"), out_specs=P("data")
+    )
+    chex.assert_trees_all_equal(jax.jit(sharded)(*args), jax.jit(decode)(*args))
+    text = jax.jit(sharded).lower(*args).compile().as_text()
+    assert not any(word in text for word in ("all-reduce", "all-gather"))
+  """)

@@ -97,5 +97,42 @@ def assert_cache_holds(cache, model, tokens, states):
   """The cache of a decoder whose layer l ended in `states[l]`."""
   before = [model.embedding.get_value()[tokens], *states[:-1]]
   for i, module in enumerate(reference.layers_of(model)):
-    for got, want in zip((cache.k[i], cache.v[i]), keys_of(module, before[i])):
+    for got, want in zip(
+      (cache.k[:, i], cache.v[:, i]), keys_of(module, before[i])
+    ):
       np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def replay(model, prompt, leave, *, given=None, steps=None):
+  """Decodes one row token by token, without a cache or a loop over layers.
+
+  Every token tries all layers, and `leave(path)` says after how many it leaves,
+  `path` being its states f[L+1, D], the embedding first; its exit state then
+  stands in for all deeper layers.  The prompt runs all layers.
+
+  Args:
+    given: the tokens to read; without, `steps` greedy ones, the first of them
+      being the prompt's.
+
+  Returns:
+    `(tokens, exits, states, logits)`: what was read after the prompt, the exits
+    of all tokens, the states after every layer f[L, 1, T, D], and the logits
+    after each token read.
+  """
+  count = CONFIG.layers
+  live = lambda exits: np.arange(count)[:, None, None] < np.asarray(exits)
+  run = lambda text, exits: reference.hidden(
+    model, np.array([text]), live(exits), np.ones((count, 1, len(text)), bool)
+  )
+  text, exits = list(map(int, prompt)), [count] * len(prompt)
+  said = reference.readout(model, run(text, exits)[-1])[0, -1]
+  logits = []
+  for i in range(len(given) if given is not None else steps - 1):
+    text.append(int(said.argmax() if given is None else given[i]))
+    exits.append(count)
+    states = [model.embedding.get_value()[np.array([text])], *run(text, exits)]
+    exits[-1] = leave(np.array([state[0, -1] for state in states]))
+    said = reference.readout(model, run(text, exits)[-1])[0, -1]
+    logits.append(said)
+  tokens = np.array(text[len(prompt) :])
+  return tokens, np.array(exits), run(text, exits), np.array(logits)

@@ -54,7 +54,7 @@ def test_rows_of_a_cache_may_differ_in_length(model):
   """Row 1 starts two tokens later than row 0 and reads the same text."""
   cache = model.empty_cache(2, T)
   late = model(TOKENS[:1, :2], model.empty_cache(1, T)).cache
-  join = lambda a, b: a.at[:, :1].set(b)
+  join = lambda a, b: a.at[:1].set(b)
   cache = cache._replace(
     k=join(cache.k, late.k),
     v=join(cache.v, late.v),
@@ -68,17 +68,36 @@ def test_rows_of_a_cache_may_differ_in_length(model):
   np.testing.assert_allclose(out[1], full[:4], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("parts", [(3, 3, 3), (4, 1, 4)])
-def test_a_full_cache_is_a_window_however_the_tokens_come(model, parts):
-  def feed(parts):
-    cache, begin, logits = model.empty_cache(2, 4), 0, []
-    for part in parts:
-      out = model(TOKENS[:, begin : begin + part], cache)
-      cache, begin = out.cache, begin + part
-      logits.append(out.logits)
-    return jnp.concatenate(logits, 1)
+def test_padding_on_the_right_changes_nothing(model):
+  """Rows of 5 and 3 real tokens, then 2 and 4, as each would be alone."""
+  first, second = jnp.array([5, 3]), jnp.array([2, 4])
+  out = model(TOKENS[:, :6], model.empty_cache(2, T + 4), lengths=first)
+  more = jnp.stack([TOKENS[0, 5:9], TOKENS[1, 3:7]])
+  then = model(more, out.cache, lengths=second)
+  np.testing.assert_array_equal(then.cache.length, first + second)
+  alone = model(TOKENS).logits
+  for row, (a, b) in enumerate(zip(first, second)):
+    np.testing.assert_allclose(
+      out.logits[row, :a], alone[row, :a], rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+      then.logits[row, :b], alone[row, a : a + b], rtol=1e-4, atol=1e-5
+    )
 
-  np.testing.assert_allclose(feed(parts), feed((1,) * T), rtol=1e-4, atol=1e-5)
+
+def test_each_branch_of_a_tree_is_a_text(model):
+  """Root, two children, and a child of the second, after three tokens."""
+  past = model(TOKENS[:, :3], model.empty_cache(2, T)).cache
+  sees = jnp.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]])
+  tree = jnp.broadcast_to(sees.astype(bool), (2, 4, 4))
+  out = model(TOKENS[:, 3:7], past, tree=tree)
+  np.testing.assert_array_equal(out.cache.length, 3)
+  for node, path in enumerate([(0,), (0, 1), (0, 2), (0, 2, 3)]):
+    branch = [TOKENS[:, 3 + n : 4 + n] for n in path]
+    text = jnp.concatenate([TOKENS[:, :3], *branch], 1)
+    np.testing.assert_allclose(
+      out.logits[:, node], model(text).logits[:, -1], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_row_set_back_forgets_what_came_after(model):

@@ -8,7 +8,7 @@ and between them every floor(L / (n - 1))-th until n are kept.  The prompt runs
 all layers.  The plan depends on nothing but r, so there is no conditional, and
 no missing keys: a skipped layer is never asked while decoding.
 
-Primitive: a static plan, `nn.stack.layer_at` over the kept layers.
+Primitive: a static plan, `nn.stack.run_layers` over the kept layers.
 Departs: n = 1 keeps the last layer (published code divides by n - 1); `rounded`
 spaces the kept layers evenly, where the rule leaves a dense tail.
 Axes: L layers, K kept, B batch, T tokens, D features.
@@ -16,10 +16,9 @@ Axes: L layers, K kept, B batch, T tokens, D features.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from adaptivejax.nn.stack import StackOutput, layer_at, layer_count, plain
+from adaptivejax.nn.stack import StackOutput, layer_count, plain, run_layers
 
 
 def kept_layers(
@@ -65,14 +64,7 @@ def unified_skip(
     )
   if cache is None or x.shape[1] > 1:
     return plain(layers, x, positions, cache, readout=readout, key=key)
-
-  def body(carry, index):
-    x, cache = carry
-    block = layer_at(layers, index)
-    x, cache, cost, signals = block(x, positions, cache, index * layers.depth)
-    return (x, cache), (cost, signals)
-
-  (x, cache), (cost, signals) = lax.scan(body, (x, cache), kept)
+  x, cache, cost, signals = run_layers(layers, x, positions, cache, kept)
   shares = jnp.zeros(total).at[kept].set(cost.share)
   cost = cost.total()
   cost = cost._replace(full=cost.full * total / count)

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods that spend fewer steps on a text."""
+
+from adaptivejax.methods.decode.self_speculation import SelfSpeculation
+
+__all__ = ["SelfSpeculation"]

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How tokens are decoded: one per step through a stack, or several at once.
+
+A `Policy` turns the last token of each row into the next ones.  It is a frozen
+dataclass, registered with JAX: its arrays (thresholds, tables, a second model)
+are data, its plain numbers are static.  What it remembers from step to step is
+its *memory*, a pytree with a row of each leaf per row of the batch.
+
+Axes: B batch, P prompt tokens, K tokens per step.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from adaptivejax.core.cache import KVCache
+from adaptivejax.core.cost import Cost
+from adaptivejax.core.sampling import Draw
+from adaptivejax.nn.setting import refuse_nan
+
+
+class Step(NamedTuple):
+  """What a step made.
+
+  Attributes:
+    tokens: the next tokens of each row, i32[B, K], of which `count` are real.
+    count: i32[B], at least 1 for a live row.
+    cache: with the last token and all new ones but the newest.
+    memory: for the next step.
+    depth: layers run for each row in this step, f32[B].
+    cost: of the step.
+    stop: rows that end after these tokens by the policy's will, bool[B].
+  """
+
+  tokens: Array
+  count: Array
+  cache: KVCache
+  memory: Any
+  depth: Array
+  cost: Cost
+  stop: Array
+
+
+class Policy:
+  """The protocol; see `ByStack` for the simplest one."""
+
+  @property
+  def emits(self) -> int:
+    """The most tokens that a step makes (static)."""
+    return 1
+
+  @property
+  def reach(self) -> int:
+    """Cache slots that a step needs (static)."""
+    return self.emits
+
+  def check(self, model) -> None:
+    """Raises ValueError if it cannot decode with `model`."""
+
+  def start(
+    self,
+    model,
+    prompt: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    slots: int,
+  ) -> Any:
+    """The memory after a prompt, of which row b has `lengths[b]` tokens.
+
+    `slots` are those of the cache (static), for a policy that has another.
+    """
+    del model, prompt, lengths, slots
+
+  def step(
+    self,
+    model,
+    last: Int[Array, " B"],
+    cache: KVCache,
+    memory: Any,
+    draw: Draw,
+    live: Bool[Array, " B"],
+  ) -> Step:
+    """The tokens after `last`, which the cache does not hold yet.
+
+    Nothing is read of rows that are not `live`, and they must cost nothing that
+    grows with their number.  The next token has position `cache.length + 1`.
+    """
+    raise ValueError(f"{type(self).__name__} does not say how it steps.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ByStack(Policy):
+  """One token per step, through a stack (`nn.stack`)."""
+
+  stack: Any
+
+  def check(self, model) -> None:
+    del model
+    refuse_nan(**getattr(self.stack, "keywords", {}))
+
+  def step(self, model, last, cache, memory, draw, live) -> Step:
+    reads = live.astype(jnp.int32)  # a row that is done reads nothing
+    out = model(last[:, None], cache, lengths=reads, stack=self.stack)
+    token = draw.token(out.logits[:, -1], cache.length + 1)
+    return Step(
+      token[:, None],
+      reads,
+      out.cache,
+      memory,
+      out.depth[:, -1],
+      out.cost,
+      jnp.zeros_like(live),
+    )
