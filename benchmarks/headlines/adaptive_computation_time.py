@@ -61,7 +61,7 @@ def measure(quick: bool) -> Headline:
   model = Classifier(CONFIG, layer=make, rngs=nnx.Rngs(0))
   inputs, labels, _ = bits(20_000)
   model = fit(model, loss, (inputs, labels), steps=4 if quick else 3000)
-  inputs, labels, n = bits(2000, seed=1)
+  inputs, labels, n = bits(800, seed=1)
   logits, steps, cost = pondered(model, inputs)
   right = np.asarray(logits.argmax(-1) == labels)
   mean = np.asarray(steps).mean(1)
