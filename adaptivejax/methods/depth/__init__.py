@@ -12,6 +12,9 @@ from adaptivejax.methods.depth.duo_llm import (
 from adaptivejax.methods.depth.evopress import divergence, evolve
 from adaptivejax.methods.depth.ffn_skip import ffn_skip
 from adaptivejax.methods.depth.mixture_of_depths import MixtureOfDepths
+from adaptivejax.methods.depth.mixture_of_recursions import (
+  MixtureOfRecursions,
+)
 from adaptivejax.methods.depth.sorted_fine_tuning import sorted_loss
 from adaptivejax.methods.depth.unified_layer_skipping import (
   kept_layers,
@@ -25,6 +28,7 @@ __all__ = [
   "pattern_losses",
   "patterns",
   "MixtureOfDepths",
+  "MixtureOfRecursions",
   "calm",
   "divergence",
   "evolve",
