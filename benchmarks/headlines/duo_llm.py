@@ -50,7 +50,7 @@ def measure(quick: bool) -> Headline:
     f" one big layer {value['one_big_oracle']} (the others small, none skipped:"
     f" {value['one_big_rest_small_oracle']}), of 100 random patterns"
     f" {value['random_100_oracle']}, of all 729 {value['oracle']}. One pattern"
-    f" with one big layer for all bytes: {value['one_big_fixed']}, so the gain is"
+    f" with one big layer for all bytes: {value['one_big_fixed']}; the gain is"
     " that of knowing the answer"
   )
   return Headline(text, figures, figures["one_big_oracle"] < figures["all_big"])
