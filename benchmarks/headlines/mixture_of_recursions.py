@@ -6,6 +6,7 @@ times, on 3/3, 2/3 and 1/3 of the bytes: work of 4 layers, parameters of 3.
 Trained for 6/4 of the steps of the dense model of 6 layers.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -19,6 +20,7 @@ from adaptivejax.training.tasks import language_modeling
 from benchmarks.headlines import Headline
 from benchmarks.headlines.beds import (
   DATA,
+  MODEL,
   OPTIMIZER,
   STEPS,
   bits_per_byte,

@@ -104,15 +104,13 @@ class MixtureOfRecursions(Layer):
       return self._train(x, positions, cache, live, key)
     keys, index = self._keys(x, cache, index)
     chosen, cost, inner, shares = live, Cost.zero(), [], []
-    penalty = jnp.float32(0)
-    if self.routing == "token":
-      entry = _only(live, x)
-      depth, odds = self.depths(entry), jax.nn.softmax(self.router(entry))
-      chance = jnp.take_along_axis(odds, depth[..., None] - 1, -1)
-      if key is not None:
-        penalty = self.balance * _imbalance(odds, depth)
+    by_token, entry = self.routing == "token", _only(live, x)
+    depth, odds = self.depths(entry), jax.nn.softmax(self.router(entry))
+    chance = jnp.take_along_axis(odds, depth[..., None] - 1, -1)
+    train = by_token and key is not None
+    penalty = self.balance * _imbalance(odds, depth) if train else 0.0
     for r in range(self.recursions):
-      if self.routing == "token":
+      if by_token:
         chosen, gate = (_and(live, depth > r) if r else live), chance
         shares.append(odds[..., r:].sum(-1).mean())
       else:
@@ -164,16 +162,17 @@ class MixtureOfRecursions(Layer):
   def _recur(self, r: int, x, positions, keys, index, live, key) -> LayerOutput:
     """The block, the r-th time."""
     key = None if key is None else jax.random.fold_in(key, r)
-    if self.sharing and r:
+    if self.sharing and r and isinstance(self.block, Block):
       return self.block.recall(x, positions, keys, index, live, key)
     index = index if self.sharing else index + r * self.block.depth
     return self.block(x, positions, keys, index, live, key)
 
   def _keys(self, x, cache: KVCache | None, index):
     """Where the first recursion leaves its keys for the others to read."""
-    if cache is not None or not self.sharing:
+    block = self.block
+    if cache is not None or not self.sharing or not isinstance(block, Block):
       return cache, index
-    attention = self.block.attention
+    attention = block.attention
     heads = attention.key_value.kernel.shape[-1] // (2 * attention.width)
     cache = KVCache.empty(
       1, x.shape[0], heads, x.shape[1], attention.width, x.dtype
@@ -201,7 +200,7 @@ def _mean(inner: list[Signals], shares: list, penalty) -> Signals:
   """Of all recursions, by the share of the tokens in them."""
   share = sum(s * one.share for s, one in zip(shares, inner)) / len(inner)
   penalty += sum(one.penalty for one in inner) / len(inner)
-  return Signals(jnp.asarray(share, jnp.float32), penalty)
+  return Signals(jnp.asarray(share, jnp.float32), jnp.float32(penalty))
 
 
 def _imbalance(odds: Float[Array, "B T N"], depth: Int[Array, "B T"]):
