@@ -82,7 +82,8 @@ def calibrate(
     p_value: see `core.risk`.
   """
   levels = np.asarray(thresholds, np.float32)
-  if levels.ndim != 1 or not levels.size or not (np.diff(levels) < 0).all():
+  falls = levels.ndim == 1 and levels.size and (np.diff(levels) < 0).all()
+  if not falls or np.isnan(levels[0]):
     raise ValueError(
       f"`thresholds` must fall strictly, from the safest on; got {thresholds}."
     )

@@ -53,7 +53,7 @@ def test_risks_and_depths_are_those_of_decoding(loss):
   found = run(loss=loss)
   np.testing.assert_allclose(found.risks, losses.mean(0), atol=1e-5)
   np.testing.assert_allclose(found.depths, depths, rtol=1e-6)
-  assert found.risks[0] == 0 and len(np.unique(found.depths)) == len(LEVELS)
+  assert (np.diff(found.depths) < 0).all(), "the case decides nothing"
 
 
 @pytest.mark.parametrize("p_value", [hoeffding, hoeffding_bentkus])
@@ -61,7 +61,7 @@ def test_the_threshold_is_the_last_one_before_a_failure(p_value):
   losses, _ = lost(inconsistency)
   risks = losses.mean(0)
   answers = set()
-  for delta in (0.05, 0.25, 0.4, 0.9):
+  for delta in (0.02, 0.25, 0.4, 0.9):
     p = p_value(risks, len(TEXTS), delta)
     want = np.inf
     for level, p_level in zip(LEVELS, p):
@@ -80,7 +80,7 @@ def test_the_threshold_is_the_last_one_before_a_failure(p_value):
     (lambda: calibrate(model(), TEXTS, STACK, [0.3, 0.5], delta=0.1), "fall"),
     (lambda: calibrate(model(), TEXTS, STACK, [0.3, 0.3], delta=0.1), "fall"),
     (lambda: calibrate(model(), TEXTS, STACK, [], delta=0.1), "fall"),
-    (lambda: calibrate(model(), TEXTS, STACK, [np.nan], delta=0.1), "NaN"),
+    (lambda: calibrate(model(), TEXTS, STACK, [np.nan], delta=0.1), "fall"),
     (lambda: run(prompt=0), "prompt=0"),
     (lambda: run(prompt=9), "prompt=9"),
     (lambda: run(delta=1.0), "delta=1.0"),
