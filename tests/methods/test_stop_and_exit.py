@@ -82,7 +82,7 @@ def choosing(stop, exit, *, min_depth=1, every=1, stopped=None):
 
 
 CASES = [
-  (0.0, 0.0, {}),
+  (0.0, 0.7, {}),
   (0.6, 0.6, {}),
   (0.5, 0.65, {"every": 2}),
   (0.4, 0.4, {"min_depth": 2}),
