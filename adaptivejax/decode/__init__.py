@@ -4,6 +4,7 @@
 from adaptivejax.decode.calibration import (
   Calibration,
   calibrate,
+  excess_error,
   excess_loss,
   inconsistency,
 )
@@ -25,6 +26,7 @@ __all__ = [
   "Generation",
   "Score",
   "calibrate",
+  "excess_error",
   "excess_loss",
   "generate",
   "inconsistency",

@@ -19,8 +19,8 @@ from adaptivejax.core.losses import cross_entropy
 from adaptivejax.core.risk import PValue, hoeffding_bentkus, learn_then_test
 
 Loss = Callable[[Array, Array, Array], Array]
-"""`(logits f[N,V], logits of all layers f[N,V], next tokens i32[N])`, what a
-token loses by the exits, in 0..1, f32[N]."""
+"""`(logits f[N,V], logits of all layers f[N,V], next tokens i32[N]) -> f32[N]`,
+what a token loses by the exits; below 0 what it gains."""
 
 
 class Calibration(NamedTuple):
@@ -44,10 +44,15 @@ def inconsistency(logits, full, targets) -> Array:
   return (logits.argmax(-1) != full.argmax(-1)).astype(jnp.float32)
 
 
+def excess_error(logits, full, targets) -> Array:
+  """1 where only all layers say the next token, -1 where only the exit does."""
+  right = lambda logits: (logits.argmax(-1) == targets).astype(jnp.float32)
+  return right(full) - right(logits)
+
+
 def excess_loss(logits, full, targets) -> Array:
-  """How much more the next token costs than with all layers, in nats, 0..1."""
-  more = cross_entropy(logits, targets) - cross_entropy(full, targets)
-  return jnp.clip(more, 0, 1)
+  """How much more the next token costs than with all layers, in nats."""
+  return cross_entropy(logits, targets) - cross_entropy(full, targets)
 
 
 def calibrate(
@@ -64,10 +69,11 @@ def calibrate(
 ) -> Calibration:
   """The lowest threshold at which a text is shown to lose at most `delta`.
 
-  With probability 1 - epsilon over the draw of the texts, the mean loss per
-  token of a new text of the same kind, read as if decoding it, is at most
-  `delta` (`core.risk.learn_then_test`).  A text is one sample: its tokens are
-  not independent.
+  With probability 1 - epsilon over the draw of the texts, the expected loss of
+  a new text of the same kind, read as if decoding it, is at most `delta`
+  (`core.risk.learn_then_test`).  The loss of a text is the mean over its tokens,
+  clipped to 0..1: a text, whose tokens are not independent, is one sample, and
+  what one text gains makes up for no other.
 
   Args:
     model: a `DecoderLM`.
@@ -75,9 +81,10 @@ def calibrate(
       N S V logits at once.
     stack: one that takes a `threshold`, such as `Partial(calm)`.
     thresholds: to try, falling from the safest; chosen before seeing the texts.
-    delta: mean loss to tolerate, in (0, 1).
+    delta: expected loss to tolerate, in (0, 1).
     epsilon: probability to be wrong, in (0, 1).
-    loss: what is lost at a token.
+    loss: what is lost at a token: `inconsistency`, `excess_error`,
+      `excess_loss`, or another.
     prompt: tokens of each text that run all layers and do not count (static).
     p_value: see `core.risk`.
   """
@@ -107,7 +114,7 @@ def calibrate(
 
 @functools.partial(jax.jit, static_argnames=("loss", "prompt"))
 def _read(model, texts, stack, loss, prompt):
-  """Loss and depth per token, means over each text, f32[N]."""
+  """Loss and depth of each text, f32[N]."""
   full = model(texts[:, :-1]).logits[:, prompt:]
   cache = model.empty_cache(texts.shape[0], texts.shape[1] - 1)
   cache = model(texts[:, :prompt], cache).cache
@@ -120,4 +127,4 @@ def _read(model, texts, stack, loss, prompt):
   time_first = lambda a: jnp.moveaxis(a, 1, 0)
   steps = texts[:, prompt:-1], full, texts[:, prompt + 1 :]
   _, (losses, depths) = lax.scan(step, cache, jax.tree.map(time_first, steps))
-  return losses.mean(0), depths.mean(0)
+  return jnp.clip(losses.mean(0), 0, 1), depths.mean(0)

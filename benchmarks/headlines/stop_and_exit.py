@@ -55,8 +55,9 @@ def measure(quick: bool) -> Headline:
   words = (
     f"skips {saved:.2f} of {layers} layers for {100 * drop:.1f} points of"
     f" accuracy (exit above {fit[0]}); {figures['right_at_1']:.1%} of bytes are"
-    f" right after layer 1, {figures['never']:.1%} never; STOP above 0.6 is said"
-    f" of {figures['stop_0.6_share']:.1%} and true of {precise:.1%} of these"
+    f" right after layer 1, {figures['never']:.1%} never; STOP above 0.6 is"
+    f" said of {figures['stop_0.6_share']:.1%}, rightly of {precise:.1%} of"
+    " these"
   )
   holds = saved > 0 and drop <= 0.015 and precise > figures["never"]
   return Headline(words, figures, bool(holds))

@@ -8,7 +8,12 @@ from jax.tree_util import Partial
 from scipy import special
 
 from adaptivejax.core.risk import hoeffding, hoeffding_bentkus
-from adaptivejax.decode import calibrate, excess_loss, inconsistency
+from adaptivejax.decode import (
+  calibrate,
+  excess_error,
+  excess_loss,
+  inconsistency,
+)
 from adaptivejax.methods.depth import calm
 from adaptivejax.nn import MAX_PROB
 from tests.methods.host import CONFIG, PROMPT, decode, model
@@ -40,14 +45,16 @@ def lost(loss):
     early = np.asarray(early, np.float64)[:, :-1]
     by_token = {
       inconsistency: early.argmax(-1) != full.argmax(-1),
-      excess_loss: np.clip(nats(early) - nats(full), 0, 1),
+      excess_error: (full.argmax(-1) == target) * 1.0
+      - (early.argmax(-1) == target),
+      excess_loss: nats(early) - nats(full),
     }[loss]
-    losses.append(by_token.mean(1))
+    losses.append(np.clip(by_token.mean(1), 0, 1))
     depths.append(np.asarray(depth)[:, :-1].mean())
   return np.array(losses).T, np.array(depths)
 
 
-@pytest.mark.parametrize("loss", [inconsistency, excess_loss])
+@pytest.mark.parametrize("loss", [inconsistency, excess_error, excess_loss])
 def test_risks_and_depths_are_those_of_decoding(loss):
   losses, depths = lost(loss)
   found = run(loss=loss)
