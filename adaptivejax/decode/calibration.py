@@ -29,8 +29,9 @@ class Calibration(NamedTuple):
   Attributes:
     threshold: the cheapest that is shown to be safe; infinity, which never
       exits, if none is.
-    risks: mean loss at each threshold, f32[J].
-    depths: mean layers per token at each threshold, f32[J].
+    risks: mean loss at each threshold up to the first that is not shown to be
+      safe, which is the last that was read.
+    depths: mean layers per token at each of these.
   """
 
   threshold: float
@@ -71,9 +72,9 @@ def calibrate(
 
   With probability 1 - epsilon over the draw of the texts, the expected loss of
   a new text of the same kind, read as if decoding it, is at most `delta`
-  (`core.risk.learn_then_test`).  The loss of a text is the mean over its tokens,
-  clipped to 0..1: a text, whose tokens are not independent, is one sample, and
-  what one text gains makes up for no other.
+  (`core.risk.learn_then_test`).  The loss of a text is the mean over its
+  tokens, clipped to 0..1: a text, whose tokens are not independent, is one
+  sample, and what one text gains makes up for no other.
 
   Args:
     model: a `DecoderLM`.
@@ -103,13 +104,18 @@ def calibrate(
   at = lambda level: Partial(
     bound.func, *bound.args, **{**bound.keywords, "threshold": level}
   )
-  read = [_read(model, texts, at(x), loss, prompt) for x in levels]
-  losses, depths = (
-    np.stack([np.asarray(a) for a in b], -1) for b in zip(*read)
-  )
-  found = learn_then_test(losses, delta=delta, epsilon=epsilon, p_value=p_value)
+  losses, depths, found = [], [], None
+  for j, level in enumerate(levels):
+    lost, depth = _read(model, texts, at(level), loss, prompt)
+    losses.append(np.asarray(lost))
+    depths.append(float(depth.mean()))
+    found = learn_then_test(
+      np.stack(losses, -1), delta=delta, epsilon=epsilon, p_value=p_value
+    )
+    if found != j:
+      break
   threshold = np.inf if found is None else float(levels[found])
-  return Calibration(threshold, losses.mean(0), depths.mean(0))
+  return Calibration(threshold, np.mean(losses, 1), np.array(depths))
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "prompt"))

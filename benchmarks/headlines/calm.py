@@ -32,7 +32,7 @@ CASES = {
 
 def measure(quick: bool) -> Headline:
   model, text = beds.byte_lm("exits", quick), beds.texts(20 if quick else 300)
-  given = beds.texts(20 if quick else 500, split="train")
+  given = beds.texts(20 if quick else 400, split="train")
   found = {}
   for name, (by, levels, loss) in CASES.items():
     made = calibrate(

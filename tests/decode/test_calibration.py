@@ -57,7 +57,7 @@ def lost(loss):
 @pytest.mark.parametrize("loss", [inconsistency, excess_error, excess_loss])
 def test_risks_and_depths_are_those_of_decoding(loss):
   losses, depths = lost(loss)
-  found = run(loss=loss)
+  found = run(loss=loss, delta=0.98)  # walks to the end
   np.testing.assert_allclose(found.risks, losses.mean(0), atol=1e-5)
   np.testing.assert_allclose(found.depths, depths, rtol=1e-6)
   assert (np.diff(found.depths) < 0).all(), "the case decides nothing"
@@ -77,6 +77,8 @@ def test_the_threshold_is_the_last_one_before_a_failure(p_value):
       want = np.float32(level)
     found = run(delta=delta, p_value=p_value)
     assert found.threshold == want
+    read = 1 if want == np.inf else min(len(LEVELS), LEVELS.index(level) + 1)
+    assert len(found.risks) == len(found.depths) == read, "and no further"
     answers.add(want)
   assert len(answers) > 2 and np.inf in answers, "the cases do not differ"
 
