@@ -11,6 +11,7 @@ V vocabulary.
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,19 +24,31 @@ from flax import nnx
 from jax import lax
 from jax.tree_util import Partial
 
-from adaptivejax.core import buckets, depth, levels, plans
+from adaptivejax.core import Streak, buckets, depth, levels, plans
 from adaptivejax.core.cost import Cost, flops
 from adaptivejax.methods.depth import (
+  AdaptiveComputationTime,
   DuoMlp,
   MixtureOfDepths,
   MixtureOfRecursions,
   calm,
+  deer_vla,
+  dynamic_perceiver,
   ffn_skip,
+  jei_dnn,
+  pabee,
+  ponder_net,
   sorted_loss,
   unified_skip,
 )
 from adaptivejax.methods.width import AdaptiveComputationModule, split_mlp
-from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
+from adaptivejax.models import (
+  Classifier,
+  ClassifierConfig,
+  DecoderConfig,
+  DecoderLM,
+  decoder_block,
+)
 from adaptivejax.nn import (
   Group,
   Mlp,
@@ -55,6 +68,7 @@ CONFIG = DecoderConfig(
   vocab=V, layers=L, features=D, hidden=F, heads=2, kv_heads=1, tied=False
 )
 ALL, SOME, NO = np.float32(-1e6), np.float32(0.8), np.float32(1e6)  # a tax
+
 
 LAWS = (
   "full",  # the whole budget equals the dense layer
@@ -149,25 +163,22 @@ def parameters(case: Case, seed: int = 0):
   return adjust(params, 0.0) if has_budget else params
 
 
+EXECUTORS = {
+  "bucketed": (buckets.bucketed, buckets.masked),
+  "depth_loop": (depth.depth_loop, depth.depth_scan),
+  "run_if": (plans.run_if, plans.run_anyway),
+}
+
+
 @contextlib.contextmanager
 def dense_twin():
-  """Every executor replaced by its masked-dense twin."""
+  """Every executor replaced by its masked-dense twin, wherever it is used."""
   with contextlib.ExitStack() as stack:
-    for module in (
-      "core.levels",
-      "nn.mlp",
-      "nn.attention",
-      "core.buckets",
-      "methods.depth.duo_llm",
-    ):
-      name = f"adaptivejax.{module}.bucketed"
-      stack.enter_context(mock.patch(name, buckets.masked))
-    for module in ("core.depth", "methods.depth.calm"):
-      name = f"adaptivejax.{module}.depth_loop"
-      stack.enter_context(mock.patch(name, depth.depth_scan))
-    for module in ("core.plans", "nn.plan"):
-      name = f"adaptivejax.{module}.run_if"
-      stack.enter_context(mock.patch(name, plans.run_anyway))
+    for name, module in list(sys.modules.items()):
+      for attribute, (executor, twin) in EXECUTORS.items():
+        uses = getattr(module, attribute, None) is executor
+        if name.startswith("adaptivejax.") and uses:
+          stack.enter_context(mock.patch.object(module, attribute, twin))
     yield
 
 
@@ -553,6 +564,32 @@ def _poisoned_modules(params, x):
 
 _all_start = "every token runs the first recursion"
 _both_run = "training computes both sizes for all tokens"
+
+
+def _recurrent(rngs):
+  block = decoder_block(CONFIG, rngs)
+  return AdaptiveComputationTime(block, D, steps=3, rngs=rngs)
+
+
+def _repeated(count):
+  """The block `count` times over; the last state is the output."""
+
+  def run(module, x):
+    for time in module.times.get_value()[:count]:
+      x = reference.block(module.block, x + time)
+    return x
+
+  return run
+
+
+def _poisoned_steps(params, x):
+  params = jax.tree.map(lambda a: a, params)  # a copy
+  times = params.times.get_value()
+  params.times.set_value(times.at[1:].set(jnp.nan))
+  return params, x, NO, None
+
+
+_no_halting = "the exits are a while_loop; training goes by every exit"
 _static_capacity = "the top-k of training has a static size"
 _no_zero = "a capacity of 0 is refused: leave the block out"
 _all_selected = "training computes all learners for all tokens"
@@ -596,6 +633,37 @@ LAYERS = [
       "trace": _static_capacity,
       "linen": "the capacity is static: see mixture_of_depths",
     },
+  ),
+  Case(
+    "adaptive_computation_time",
+    "depth.adaptive_computation_time",
+    _recurrent,
+    _sequence,
+    _mixture_call,
+    full=ALL,
+    some=SOME,
+    none=NO,
+    place=adjust,
+    dense=_repeated(3),
+    least=_repeated(1),
+    poison=_poisoned_steps,
+    overhead=lambda m, x: 3 * _routing(m, x),
+    unless={"gradient": _no_halting, "poison_gradient": _no_halting},
+  ),
+  Case(
+    "adaptive_computation_time.training",
+    "depth.adaptive_computation_time",
+    _recurrent,
+    _sequence,
+    lambda m, x, b: _mixture_call(m, x, b, jax.random.key(0)),
+    full=ALL,
+    some=SOME,
+    none=NO,
+    place=adjust,
+    dense=_repeated(3),
+    least=_repeated(1),
+    poison=_poisoned_steps,
+    overhead=lambda m, x: 3 * _routing(m, x),
   ),
   Case(
     "adaptive_computation_modules",
@@ -850,7 +918,6 @@ def _poisoned_group(model, tokens):
   return model, tokens, NO, None
 
 
-_no_halting = "the exits are a while_loop; training goes by sorted_loss"
 _cache_in_place = "a loop of one round or none keeps the cache in place"
 _no_price_loss = "a loss decides nothing"
 _static_exits = "which layers are exits is static"
@@ -1015,4 +1082,100 @@ MODELS = [
   ),
 ]
 
-CASES = [*PRIMITIVES, *LAYERS, *MODELS]
+
+# --- exits of a classifier ----------------------------------------------------
+
+ENCODER = ClassifierConfig(
+  tokens=T, inputs=M, classes=3, layers=L, features=D, hidden=F, heads=2
+)
+
+
+def _images(batch):
+  return _normal(batch, T, M)
+
+
+def _exit(index):
+  return lambda model, x: reference.classifier(model, x)[0][index]
+
+
+def _asking(model, x):
+  """FLOPs of the dearest rule: a `Lambda` after every layer."""
+  return 2.0 * L * len(x) * (2 * D * F + F * F + F)
+
+
+def _exits(name, rule, start=lambda batch: None, **budgets):
+  """A case of a rule: `rule(budget)`, `start(batch)` its first memory."""
+
+  def call(model, x, budget):
+    out = model(x, rule(budget), start(len(x)))
+    return out.logits, out.cost
+
+  return Case(
+    name,
+    f"depth.{name}",
+    lambda rngs: Classifier(ENCODER, rngs=rngs),
+    _images,
+    call,
+    **budgets,
+    dense=_exit(-1),
+    least=_exit(0),
+    poison=_poisoned_layers(budgets["none"], 1, 2, 3),
+    overhead=_asking,
+    unless={"gradient": _no_halting, "poison_gradient": _no_halting},
+  )
+
+
+def _lambda():
+  return ponder_net.Lambda(D, F, rngs=nnx.Rngs(5))
+
+
+def _settled(batch):
+  """The action before the first exit: none at all."""
+  return deer_vla.Control(jnp.zeros((batch, 3)), jnp.zeros(batch, jnp.int32))
+
+
+EXITS = [
+  _exits(
+    "ponder_net",
+    lambda q: Partial(ponder_net.q_exit, head=_lambda(), q=q),
+    lambda batch: ponder_net.Pondering.start(batch, D),
+    full=np.float32(1),
+    some=np.float32(0.7),
+    none=np.float32(0),
+  ),
+  _exits(
+    "pabee",
+    lambda limit: Partial(pabee.patient_exit, limit=limit),
+    Streak.none,
+    full=np.int32(L),
+    some=np.int32(1),
+    none=np.int32(0),
+  ),
+  _exits(
+    "deer_vla",
+    lambda eta: Partial(deer_vla.action_exit, thresholds=eta, max_layer=L),
+    _settled,
+    full=np.full(L, -1, np.float32),
+    some=np.full(L, 0.7, np.float32),
+    none=np.full(L, 1e9, np.float32),
+  ),
+  _exits(
+    "dynamic_perceiver",
+    lambda levels: Partial(dynamic_perceiver.budgeted_exit, thresholds=levels),
+    full=np.full(L, NEVER, np.float32),
+    some=np.full(L, 0.6, np.float32),
+    none=np.full(L, 0, np.float32),
+  ),
+  _exits(
+    "jei_dnn",
+    lambda level: Partial(
+      jei_dnn.gated_exit, gates=jei_dnn.Gates(L), level=level
+    ),
+    jnp.ones,
+    full=np.float32(NEVER),
+    some=np.float32(0.7),
+    none=np.float32(0),
+  ),
+]
+
+CASES = [*PRIMITIVES, *LAYERS, *MODELS, *EXITS]

@@ -22,10 +22,11 @@ from adaptivejax.core.cache import (
 )
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.covers import Cover, coins, default_cover, ladder, tiles
-from adaptivejax.core.depth import Depth, depth_loop, depth_scan
+from adaptivejax.core.depth import Depth, depth_loop, depth_scan, only_after
 from adaptivejax.core.drafts import Verified, draft_verify
 from adaptivejax.core.halting import (
   EntropyRing,
+  Ponder,
   Streak,
   cdf,
   delta,
@@ -35,6 +36,7 @@ from adaptivejax.core.halting import (
   margin,
   max_prob,
   patience,
+  ponder,
   saturation,
 )
 from adaptivejax.core.levels import level_apply, prefix_slice
@@ -42,6 +44,7 @@ from adaptivejax.core.losses import (
   accuracy,
   binary_cross_entropy,
   cross_entropy,
+  exit_cross_entropy,
 )
 from adaptivejax.core.plans import (
   PlanTable,
@@ -49,6 +52,12 @@ from adaptivejax.core.plans import (
   run_if,
   run_plan,
   specialize,
+)
+from adaptivejax.core.risk import (
+  hoeffding,
+  hoeffding_bentkus,
+  learn_then_test,
+  pareto_front,
 )
 from adaptivejax.core.sampling import Draw, Sampling, log_probs
 from adaptivejax.core.select import (
@@ -64,21 +73,24 @@ from adaptivejax.core.select import (
 )
 from adaptivejax.core.staged import freeze, masked_scan, staged_while
 from adaptivejax.core.trees import Path, Tree, ancestors, depths, tree_verify
+from adaptivejax.core.trigrams import TrigramTable
 
 __all__ = [
   "Cost",
   "Cover",
   "Depth",
-  "EntropyRing",
   "Draw",
+  "EntropyRing",
   "KVCache",
   "Keys",
-  "PlanTable",
   "Path",
+  "PlanTable",
+  "Ponder",
   "Sampling",
   "Signals",
   "Streak",
   "Tree",
+  "TrigramTable",
   "Verified",
   "accuracy",
   "ancestors",
@@ -98,29 +110,35 @@ __all__ = [
   "delta",
   "depth_loop",
   "depth_scan",
-  "entropy",
   "depths",
   "draft_verify",
+  "entropy",
+  "exit_cross_entropy",
   "exit_depth",
   "exit_distribution",
   "exit_fractions",
   "expert_choice",
   "flops",
   "freeze",
-  "masked_scan",
-  "staged_while",
   "gumbel_sigmoid",
   "gumbel_softmax",
+  "hoeffding",
+  "hoeffding_bentkus",
   "kv_propagate",
   "ladder",
+  "learn_then_test",
   "leave_empty",
   "level_apply",
+  "log_probs",
   "logit_margin",
   "margin",
-  "log_probs",
   "masked",
+  "masked_scan",
   "max_prob",
+  "only_after",
+  "pareto_front",
   "patience",
+  "ponder",
   "prefix_slice",
   "rotary",
   "run_anyway",
@@ -132,6 +150,7 @@ __all__ = [
   "solve_exit_thresholds",
   "solve_setting",
   "specialize",
+  "staged_while",
   "straight_through",
   "threshold",
   "tiles",

@@ -127,6 +127,22 @@ def depth_scan(
   return Depth(end.x, end.depth, end.state, end.memory, layers)
 
 
+def only_after(due: Callable[[Array], Array], halt: Halt) -> Halt:
+  """`halt`, asked and paid for only after the layers l for which `due(l)`.
+
+  After the others no row stops, and nothing is remembered.
+  """
+
+  def rule(l, before, after, memory):
+    leaf = jax.tree.leaves(after)[0]
+    moves = varying_axes(after, memory)
+    ask = lambda: vary(halt(l, before, after, memory), moves)
+    wait = lambda: vary((jnp.zeros(leaf.shape[0], bool), memory), moves)
+    return lax.cond(due(l), ask, wait)
+
+  return rule
+
+
 class _Rows(NamedTuple):
   """What both twins carry from layer to layer."""
 

@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batched generation and scoring over the cache, any stack as the policy."""
+"""Batched generation, scoring and calibration over the cache."""
 
+from adaptivejax.decode.calibration import (
+  Calibration,
+  calibrate,
+  excess_loss,
+  inconsistency,
+)
 from adaptivejax.decode.engine import (
   Ended,
   Generation,
@@ -8,16 +14,29 @@ from adaptivejax.decode.engine import (
   generate,
   score,
 )
-from adaptivejax.decode.policies import POLICIES, make_policy
+from adaptivejax.decode.policies import (
+  POLICIES,
+  describe,
+  make_policy,
+  plain_settings,
+  settings_of,
+)
 from adaptivejax.nn.stack import FULL
 
 __all__ = [
   "FULL",
   "POLICIES",
+  "Calibration",
   "Ended",
   "Generation",
   "Score",
+  "calibrate",
+  "describe",
+  "excess_loss",
   "generate",
+  "inconsistency",
   "make_policy",
+  "plain_settings",
   "score",
+  "settings_of",
 ]

@@ -11,6 +11,7 @@ Axes: B batch, P prompt tokens, T tokens, L layers.
 
 import enum
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,8 +113,8 @@ def generate(
   prompt: Int[Array, "B P"],
   *,
   steps: int,
-  lengths: Int[Array, " B"] | None = None,
-  limits: Int[Array, " B"] | None = None,
+  lengths: Array | np.ndarray | Sequence[int] | None = None,
+  limits: Array | np.ndarray | Sequence[int] | None = None,
   policy=FULL,
   temperature: float = 0.0,
   top_k: int | None = None,
@@ -194,12 +195,13 @@ def _generate(
   first = model(prompt, model.empty_cache(batch, slots), lengths=lengths)
   rows = jnp.arange(batch)
   said = first.logits[rows, lengths - 1]
+  memory, said = policy.start(model, prompt, lengths, slots, said)
   token = Draw(sampling, keys).token(said, lengths)
   blank = jnp.zeros((batch, steps), jnp.int32)
   start = _Row(
     token,
     first.cache,
-    policy.start(model, prompt, lengths, slots),
+    memory,
     keys,
     limits,
     blank.at[:, 0].set(token),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -135,6 +136,10 @@ class DecoderLM(nnx.Module):
     )
     self.config = config
 
+  def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """The hidden state that a token enters the layers with."""
+    return self.embedding.get_value()[tokens]
+
   def readout(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Logits of a hidden state of any layer, f32."""
     x = self.norm(x)
@@ -158,7 +163,7 @@ class DecoderLM(nnx.Module):
     tokens: Int[Array, "B T"],
     cache: KVCache | None = None,
     *,
-    lengths: Int[Array, " B"] | None = None,
+    lengths: Int[Array | np.ndarray, " B"] | None = None,
     tree: Bool[Array, "B T T"] | None = None,
     stack: Callable = plain,
     key: Key[Array, ""] | None = None,
@@ -187,7 +192,7 @@ class DecoderLM(nnx.Module):
     start = 0 if cache is None else cache.length[:, None]
     positions = jnp.where(place >= 0, start + place, -1)
     positions = jnp.broadcast_to(positions, (batch, length))
-    x = self.embedding.get_value()[tokens]
+    x = self.embed(tokens)
     cache = vary(cache, varying_axes(x))
     out = stack(self.layers, x, positions, cache, readout=self.readout, key=key)
     logits = self.readout(out.x)

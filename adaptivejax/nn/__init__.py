@@ -3,6 +3,14 @@
 
 from adaptivejax.nn.attention import Attention
 from adaptivejax.nn.block import Block, Group
+from adaptivejax.nn.confidence import (
+  MARGIN,
+  MAX_PROB,
+  STATE,
+  MetaClassifier,
+  exit_confidence,
+)
+from adaptivejax.nn.exit import early_exit
 from adaptivejax.nn.functional import functional
 from adaptivejax.nn.mlp import Mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
@@ -15,16 +23,21 @@ from adaptivejax.nn.stack import (
   StackOutput,
   every_layer,
   plain,
+  present,
   run_layers,
 )
 
 __all__ = [
   "FULL",
+  "MARGIN",
+  "MAX_PROB",
+  "STATE",
   "Attention",
   "Block",
   "ByStack",
   "Group",
   "LayerNorm",
+  "MetaClassifier",
   "Mlp",
   "Policy",
   "RMSNorm",
@@ -34,8 +47,11 @@ __all__ = [
   "Step",
   "adjust",
   "by_plan",
+  "early_exit",
   "every_layer",
+  "exit_confidence",
   "functional",
   "plain",
+  "present",
   "run_layers",
 ]

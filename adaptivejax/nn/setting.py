@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -29,3 +30,23 @@ def adjust(model: M, value: Float[Array, ""] | float) -> M:
     )
   changed = jax.tree.map(lambda a: jnp.full_like(a, value), settings)
   return nnx.merge(graph, changed, rest)
+
+
+def refuse_nan(**settings) -> None:
+  """Raises ValueError for a setting that is NaN, unless it is traced.
+
+  No comparison with NaN is true: it would silently mean never.
+  """
+  for name, value in settings.items():
+    for leaf in jax.tree.leaves(value):
+      traced = isinstance(leaf, jax.core.Tracer)
+      if not traced and jnp.ndim(leaf) == 0 and _is_nan(leaf):
+        raise ValueError(
+          f"`{name}` is NaN, which compares with nothing: give a number; one"
+          " out of range, such as 2, means never."
+        )
+
+
+def _is_nan(leaf) -> bool:
+  floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+  return floating and bool(np.isnan(np.asarray(leaf)))  # NumPy: never traced

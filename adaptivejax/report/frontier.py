@@ -22,8 +22,7 @@ from adaptivejax.core.budget import solve_depth_threshold, solve_setting
 from adaptivejax.core.cost import Cost
 from adaptivejax.core.losses import cross_entropy
 from adaptivejax.decode import FULL
-from adaptivejax.methods.depth.calm import exit_confidence
-from adaptivejax.nn import adjust, every_layer
+from adaptivejax.nn import adjust, every_layer, exit_confidence
 from adaptivejax.report.clock import interleave, quartiles
 from adaptivejax.report.data import Point, Sample, Snippet
 
@@ -128,7 +127,7 @@ def _point(entry, is_dense, regime, text, base, own, out: Reading) -> Point:
 def exit_threshold(
   model, windows: Int[np.ndarray, "W S"], depth: float, min_depth: int = 1
 ) -> float:
-  """The confidence at which tokens leave after `depth` layers on average.
+  """The margin at which tokens of `calm` leave after `depth` layers on average.
 
   Args:
     model: a `DecoderLM`.
@@ -137,7 +136,7 @@ def exit_threshold(
     min_depth: layers that every token runs.
   """
   out = model(jnp.asarray(windows, jnp.int32), stack=every_layer)
-  sure = exit_confidence(out.hidden[min_depth - 1 :], model.readout)
+  sure = exit_confidence(out.hidden, model.readout)[:, min_depth - 1 :]
   return solve_depth_threshold(np.asarray(sure), depth - min_depth + 1)
 
 

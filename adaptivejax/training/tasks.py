@@ -6,13 +6,21 @@ Bind settings with `functools.partial`.
 Axes: B batch, S context + 1: inputs and their next tokens.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from adaptivejax.core.budget import budget_loss
-from adaptivejax.core.losses import cross_entropy
+from adaptivejax.core.losses import cross_entropy, exit_cross_entropy
+from adaptivejax.methods.depth.layer_skip import (
+  dropout_rates,
+  exit_weights,
+  layer_dropout,
+)
 from adaptivejax.methods.depth.sorted_fine_tuning import sorted_loss
-from adaptivejax.nn.stack import every_layer
+from adaptivejax.nn.stack import every_layer, layer_count
 
 Loss = tuple[Float[Array, ""], dict[str, Array]]
 
@@ -67,3 +75,33 @@ def sorted_language_modeling(
   )
   nats = cross_entropy(out.logits, targets).mean()
   return loss, {"nats": nats, "share": jnp.float32(1)}
+
+
+def layer_skip_language_modeling(
+  model,
+  batch: Int[Array, "B S"],
+  key: Key[Array, ""],
+  *,
+  dropout: float = 0.1,
+  exit_scale: float = 0.2,
+  every: int = 1,
+) -> Loss:
+  """The training of LayerSkip: layer dropout and a loss after every layer.
+
+  Args:
+    model: a `DecoderLM`.
+    batch: tokens.
+    key: noise of the step.
+    dropout: how often the last layer is dropped, the first never is (static).
+    exit_scale: how much the early exits count (static).
+    every: one exit out of so many per step (static).
+  """
+  total = layer_count(model.layers)
+  drop, choose = jax.random.split(key)
+  stack = functools.partial(layer_dropout, rates=dropout_rates(total, dropout))
+  out = model(batch[:, :-1], stack=stack, key=drop)
+  weights = exit_weights(total, exit_scale, every=every, key=choose)
+  targets = batch[:, 1:]
+  loss = exit_cross_entropy(out.hidden, model.readout, targets, weights)
+  nats = cross_entropy(out.logits, targets).mean()
+  return loss, {"nats": nats, "share": out.cost.share}

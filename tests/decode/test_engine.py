@@ -1,13 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law: decoding step by step says what one full forward pass says."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from adaptivejax.decode import POLICIES, generate, make_policy, score
+from adaptivejax.core.sampling import Sampling
+from adaptivejax.decode import (
+  FULL,
+  POLICIES,
+  Ended,
+  engine,
+  generate,
+  make_policy,
+  score,
+)
+from adaptivejax.methods.decode import SelfSpeculation
 from adaptivejax.models import DecoderConfig, DecoderLM
 from tests import reference
 
@@ -61,6 +73,140 @@ def test_sampling_is_a_function_of_the_key():
   assert (draw(0) != draw(1)).any()
 
 
+LENGTHS = jnp.array([P, 1, 2])
+RAGGED = {"lengths": LENGTHS, "steps": 9}
+HEAT = {"temperature": 1.0, "key": jax.random.key(3)}
+
+
+@pytest.mark.parametrize("how", [{}, HEAT], ids=["greedy", "sampled"])
+def test_a_row_is_what_it_is_alone(how):
+  """Padding, neighbours and their lengths change nothing."""
+  made = generate(MODEL, TEXT[:, :P], **RAGGED, **how)
+  alone = generate(MODEL, TEXT[:1, :P], steps=9, **how)
+  np.testing.assert_array_equal(made.tokens[:1], alone.tokens)
+  if not how:
+    for b in (1, 2):
+      text = TEXT[b : b + 1, : LENGTHS[b]]
+      alone = generate(MODEL, text, steps=9)
+      np.testing.assert_array_equal(made.tokens[b : b + 1], alone.tokens)
+
+
+@pytest.mark.parametrize("rungs", [(3,), (3, 2), (3, 2, 1), (3, 1)])
+def test_rows_end_where_they_please_on_any_ladder(rungs):
+  whole = generate(MODEL, TEXT[:, :P], **RAGGED, **HEAT)
+  limits = jnp.array([2, 9, 5])
+  made = generate(
+    MODEL, TEXT[:, :P], **RAGGED, **HEAT, limits=limits, rungs=rungs
+  )
+  inside = np.arange(9) < np.asarray(limits)[:, None]
+  np.testing.assert_array_equal(made.tokens, np.where(inside, whole.tokens, 0))
+  np.testing.assert_array_equal(made.count, limits)
+  np.testing.assert_array_equal(made.steps, limits - 1)
+  np.testing.assert_array_equal(made.ended, Ended.LENGTH)
+  assert made.mean_depth == CONFIG.layers and made.tokens_per_step == 1
+  # a loop leaves its rung as soon as the next holds the rows that are left
+  slots = {(3,): 24, (3, 2): 3 + 14, (3, 2, 1): 3 + 6 + 4, (3, 1): 12 + 4}
+  per_slot = whole.cost.spent / 24
+  np.testing.assert_allclose(made.cost.spent / per_slot, slots[rungs], 1e-5)
+
+
+def test_a_stop_token_ends_its_row():
+  whole = generate(MODEL, TEXT[:, :P], **RAGGED, **HEAT)
+  stop = int(whole.tokens[1, 3])
+  made = generate(MODEL, TEXT[:, :P], **RAGGED, **HEAT, stop=stop)
+  for b, row in enumerate(np.asarray(whole.tokens)):
+    hits = np.flatnonzero(row == stop)
+    count = hits[0] + 1 if len(hits) else 9
+    np.testing.assert_array_equal(made.tokens[b, :count], row[:count])
+    np.testing.assert_array_equal(made.tokens[b, count:], 0)
+    assert made.count[b] == count
+    assert made.ended[b] == (Ended.STOP if len(hits) else Ended.LENGTH)
+  assert (made.ended == Ended.STOP).any()
+
+
+@pytest.mark.parametrize("policy", [FULL, SelfSpeculation(1, 2)])
+def test_a_full_cache_ends_a_row_and_overwrites_nothing(policy):
+  whole = generate(MODEL, TEXT[:, :P], **RAGGED)
+  made = generate(MODEL, TEXT[:, :P], **RAGGED, policy=policy, capacity=7)
+  for b, row in enumerate(np.asarray(whole.tokens)):
+    count = int(made.count[b])
+    np.testing.assert_array_equal(made.tokens[b, :count], row[:count])
+    if made.ended[b] == Ended.FULL:  # one more token was read than slots hold
+      reach = 1 if policy is FULL else 3
+      assert 7 - reach < LENGTHS[b] + count - 1 <= 7
+    else:
+      assert made.ended[b] == Ended.LENGTH and count == 9
+  assert (made.ended[0], made.ended[1]) == (Ended.FULL, made.ended[1])
+
+
+def test_one_candidate_is_greedy():
+  greedy = generate(MODEL, TEXT[:, :P], steps=5)
+  for narrow in ({"top_k": 1}, {"top_p": 1e-6}):
+    made = generate(MODEL, TEXT[:, :P], steps=5, **HEAT, **narrow)
+    np.testing.assert_array_equal(made.tokens, greedy.tokens)
+
+
+def test_settings_compile_once():
+  before = engine._generate._cache_size()
+  for heat in (0.5, 0.9):
+    for level in (0.1, 0.9):
+      generate(
+        MODEL,
+        TEXT[:, :P],
+        steps=3,
+        policy=make_policy("calm", MODEL, threshold=level),
+        temperature=heat,
+        top_k=3 + int(10 * level),
+        key=jax.random.key(0),
+        stop=int(10 * level),
+        limits=[1 + int(2 * level)] * 3,
+      )
+  assert engine._generate._cache_size() <= before + 1
+
+
+@pytest.mark.parametrize("policy", [FULL, SelfSpeculation(1, 2)])
+def test_the_loop_copies_no_cache(policy):
+  """The optimised program updates the cache in place, in every loop body."""
+  text = engine._generate.lower(
+    MODEL,
+    TEXT[:, :P],
+    LENGTHS,
+    jnp.full(3, 40),
+    engine._bound(policy),
+    Sampling.of(),
+    jax.random.key(0),
+    jnp.int32(-1),
+    steps=40,
+    slots=51,
+    rungs=(3, 2),
+  )
+  inside = inside_loops(text.compile().as_text())
+  cache = r"f32\[[23],3,1,51,8\]\S*"
+  assert re.search(rf"= {cache} ", inside), "the cache is updated in there"
+  assert not re.findall(rf"= {cache} copy\(.*", inside)
+
+
+def inside_loops(text):
+  """The lines of all computations that a while body calls."""
+  parts = {}
+  for part in re.split(r"\n\n", text):
+    if named := re.match(r"(?:ENTRY )?%?([\w.\-]+) ", part):
+      parts[named[1]] = part
+  loops = re.findall(r"body=%?([\w.\-]+)", text)
+  seen, todo = set(), list(loops)
+  while todo:
+    name = todo.pop()
+    if name in parts and name not in seen:
+      seen.add(name)
+      todo += re.findall(
+        r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", parts[name]
+      )
+      for group in re.findall(r"computations=\{([^}]*)\}", parts[name]):
+        todo += re.findall(r"[\w.\-]+", group)
+  assert seen
+  return "\n".join(parts[name] for name in seen)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_by_name_decodes(name):
   made = generate(MODEL, TEXT[:, :P], steps=2, policy=make_policy(name, MODEL))
@@ -76,6 +222,17 @@ def test_every_policy_by_name_decodes(name):
     (lambda: generate(MODEL, TEXT + V, steps=1), "vocabulary"),
     (lambda: generate(MODEL, TEXT, steps=1, temperature=-1.0), "greedy"),
     (lambda: generate(MODEL, TEXT, steps=1, temperature=1.0), "key"),
+    (lambda: generate(MODEL, TEXT, steps=1, lengths=[P, 0, 1]), "empty"),
+    (lambda: generate(MODEL, TEXT, steps=1, lengths=[P, 99, 1]), "lengths"),
+    (lambda: generate(MODEL, TEXT, steps=1, lengths=[1, 1]), "one number per"),
+    (lambda: generate(MODEL, TEXT, steps=2, limits=[1, 3, 1]), "limits"),
+    (lambda: generate(MODEL, TEXT, steps=2, limits=[0, 1, 1]), "limits"),
+    (lambda: generate(MODEL, TEXT, steps=2, stop=V), "stop"),
+    (lambda: generate(MODEL, TEXT, steps=2, capacity=P), "no room"),
+    (lambda: generate(MODEL, TEXT, steps=2, top_k=0), "top_k"),
+    (lambda: generate(MODEL, TEXT, steps=2, top_p=0.0), "top_p"),
+    (lambda: generate(MODEL, TEXT, steps=2, policy="calm"), "Partial"),
+    (lambda: score(MODEL, TEXT, policy=SelfSpeculation(1, 2)), "not a stack"),
     (lambda: score(MODEL, TEXT, prompt=P + STEPS), "must leave tokens"),
     (lambda: score(MODEL, TEXT, prompt=0), "must leave tokens"),
     (lambda: make_policy("clam", MODEL), "calm"),

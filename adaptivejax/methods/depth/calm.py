@@ -3,34 +3,36 @@ r"""CALM: a token leaves the layers once the model is sure of the next token.
 
 Schuster et al., 2022, https://arxiv.org/abs/2207.07061
 
-With p_l = softmax(readout(h_l)) after layer l, the exit layer is (sec. 3)
+With c_l a measure of confidence after layer l, token t leaves after (sec. 3)
 
-    exit = min { l >= min_depth : max_v p_l(v) >= lambda },   else L,
+    exit = min { l >= min_depth : c_l >= lambda_t },   else L,
+    lambda_t = lambda (9/10 + 1/10 exp(-tau t / N)),
 
-and the skipped layers' keys and values are projected from the exit state
-(sec. 3.1), so that later tokens may go deeper.  The prompt runs all layers.
+and the skipped layers' keys and values are projected from the exit state (sec.
+3.1), so that later tokens may go deeper.  The prompt runs all layers.  c_l is
+(sec. 3.3) the gap between the two largest probabilities, `MARGIN`; the cosine
+of successive states, `STATE`; or a classifier trained to foresee whether layer
+L would say the same, `MetaClassifier` by `meta_loss`.  Also `MAX_PROB`.
 
-Primitive: `depth_loop` on `max_prob`, then `kv_propagate`.
+Primitive: `depth_loop` on a confidence, then `kv_propagate` (`nn.early_exit`).
 Departs: a row that is sure waits, frozen, until its batch is (exits stay per
 row; the published code lets the least confident row decide for all), and the
 state that is propagated is the exit state, as in the paper (the published code
-propagates that of the first exit).  Confidence is the largest probability, a
-choice of the published code; the paper takes the difference of the two largest.
-One threshold for all positions, set by a budget (`exit_confidence`), not by the
-paper's learn-then-test guarantee.
-Axes: L layers, B batch, T tokens, D features, V vocabulary, N samples.
+propagates that of the first exit).  The decay is the published code's, constant
+at tau = 0, and counts the prompt into t.  `decode.calibrate` gives lambda the
+guarantee of sec. 4, on given text instead of generated text.
+Axes: L layers, B batch, T tokens, D features.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from adaptivejax.core.cache import kv_propagate
-from adaptivejax.core.cost import Cost, Signals, flops
-from adaptivejax.core.depth import depth_loop
-from adaptivejax.core.halting import max_prob
-from adaptivejax.nn.block import Block
-from adaptivejax.nn.stack import StackOutput, layer_at, layer_count, plain
+from adaptivejax.core.losses import cross_entropy
+from adaptivejax.nn.confidence import MARGIN, Measure, MetaClassifier
+from adaptivejax.nn.exit import early_exit
+from adaptivejax.nn.setting import refuse_nan
+from adaptivejax.nn.stack import StackOutput
 
 
 def calm(
@@ -42,68 +44,64 @@ def calm(
   readout,
   key=None,
   threshold: Float[Array, ""] | float,
+  measure: Measure = MARGIN,
   min_depth=1,
+  every=1,
+  decay: Float[Array, ""] | float = 0.0,
+  horizon: Float[Array, ""] | float = 1.0,
 ) -> StackOutput:
   """A stack that stops at the first confident layer, when decoding (T = 1).
 
   Args:
-    threshold: lambda; above 1 never exits, 0 exits at `min_depth` (dynamic).
+    threshold: lambda; above 1 never exits (with a decay, from 10/9), 0 exits as
+      soon as it may, `STATE` from -1 (dynamic).
+    measure: c_l, see `nn.confidence`; a pytree.
     min_depth: layers that every token runs (dynamic).
+    every: look after each `every`-th layer only (dynamic).
+    decay: tau; 0 is one threshold for all positions (dynamic).
+    horizon: N, the tokens over which it decays (dynamic).
 
   Other arguments as in `nn.stack`.  Training has no exits: see `sorted_loss`.
   """
-  if not isinstance(layers, Block):
-    raise ValueError(
-      f"calm exits between layers of type `Block`, whose keys it can fill in;"
-      f" this model stacks {type(layers).__name__}. Decode it with `plain`."
-    )
-  if cache is None or x.shape[1] > 1:
-    return plain(layers, x, positions, cache, readout=readout, key=key)
-  total = layer_count(layers)
-
-  def layer(block, l, x, state, live):
-    # rows that wait run too: that writes the keys of their exit state
-    cache, cost = state
-    x, cache, spent, _ = block(x, positions, cache, l)
-    asked = spent.items * live.mean(dtype=jnp.float32)
-    return x, (cache, cost + spent._replace(items=asked))
+  refuse_nan(threshold=threshold, decay=decay, horizon=horizon)
+  t = positions[:, 0].astype(jnp.float32)
+  level = threshold * (1 + 0.1 * jnp.expm1(-decay * t / horizon))
 
   def sure(l, before, after, memory):
-    del l, before
-    return max_prob(readout(after[:, 0])) >= threshold, memory
+    c = measure(l, before[:, 0], after[:, 0], readout)
+    return c >= level, memory
 
-  out = depth_loop(
-    layer, layers, x, (cache, Cost.zero()), sure, min_depth=min_depth
+  return early_exit(
+    layers,
+    x,
+    positions,
+    cache,
+    sure,
+    readout=readout,
+    key=key,
+    min_depth=min_depth,
+    every=every,
   )
-  cache, cost = out.state
-  ran = out.depth.max()
-  start = jnp.broadcast_to(ran, out.depth.shape)
-
-  def project(l, cache):
-    del cache
-    return layer_at(layers, l).project_keys(out.x, positions)
-
-  cache = kv_propagate(cache, start, project)
-  check = flops(readout, x) * ran
-  fill = flops(
-    lambda b, x: b.project_keys(x, positions), layer_at(layers, 0), x
-  )
-  cost = cost._replace(
-    spent=cost.spent + check + fill * (total - ran),
-    full=cost.full * total / ran,
-  )
-  depth = out.depth[:, None].astype(jnp.float32)
-  shares = (jnp.arange(total) < ran).astype(jnp.float32)
-  return StackOutput(out.x, cache, cost, Signals.none(), depth, shares)
 
 
-def exit_confidence(
-  hidden: Float[Array, "L B T D"], readout
-) -> Float[Array, "N L"]:
-  """Confidence of every token after every layer, to calibrate thresholds on.
+def meta_loss(
+  classifier: MetaClassifier, hidden: Float[Array, "L B T D"], readout
+) -> Float[Array, ""]:
+  """What to train a `MetaClassifier` on, in nats; the model gets no gradient.
 
-  Give it the hidden states of `every_layer`; feed the result to
-  `core.budget.solve_depth_threshold`.
+  Cross-entropy of "the most likely token after layer l is that after layer L",
+  over l < L; both answers weigh the same in total, however rare one is.
+
+  Args:
+    classifier: to train.
+    hidden: after every layer, from `nn.every_layer`.
+    readout: hidden state to logits.
   """
-  sure = jax.lax.map(lambda h: max_prob(readout(h)), hidden)
-  return sure.reshape(hidden.shape[0], -1).T
+  if hidden.shape[0] < 2:
+    raise ValueError("one layer leaves nowhere to exit before; give 2 or more.")
+  hidden = jax.lax.stop_gradient(hidden)
+  said = jax.lax.map(lambda h: readout(h).argmax(-1), hidden)
+  agrees = jax.lax.stop_gradient(said[:-1] == said[-1])
+  nats = cross_entropy(classifier.scores(hidden[:-1]), agrees.astype(jnp.int32))
+  mean = lambda those: (nats * those).sum() / jnp.maximum(those.sum(), 1)
+  return (mean(agrees) + mean(~agrees)) / 2

@@ -10,9 +10,11 @@ weighted mean over the sub-models n in S,
     loss = sum_{n in S} w_n CE(readout(f_{1:n}(x)), y) / sum_{n in S} w_n.
 
 No new parameters; w_n = 1 is the paper's, w_n = n the weights of CALM (2022).
+`prefix` then decodes with f_{1:n}: n is data.
 
 Departs: a weighted mean, where the paper sums.
-Primitive: `nn.every_layer` (one forward pass), then one readout at a time.
+Primitive: `nn.every_layer` (one forward pass), then one readout at a time;
+`depth_loop` that stops after n layers.
 Axes: L layers, B batch, T tokens, D features, V vocabulary, S sub-models.
 """
 
@@ -20,7 +22,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from adaptivejax.core.cost import Cost, Signals
+from adaptivejax.core.depth import depth_loop
 from adaptivejax.core.losses import cross_entropy
+from adaptivejax.nn.stack import StackOutput, layer_count
 
 
 def sorted_loss(
@@ -58,3 +63,52 @@ def sorted_loss(
   losses = jax.lax.map(loss, hidden[jnp.asarray(exits) - 1])
   w = jnp.asarray(weights, jnp.float32)
   return (losses * w).sum() / w.sum()
+
+
+def prefix(
+  layers,
+  x: Float[Array, "B T D"],
+  positions: Int[Array, "B T"],
+  cache=None,
+  *,
+  readout,
+  key=None,
+  depth: Int[Array, ""] | int,
+) -> StackOutput:
+  """A stack of the first `depth` layers: a sub-model, for prompts too.
+
+  The layers above are not run and get no keys: nobody asks them.
+
+  Args:
+    depth: n, 1..L, as in `exits` (dynamic; beyond the range, the nearest end).
+
+  Other arguments as in `nn.stack`; `key` must be None: a loop whose length is
+  data has no gradient.
+  """
+  del readout
+  total = layer_count(layers)
+  if key is not None:
+    raise ValueError("prefix decodes; to train sub-models take `sorted_loss`.")
+  if not isinstance(depth, jax.core.Tracer) and not 1 <= depth <= total:
+    raise ValueError(f"{depth=} must lie in 1..{total}, the layers there are.")
+
+  def layer(block, l, x, state, live):
+    del live  # all tokens are of one depth
+    cache, cost, sums = state
+    x, cache, spent, signals = block(x, positions, cache, l * layers.depth)
+    sums = jax.tree.map(jnp.add, sums, signals)
+    return x, (cache, cost + spent, sums)
+
+  def stop(l, before, after, memory):
+    del before, memory
+    return jnp.full(after.shape[0], l + 1 >= depth), None
+
+  nothing = jax.tree.map(jnp.zeros_like, Signals.none())
+  out = depth_loop(layer, layers, x, (cache, Cost.zero(), nothing), stop)
+  cache, cost, sums = out.state
+  ran = out.depth.max()
+  signals = jax.tree.map(lambda a: a / ran, sums)
+  cost = cost._replace(full=cost.full * total / ran)
+  shares = (jnp.arange(total) < ran).astype(jnp.float32)
+  deep = jnp.broadcast_to(1.0 * ran * layers.depth, x.shape[:2])
+  return StackOutput(out.x, cache, cost, signals, deep, shares)
