@@ -28,7 +28,7 @@ def rotate(x, positions):
 def attention(module, x, live=None, seen=None, both_ways=False, memory=None):
   """From live tokens to seen ones at or before them; zero for the others.
 
-  `both_ways`: every token has position 0, as in `models.classifier`; keys are
+  `both_ways`: every token has position 0, as in `models.classifier`.  Keys are
   made of `memory`, or of `x`.
   """
   batch, tokens, _ = x.shape
@@ -70,17 +70,11 @@ def mlp(module, x, level=None):
 
 
 def block(
-  module,
-  x,
-  live=None,
-  seen=None,
-  level=None,
-  both_ways=False,
-  memory=None,
+  module, x, live=None, seen=None, level=None, both_ways=False, memory=None
 ):
   """A `Block` on the live tokens; the others pass.
 
-  Keys are those of its input `memory`, or of `x`.
+  The keys are those of its input `memory`, or of `x`.
   """
   live = _all(x) if live is None else live
   level = np.full(x.shape[:2], 99) if level is None else level

@@ -4,6 +4,7 @@
 from adaptivejax.decode.calibration import (
   Calibration,
   calibrate,
+  excess_error,
   excess_loss,
   inconsistency,
 )
@@ -32,6 +33,7 @@ __all__ = [
   "Score",
   "calibrate",
   "describe",
+  "excess_error",
   "excess_loss",
   "generate",
   "inconsistency",

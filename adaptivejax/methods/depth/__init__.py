@@ -56,6 +56,7 @@ __all__ = [
   "dropout_rates",
   "dynamic_perceiver",
   "evolve",
+  "exit_confidence",
   "exit_weights",
   "ffn_skip",
   "follow",
