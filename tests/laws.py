@@ -11,6 +11,7 @@ V vocabulary.
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,19 +24,32 @@ from flax import nnx
 from jax import lax
 from jax.tree_util import Partial
 
-from adaptivejax.core import buckets, depth, levels
-from adaptivejax.core.cost import Cost
+from adaptivejax.core import Streak, buckets, depth, levels, plans
+from adaptivejax.core.cost import Cost, flops
 from adaptivejax.methods.depth import (
+  AdaptiveComputationTime,
+  DuoMlp,
   MixtureOfDepths,
   calm,
+  deer_vla,
+  dynamic_perceiver,
   ffn_skip,
+  jei_dnn,
+  pabee,
+  ponder_net,
   prefix,
   sorted_loss,
   stop_and_exit,
   unified_skip,
 )
 from adaptivejax.methods.width import AdaptiveComputationModule, split_mlp
-from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
+from adaptivejax.models import (
+  Classifier,
+  ClassifierConfig,
+  DecoderConfig,
+  DecoderLM,
+  decoder_block,
+)
 from adaptivejax.nn import (
   MARGIN,
   STATE,
@@ -44,6 +58,7 @@ from adaptivejax.nn import (
   Router,
   Setting,
   adjust,
+  by_plan,
   every_layer,
   plain,
 )
@@ -57,6 +72,7 @@ CONFIG = DecoderConfig(
   vocab=V, layers=L, features=D, hidden=F, heads=2, kv_heads=1, tied=False
 )
 ALL, SOME, NO = np.float32(-1e6), np.float32(0.8), np.float32(1e6)  # a tax
+
 
 LAWS = (
   "full",  # the whole budget equals the dense layer
@@ -162,18 +178,23 @@ def _asked_always(due, halt):
   return rule
 
 
+EXECUTORS = {
+  "bucketed": (buckets.bucketed, buckets.masked),
+  "depth_loop": (depth.depth_loop, depth.depth_scan),
+  "only_after": (depth.only_after, _asked_always),
+  "run_if": (plans.run_if, plans.run_anyway),
+}
+
+
 @contextlib.contextmanager
 def dense_twin():
-  """Every executor replaced by its masked-dense twin."""
+  """Every executor replaced by its masked-dense twin, wherever it is used."""
   with contextlib.ExitStack() as stack:
-    for module in ("core.levels", "nn.mlp", "nn.attention", "core.buckets"):
-      name = f"adaptivejax.{module}.bucketed"
-      stack.enter_context(mock.patch(name, buckets.masked))
-    for module in ("core.depth", "nn.exit", "methods.depth.sorted_fine_tuning"):
-      name = f"adaptivejax.{module}.depth_loop"
-      stack.enter_context(mock.patch(name, depth.depth_scan))
-    name = "adaptivejax.nn.exit.only_after"
-    stack.enter_context(mock.patch(name, _asked_always))
+    for name, module in list(sys.modules.items()):
+      for attribute, (executor, twin) in EXECUTORS.items():
+        uses = getattr(module, attribute, None) is executor
+        if name.startswith("adaptivejax.") and uses:
+          stack.enter_context(mock.patch.object(module, attribute, twin))
     yield
 
 
@@ -304,10 +325,34 @@ def _poisoned_row(params, x):
   return params, jnp.where(first, jnp.nan, x), np.float32(0.8), first
 
 
+TABLE = plans.PlanTable.of([range(L), (0, 2), (0,)], L)
+
+
+def _run_plan(params, x, plan):
+  layer = lambda w, l, x: _deepen(w, l, x, 0, 0)[0]
+  return plans.run_plan(layer, params, x, TABLE, plan), None
+
+
+def _run_if(params, x, keep):
+  f = lambda x, w: x + jnp.tanh(x @ w)
+  for i in range(L):
+    x = plans.run_if(keep[i], f, x, params[i])
+  return x, None
+
+
+def _poisoned_weights(budget, *gone):
+  def poison(params, x):
+    return params.at[jnp.array(gone)].set(jnp.nan), x, budget, None
+
+  return poison
+
+
 _no_module = "a primitive is a function; its parameters are the caller's"
 _no_price = "depth_loop prices nothing; the layers do, see calm"
 _no_reverse = "a while_loop has no reverse mode; depth_scan is its twin"
 _no_rows = "no rows are compacted"
+_no_price_plan = "a plan prices nothing; the layers do, see evopress"
+_no_reverse_plan = "a loop of dynamic length; specialize to train"
 
 PRIMITIVES = [
   Case(
@@ -378,6 +423,41 @@ PRIMITIVES = [
       "cost": _no_price,
       "cover": _no_rows,
     },
+  ),
+  Case(
+    "run_plan",
+    "core.plans",
+    _layers,
+    lambda batch: _normal(batch, D),
+    _run_plan,
+    full=np.int32(0),
+    some=np.int32(1),
+    none=np.int32(2),
+    dense=_deep(L),
+    least=_deep(1),
+    poison=_poisoned_weights(np.int32(1), 1, 3),
+    unless={
+      "oracle": "against a loop over the plan in test_plans",
+      "gradient": _no_reverse_plan,
+      "poison_gradient": _no_reverse_plan,
+      "linen": _no_module,
+      "cost": _no_price_plan,
+      "cover": _no_rows,
+    },
+  ),
+  Case(
+    "run_if",
+    "core.plans",
+    _layers,
+    lambda batch: _normal(batch, D),
+    _run_if,
+    full=np.ones(L, bool),
+    some=np.arange(L) < 2,
+    none=np.zeros(L, bool),
+    dense=_deep(L),
+    least=lambda params, x: x,
+    poison=_poisoned_weights(np.arange(L) < 2, 2, 3),
+    unless={"linen": _no_module, "cost": _no_price_plan, "cover": _no_rows},
   ),
 ]
 
@@ -455,11 +535,60 @@ def _modules_call(module, x, budget, key=None):
   return y, cost
 
 
+def _duo(rngs):
+  return DuoMlp(Mlp(D, F // 4, rngs=rngs), _mlp(rngs), D, rngs=rngs)
+
+
+def _duo_overhead(module, x):
+  """The router, and the small layer beside the rounding up of both."""
+  rows = lambda m, x: m.small.rows(x)
+  return _routing(module, x) + flops(rows, module, x)
+
+
+def _certain_duo(module, tax):
+  module = jax.tree.map(lambda a: a, module)  # a copy
+  bias = module.router.outer.bias
+  bias.set_value(bias.get_value() - tax * jnp.arange(3.0))
+  return module
+
+
+def _poisoned_duo(params, x):
+  out = adjust(params, 3.0).choose(x)[..., None] == 0
+  return params, jnp.where(out, jnp.nan, x), np.float32(3), out
+
+
 def _poisoned_modules(params, x):
   out = adjust(params, float(SOME)).level(x)[..., None] == 0
   return params, jnp.where(out, jnp.nan, x), SOME, out
 
 
+_both_run = "training computes both sizes for all tokens"
+
+
+def _recurrent(rngs):
+  block = decoder_block(CONFIG, rngs)
+  return AdaptiveComputationTime(block, D, steps=3, rngs=rngs)
+
+
+def _repeated(count):
+  """The block `count` times over; the last state is the output."""
+
+  def run(module, x):
+    for time in module.times.get_value()[:count]:
+      x = reference.block(module.block, x + time)
+    return x
+
+  return run
+
+
+def _poisoned_steps(params, x):
+  params = jax.tree.map(lambda a: a, params)  # a copy
+  times = params.times.get_value()
+  params.times.set_value(times.at[1:].set(jnp.nan))
+  return params, x, NO, None
+
+
+_no_halting = "the exits are a while_loop; training goes by every exit"
 _static_capacity = "the top-k of training has a static size"
 _no_zero = "a capacity of 0 is refused: leave the block out"
 _all_selected = "training computes all learners for all tokens"
@@ -505,6 +634,37 @@ LAYERS = [
     },
   ),
   Case(
+    "adaptive_computation_time",
+    "depth.adaptive_computation_time",
+    _recurrent,
+    _sequence,
+    _mixture_call,
+    full=ALL,
+    some=SOME,
+    none=NO,
+    place=adjust,
+    dense=_repeated(3),
+    least=_repeated(1),
+    poison=_poisoned_steps,
+    overhead=lambda m, x: 3 * _routing(m, x),
+    unless={"gradient": _no_halting, "poison_gradient": _no_halting},
+  ),
+  Case(
+    "adaptive_computation_time.training",
+    "depth.adaptive_computation_time",
+    _recurrent,
+    _sequence,
+    lambda m, x, b: _mixture_call(m, x, b, jax.random.key(0)),
+    full=ALL,
+    some=SOME,
+    none=NO,
+    place=adjust,
+    dense=_repeated(3),
+    least=_repeated(1),
+    poison=_poisoned_steps,
+    overhead=lambda m, x: 3 * _routing(m, x),
+  ),
+  Case(
     "adaptive_computation_modules",
     "width.adaptive_computation_modules",
     _modules,
@@ -541,6 +701,45 @@ LAYERS = [
       "row": _noise,
       "shard_map": _noise,
       "cost": _all_selected,
+    },
+  ),
+  Case(
+    "duo_llm",
+    "depth.duo_llm",
+    _duo,
+    _sequence,
+    _modules_call,
+    full=ALL,
+    some=np.float32(3),
+    none=NO,
+    place=adjust,
+    dense=lambda m, x: reference.mlp(m.big, x),
+    least=lambda m, x: jnp.zeros_like(x),
+    poison=_poisoned_duo,
+    overhead=_duo_overhead,
+  ),
+  Case(
+    "duo_llm.training",
+    "depth.duo_llm",
+    _duo,
+    _sequence,
+    lambda m, x, b: _modules_call(m, x, b, jax.random.key(0)),
+    full=ALL,
+    some=np.float32(3),
+    none=NO,
+    place=_certain_duo,
+    dense=lambda m, x: reference.mlp(m.big, x),
+    least=lambda m, x: jnp.zeros_like(x),
+    overhead=_duo_overhead,
+    unless={
+      "oracle": "it is masked-dense itself",
+      "gradient": "it is masked-dense itself",
+      "cover": _no_rows,
+      "poison": _both_run,
+      "poison_gradient": _both_run,
+      "row": _noise,
+      "shard_map": _noise,
+      "cost": _both_run,
     },
   ),
 ]
@@ -629,6 +828,16 @@ def _ffn_skip(model, tokens, threshold):
   return _decode(model, tokens, skip, prefill=skip)
 
 
+def _by_plan(model, tokens, plan):
+  out = model(tokens, stack=Partial(by_plan, plan=plan))
+  return out.logits[:, PROMPT:], out.cost
+
+
+def _by_plan_decoding(model, tokens, plan):
+  stack = Partial(by_plan, plan=plan)
+  return _decode(model, tokens, stack, prefill=stack)
+
+
 def _plain(model, tokens, budget):
   del budget
   return _decode(model, tokens)
@@ -682,6 +891,11 @@ def _kept(*layers):
   return np.array(layers, np.int32)
 
 
+def _halves(text):
+  """bool[L, 2] from "11 10 ...": attention and feed-forward by layer."""
+  return np.array([[c == "1" for c in layer] for layer in text.split()])
+
+
 def _sorted(model, x, exits):
   """One row at a time, to have rows at all: the loss is a mean."""
 
@@ -717,7 +931,7 @@ def _poisoned_group(model, tokens):
   return model, tokens, NO, None
 
 
-_no_halting = "the exits are a while_loop; training goes by sorted_loss"
+_cache_in_place = "a loop of one round or none keeps the cache in place"
 _no_price_loss = "a loss decides nothing"
 _static_exits = "which layers are exits is static"
 _static_count = "how many layers are kept is static, which ones is data"
@@ -815,6 +1029,38 @@ MODELS = [
     poison=_poisoned_layers(np.float32(-NEVER), 1, 2, 3, names=("mlp",)),
   ),
   Case(
+    "evopress",
+    "depth.evopress",
+    _model(),
+    _tokens,
+    _by_plan,
+    full=_halves("11 11 11 11"),
+    some=_halves("11 10 01 00"),
+    none=_halves("00 00 00 00"),
+    dense=_dense,
+    least=_lived(lambda l, t: False),
+    poison=_poisoned_layers(_halves("11 11 00 00"), 2, 3),
+    unless={"cover": _no_rows},
+  ),
+  Case(
+    "evopress.decoding",
+    "depth.evopress",
+    _model(),
+    _tokens,
+    _by_plan_decoding,
+    full=_halves("11 11 11 11"),
+    some=_halves("11 10 01 00"),
+    none=_halves("00 00 00 00"),
+    dense=_dense,
+    least=_lived(lambda l, t: False),
+    poison=_poisoned_layers(_halves("11 11 00 00"), 2, 3),
+    unless={
+      "gradient": _cache_in_place,
+      "poison_gradient": _cache_in_place,
+      "cover": _no_rows,
+    },
+  ),
+  Case(
     "sorted_fine_tuning",
     "depth.sorted_fine_tuning",
     _model(),
@@ -905,4 +1151,100 @@ MODELS = [
   ),
 ]
 
-CASES = [*PRIMITIVES, *LAYERS, *MODELS]
+
+# --- exits of a classifier ----------------------------------------------------
+
+ENCODER = ClassifierConfig(
+  tokens=T, inputs=M, classes=3, layers=L, features=D, hidden=F, heads=2
+)
+
+
+def _images(batch):
+  return _normal(batch, T, M)
+
+
+def _exit(index):
+  return lambda model, x: reference.classifier(model, x)[0][index]
+
+
+def _asking(model, x):
+  """FLOPs of the dearest rule: a `Lambda` after every layer."""
+  return 2.0 * L * len(x) * (2 * D * F + F * F + F)
+
+
+def _exits(name, rule, start=lambda batch: None, **budgets):
+  """A case of a rule: `rule(budget)`, `start(batch)` its first memory."""
+
+  def call(model, x, budget):
+    out = model(x, rule(budget), start(len(x)))
+    return out.logits, out.cost
+
+  return Case(
+    name,
+    f"depth.{name}",
+    lambda rngs: Classifier(ENCODER, rngs=rngs),
+    _images,
+    call,
+    **budgets,
+    dense=_exit(-1),
+    least=_exit(0),
+    poison=_poisoned_layers(budgets["none"], 1, 2, 3),
+    overhead=_asking,
+    unless={"gradient": _no_halting, "poison_gradient": _no_halting},
+  )
+
+
+def _lambda():
+  return ponder_net.Lambda(D, F, rngs=nnx.Rngs(5))
+
+
+def _settled(batch):
+  """The action before the first exit: none at all."""
+  return deer_vla.Control(jnp.zeros((batch, 3)), jnp.zeros(batch, jnp.int32))
+
+
+EXITS = [
+  _exits(
+    "ponder_net",
+    lambda q: Partial(ponder_net.q_exit, head=_lambda(), q=q),
+    lambda batch: ponder_net.Pondering.start(batch, D),
+    full=np.float32(1),
+    some=np.float32(0.7),
+    none=np.float32(0),
+  ),
+  _exits(
+    "pabee",
+    lambda limit: Partial(pabee.patient_exit, limit=limit),
+    Streak.none,
+    full=np.int32(L),
+    some=np.int32(1),
+    none=np.int32(0),
+  ),
+  _exits(
+    "deer_vla",
+    lambda eta: Partial(deer_vla.action_exit, thresholds=eta, max_layer=L),
+    _settled,
+    full=np.full(L, -1, np.float32),
+    some=np.full(L, 0.7, np.float32),
+    none=np.full(L, 1e9, np.float32),
+  ),
+  _exits(
+    "dynamic_perceiver",
+    lambda levels: Partial(dynamic_perceiver.budgeted_exit, thresholds=levels),
+    full=np.full(L, NEVER, np.float32),
+    some=np.full(L, 0.6, np.float32),
+    none=np.full(L, 0, np.float32),
+  ),
+  _exits(
+    "jei_dnn",
+    lambda level: Partial(
+      jei_dnn.gated_exit, gates=jei_dnn.Gates(L), level=level
+    ),
+    jnp.ones,
+    full=np.float32(NEVER),
+    some=np.float32(0.7),
+    none=np.float32(0),
+  ),
+]
+
+CASES = [*PRIMITIVES, *LAYERS, *MODELS, *EXITS]

@@ -25,12 +25,16 @@ def rotate(x, positions):
   return jnp.concatenate([turned.real, turned.imag], -1)
 
 
-def attention(module, x, live=None, seen=None):
-  """From live tokens to seen ones at or before them; zero for the others."""
+def attention(module, x, live=None, seen=None, both_ways=False):
+  """From live tokens to seen ones at or before them; zero for the others.
+
+  `both_ways`: every token has position 0, as in `models.classifier`.
+  """
   batch, tokens, _ = x.shape
   live = _all(x) if live is None else live
   seen = live if seen is None else seen
-  positions = np.broadcast_to(np.arange(tokens), (batch, tokens))
+  order = np.zeros(tokens) if both_ways else np.arange(tokens)
+  positions = np.broadcast_to(order, (batch, tokens))
   w = module.width
   q = (x @ module.query.kernel.get_value()).reshape(batch, tokens, -1, w)
   kv = x @ module.key_value.kernel.get_value()
@@ -38,7 +42,7 @@ def attention(module, x, live=None, seen=None):
   q, k = rotate(q, positions), rotate(k, positions)
   share = q.shape[2] // k.shape[2]
   k, v = jnp.repeat(k, share, axis=2), jnp.repeat(v, share, axis=2)
-  visible = np.tril(np.ones((tokens, tokens), bool))
+  visible = order[None, :] <= order[:, None]
   visible = (visible & seen[:, None, :] & live[:, :, None])[:, None]
   scores = jnp.einsum("bthw,bshw->bhts", q, k) / w**0.5
   odds = jnp.where(visible, jnp.exp(jnp.where(visible, scores, 0)), 0)
@@ -64,12 +68,12 @@ def mlp(module, x, level=None):
   return jnp.where((level > 0)[..., None], y, 0)
 
 
-def block(module, x, live=None, seen=None, level=None):
+def block(module, x, live=None, seen=None, level=None, both_ways=False):
   """A `Block` on the live tokens; the others pass."""
   live = _all(x) if live is None else live
   level = np.full(x.shape[:2], 99) if level is None else level
   h = norm(module.norm_attention, x)
-  x = x + attention(module.attention, h, live, seen)
+  x = x + attention(module.attention, h, live, seen, both_ways)
   return x + mlp(module.mlp, norm(module.norm_mlp, x), level * live)
 
 
@@ -121,6 +125,23 @@ def readout(model, x):
 def decoder(model, tokens, live=None, seen=None, level=None):
   """Logits after every token; arguments as in `hidden`."""
   return readout(model, hidden(model, tokens, live, seen, level)[-1])
+
+
+def classifier(model, inputs):
+  """`(logits [K, B, C], pooled [K, B, D])` of a `Classifier`."""
+  embedding = model.embedding
+  x = inputs @ embedding.kernel.get_value() + embedding.bias.get_value()
+  x = x + model.places.get_value()
+  exits = jax.tree.leaves(model.layers)[0].shape[0]
+  logits, pooled = [], []
+  for i in range(exits):
+    pick = lambda tree, i=i: jax.tree.map(lambda a: a[i], tree)
+    x = block(pick(model.layers), x, both_ways=True)
+    say = pick(model.exits)
+    pooled.append(x.mean(1))
+    out = norm(say.norm, pooled[-1]) @ say.out.kernel.get_value()
+    logits.append(out + say.out.bias.get_value())
+  return jnp.stack(logits), jnp.stack(pooled)
 
 
 def _all(x):

@@ -19,6 +19,7 @@ from adaptivejax.core import covers
 from adaptivejax.linen import ToLinen, variables_of
 from tests.laws import (
   CASES,
+  EXITS,
   LAWS,
   LAYERS,
   MODELS,
@@ -252,7 +253,9 @@ def test_the_cost_is_that_of_the_decision(case):
 
 @pytest.mark.parametrize("how", ["sharded", "shard_map"])
 @pytest.mark.parametrize(
-  "cases", [PRIMITIVES, LAYERS, MODELS], ids=["primitives", "layers", "models"]
+  "cases",
+  [PRIMITIVES, LAYERS, MODELS, EXITS],
+  ids=["primitives", "layers", "models", "exits"],
 )
 def test_eight_devices_agree_with_one(how, cases):
   """In a process of its own: a mistake here is a deadlock."""

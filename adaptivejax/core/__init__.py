@@ -26,6 +26,7 @@ from adaptivejax.core.depth import Depth, depth_loop, depth_scan, only_after
 from adaptivejax.core.drafts import Verified, draft_verify
 from adaptivejax.core.halting import (
   EntropyRing,
+  Ponder,
   Streak,
   cdf,
   delta,
@@ -35,6 +36,7 @@ from adaptivejax.core.halting import (
   margin,
   max_prob,
   patience,
+  ponder,
   saturation,
 )
 from adaptivejax.core.levels import level_apply, prefix_slice
@@ -43,6 +45,13 @@ from adaptivejax.core.losses import (
   binary_cross_entropy,
   cross_entropy,
   exit_cross_entropy,
+)
+from adaptivejax.core.plans import (
+  PlanTable,
+  run_anyway,
+  run_if,
+  run_plan,
+  specialize,
 )
 from adaptivejax.core.risk import (
   hoeffding,
@@ -64,20 +73,24 @@ from adaptivejax.core.select import (
 )
 from adaptivejax.core.staged import freeze, masked_scan, staged_while
 from adaptivejax.core.trees import Path, Tree, ancestors, depths, tree_verify
+from adaptivejax.core.trigrams import TrigramTable
 
 __all__ = [
   "Cost",
   "Cover",
   "Depth",
-  "EntropyRing",
   "Draw",
+  "EntropyRing",
   "KVCache",
   "Keys",
   "Path",
+  "PlanTable",
+  "Ponder",
   "Sampling",
   "Signals",
   "Streak",
   "Tree",
+  "TrigramTable",
   "Verified",
   "accuracy",
   "ancestors",
@@ -97,9 +110,9 @@ __all__ = [
   "delta",
   "depth_loop",
   "depth_scan",
-  "entropy",
   "depths",
   "draft_verify",
+  "entropy",
   "exit_cross_entropy",
   "exit_depth",
   "exit_distribution",
@@ -107,8 +120,6 @@ __all__ = [
   "expert_choice",
   "flops",
   "freeze",
-  "masked_scan",
-  "staged_while",
   "gumbel_sigmoid",
   "gumbel_softmax",
   "hoeffding",
@@ -118,21 +129,28 @@ __all__ = [
   "learn_then_test",
   "leave_empty",
   "level_apply",
+  "log_probs",
   "logit_margin",
   "margin",
-  "log_probs",
   "masked",
+  "masked_scan",
   "max_prob",
   "only_after",
   "pareto_front",
   "patience",
+  "ponder",
   "prefix_slice",
   "rotary",
+  "run_anyway",
+  "run_if",
+  "run_plan",
   "saturation",
   "share_from",
   "solve_depth_threshold",
   "solve_exit_thresholds",
   "solve_setting",
+  "specialize",
+  "staged_while",
   "straight_through",
   "threshold",
   "tiles",

@@ -113,6 +113,41 @@ def exit_distribution(stop: Float[Array, "K ..."]) -> Float[Array, "K ..."]:
   return there * jnp.concatenate([stop[:-1], jnp.ones_like(stop[:1])])
 
 
+class Ponder(NamedTuple):
+  """What a row has gathered while it ponders, in f32."""
+
+  y: Float[Array, "... D"]  # its output so far
+  halted: Float[Array, "..."]  # sum of the weights given to states
+  remainder: Float[Array, "..."]  # of those, to the last state
+
+  @classmethod
+  def start(cls, x: Float[Array, "... D"]) -> "Ponder":
+    """Before the first step."""
+    none = jnp.zeros(x.shape[:-1], jnp.float32)
+    return cls(jnp.zeros(x.shape, jnp.float32), none, none)
+
+
+def ponder(
+  stop: Float[Array, "..."],
+  state: Float[Array, "... D"],
+  memory: Ponder,
+  *,
+  last: Bool[Array, ""] | bool,
+  epsilon: float = 0.01,
+) -> tuple[Bool[Array, "..."], Ponder]:
+  """Who halts at this step, and the output with this state in it.
+
+  A row halts once its `stop` (0..1) sum to 1 - epsilon, or at the `last` step;
+  states weigh what their `stop` says, that of the halt the remainder to 1.
+  Graves, 2016, https://arxiv.org/abs/1603.08983, eqs. 6 to 8 and 13.
+  """
+  halts = (memory.halted + stop >= 1 - epsilon) | last
+  remainder = 1 - memory.halted
+  weight = jnp.where(halts, remainder, stop.astype(jnp.float32))
+  y = memory.y + weight[..., None] * state.astype(jnp.float32)
+  return halts, Ponder(y, memory.halted + weight, remainder)
+
+
 class EntropyRing(NamedTuple):
   """The entropies of the last W steps of each row.
 

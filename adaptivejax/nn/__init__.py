@@ -14,6 +14,7 @@ from adaptivejax.nn.exit import early_exit
 from adaptivejax.nn.functional import functional
 from adaptivejax.nn.mlp import Mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
+from adaptivejax.nn.plan import by_plan
 from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.setting import Setting, adjust
@@ -22,6 +23,7 @@ from adaptivejax.nn.stack import (
   StackOutput,
   every_layer,
   plain,
+  present,
   run_layers,
 )
 
@@ -44,10 +46,12 @@ __all__ = [
   "StackOutput",
   "Step",
   "adjust",
+  "by_plan",
   "early_exit",
   "every_layer",
   "exit_confidence",
   "functional",
   "plain",
+  "present",
   "run_layers",
 ]

@@ -48,7 +48,7 @@ def brute(logits, temperature, k, p):
 @hypothesis.given(
   logits=LOGITS,
   temperature=st.sampled_from([0, 1e-30, 0.5, 1, 2]),
-  k=st.sampled_from([None, 1, 2, 3, V, V + 5]),
+  k=st.sampled_from([None, 1, 2, V - 1, V, V + 5]),
   p=st.sampled_from([1, 0.001, 0.3141, 0.5772, 0.9123]),
 )
 def test_log_probs(dtype, logits, temperature, k, p):
@@ -65,6 +65,19 @@ def test_greedy_is_exactly_one_hot():
   want = np.full((2, 4), -np.inf)
   want[0, 1] = want[1, 2] = 0
   np.testing.assert_array_equal(run(logits, Sampling.of()), want)
+
+
+@pytest.mark.parametrize("k", range(1, V + 2))
+def test_top_k_keeps_exactly_k_of_equals(k):
+  got = run(jnp.zeros(V), Sampling.of(1.0, k))
+  np.testing.assert_array_equal(np.isfinite(got), np.arange(V) < k)
+
+
+@pytest.mark.parametrize("nothing", [-np.inf, np.nan])
+def test_token_0_where_nothing_is_left(nothing):
+  for setting in [(0.0,), (1.0,), (1.0, 2, 0.5)]:
+    got = run(jnp.full(3, nothing), Sampling.of(*setting))
+    np.testing.assert_array_equal(got, [0, -np.inf, -np.inf])
 
 
 def test_one_program_serves_every_setting():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small decoder, its parameters shaken, decoded token by token."""
+"""Small models, their parameters shaken; the decoder goes token by token."""
 
 import functools
 from typing import NamedTuple
@@ -11,7 +11,12 @@ from flax import nnx
 from jax import lax
 
 from adaptivejax.decode import FULL
-from adaptivejax.models import DecoderConfig, DecoderLM
+from adaptivejax.models import (
+  Classifier,
+  ClassifierConfig,
+  DecoderConfig,
+  DecoderLM,
+)
 from adaptivejax.nn import Setting, adjust
 from tests import reference
 
@@ -20,6 +25,14 @@ CONFIG = DecoderConfig(
   vocab=13, layers=4, features=16, hidden=32, heads=2, kv_heads=1, tied=False
 )
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 13, (B, T)))
+ENCODER = ClassifierConfig(
+  tokens=5, inputs=3, classes=4, layers=4, features=16, hidden=24, heads=2
+)
+ROWS = 9
+INPUTS = jnp.asarray(
+  np.random.default_rng(1).normal(size=(ROWS, 5, 3)), jnp.float32
+)
+LABELS = jnp.asarray(np.random.default_rng(2).integers(0, 4, ROWS))
 
 
 def shaken(module, seed=0):
@@ -36,6 +49,23 @@ def shaken(module, seed=0):
 @functools.cache
 def model(layer=None, seed=0):
   return shaken(DecoderLM(CONFIG, layer=layer, rngs=nnx.Rngs(seed)), seed)
+
+
+@functools.cache
+def encoder(seed=0):
+  return shaken(Classifier(ENCODER, rngs=nnx.Rngs(seed)), seed)
+
+
+@functools.cache
+def every_exit():
+  """`(logits [K, B, C], pooled [K, B, D])` of `encoder`, as NumPy."""
+  return jax.tree.map(np.array, reference.classifier(encoder(), INPUTS))
+
+
+@jax.jit
+def leave(rule, memory=None):
+  """The answer of `encoder` under a rule."""
+  return encoder()(INPUTS, rule, memory)
 
 
 @jax.jit

@@ -61,7 +61,7 @@ def exit_weights(
   sums = scale * jnp.cumsum(l)
   last = layers - 1 + scale * sum(range(layers - 1))
   weights = sums.at[-1].set(last if layers > 1 else 1.0)
-  if every > 1:
+  if every > 1 and key is not None:
     first = jax.random.randint(key, (), 0, every)
     kept = (l.astype(jnp.int32) % every == first) | (l == layers - 1)
     weights = jnp.where(kept, weights, 0)

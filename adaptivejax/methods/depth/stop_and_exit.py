@@ -106,8 +106,8 @@ def controller_loss(
 ) -> Float[Array, ""]:  # fmt: skip
   """What to train the controller on, in nats; the model gets no gradient.
 
-  `hidden` is of `nn.every_layer`, `targets` are the next tokens, exits are after
-  each `every`-th layer but the last (static).
+  `hidden` is of `nn.every_layer`, `targets` are the next tokens; exits are each
+  `every`-th layer but the last (static).
   """
   total = hidden.shape[0]
   if not 1 <= every < total:
