@@ -30,6 +30,7 @@ from adaptivejax.methods.depth import (
   AdaptiveComputationTime,
   DuoMlp,
   MixtureOfDepths,
+  MixtureOfRecursions,
   calm,
   deer_vla,
   dynamic_perceiver,
@@ -535,6 +536,22 @@ def _modules_call(module, x, budget, key=None):
   return y, cost
 
 
+def _recursive(routing, sharing=False):
+  def build(rngs):
+    block = decoder_block(CONFIG, rngs)
+    return MixtureOfRecursions(
+      block, D, routing=routing, sharing=sharing, rngs=rngs
+    )
+
+  return build
+
+
+def _once(module, x):
+  """The first recursion, which takes all tokens."""
+  none = np.zeros(x.shape[:2], bool)
+  return reference.recursions(module, x, [~none, none, none])
+
+
 def _duo(rngs):
   return DuoMlp(Mlp(D, F // 4, rngs=rngs), _mlp(rngs), D, rngs=rngs)
 
@@ -562,6 +579,7 @@ def _poisoned_modules(params, x):
   return params, jnp.where(out, jnp.nan, x), SOME, out
 
 
+_all_start = "every token runs the first recursion"
 _both_run = "training computes both sizes for all tokens"
 
 
@@ -702,6 +720,28 @@ LAYERS = [
       "shard_map": _noise,
       "cost": _all_selected,
     },
+  ),
+  *(
+    Case(
+      name,
+      "depth.mixture_of_recursions",
+      _recursive(routing, sharing),
+      _sequence,
+      _mixture_call,
+      full=ALL,
+      some=np.float32(0.3),
+      none=NO,
+      place=adjust,
+      dense=reference.recursions,
+      least=_once,
+      overhead=lambda m, x: m.recursions * _routing(m, x),
+      unless={"poison": _all_start, "poison_gradient": _all_start},
+    )
+    for name, routing, sharing in (
+      ("mixture_of_recursions.expert", "expert", False),
+      ("mixture_of_recursions.token", "token", False),
+      ("mixture_of_recursions.sharing", "expert", True),
+    )
   ),
   Case(
     "duo_llm",

@@ -50,11 +50,10 @@ def whole(tokens):
 
 
 @functools.cache
-def table(kind, setting):
-  """Of the text to come: the best of all tables.  Or of other tokens."""
-  texts = np.stack([np.resize(t, 50) for t in whole(plain(setting).tokens)])
-  texts = (texts + (kind == "wrong")) % V
-  return policy(texts)
+def table(kind):
+  """Of the texts to come: the best of all tables.  Or of other tokens."""
+  texts = [text for name in SETTINGS for text in whole(plain(name).tokens)]
+  return policy([(text + (kind == "wrong")) % V for text in texts])
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -62,16 +61,16 @@ def table(kind, setting):
 def test_text_is_that_of_plain_decoding(kind, setting):
   """Token for token, for rows of many lengths, whatever the table holds."""
   want, options = plain(setting), SETTINGS[setting]
-  got = run(policy=table(kind, setting), **options)
+  got = run(policy=table(kind), **options)
   np.testing.assert_array_equal(got.tokens, want.tokens)
   np.testing.assert_array_equal(got.count, LIMITS)
   assert (got.ended == Ended.LENGTH).all()
   if kind == "right":
-    assert got.tokens_per_step > 2
+    assert got.tokens_per_step > 1.5
   # a stop token that comes in the middle of a step ends the row there
   stop = int(want.tokens[0, 17])
   want = run(stop=stop, **options)
-  got = run(policy=table(kind, setting), stop=stop, **options)
+  got = run(policy=table(kind), stop=stop, **options)
   np.testing.assert_array_equal(got.tokens, want.tokens)
   np.testing.assert_array_equal(got.ended, want.ended)
 
@@ -105,39 +104,47 @@ def test_steps_are_those_of_a_dictionary_that_learns(rate):
 
 
 def test_text_that_repeats_itself_comes_ever_faster():
-  learner = policy([], nodes=64, window=6)
+  learner = policy([], nodes=64, window=6, rate=jnp.float32(0.04))
   half = run(policy=learner, limits=np.full(B, STEPS // 2)).steps
   rest = run(policy=learner, limits=np.full(B, STEPS)).steps - half
   assert (rest < half).all()
 
 
 def test_the_cache_after_a_step_is_that_of_reading_the_text():
-  m, adaptive = model(), table("right", "greedy")
-  lengths = jnp.asarray(LENGTHS)
-  first = m(TOKENS, m.empty_cache(B, 30), lengths=lengths)
-  memory, _ = adaptive.start(m, TOKENS, lengths, 30, None)
-  last = plain("greedy").tokens[:, 0]
-  draw = Draw(Sampling.of(), jax.random.split(jax.random.key(0), B))
-  live = jnp.array([True, True, False])
-  out = jax.jit(adaptive.step)(m, last, first.cache, memory, draw, live)
+  m, adaptive, slots = model(), table("right"), 30
+  lengths, last = jnp.asarray(LENGTHS), plain("greedy").tokens[:, 0]
+
+  @jax.jit
+  def read(tokens, lengths):
+    return m(tokens, m.empty_cache(B, slots), lengths=lengths).cache
+
+  @jax.jit
+  def step(cache):
+    memory, _ = adaptive.start(m, TOKENS, lengths, slots, jnp.zeros((B, 13)))
+    draw = Draw(Sampling.of(), jax.random.split(jax.random.key(0), B))
+    live = jnp.array([True, True, False])
+    return adaptive.step(m, last, cache, memory, draw, live)
+
+  out = step(read(TOKENS, lengths))
   count = np.asarray(out.count)
   assert count[2] == 0 and count[:2].min() > 1
   assert out.cost.items == count.sum() and (out.depth == CONFIG.layers).all()
-  np.testing.assert_array_equal(out.cache.length, LENGTHS + count)
+  text = np.zeros((B, slots), np.int32)
   for b in range(B):
-    now = [last[b], *out.tokens[b]][: count[b]]
-    text = jnp.asarray([[*TOKENS[b, : LENGTHS[b]], *now]])
-    want = m(text, m.empty_cache(1, 30)).cache
-    np.testing.assert_array_equal(out.cache.pos[b], want.pos[0])
-    held = (want.pos[0] >= 0)[:, None, :, None]
-    for got, that in ((out.cache.k, want.k), (out.cache.v, want.v)):
-      got = jnp.where(held, got[b], 0)
-      np.testing.assert_allclose(got, that[0], rtol=1e-4, atol=1e-5)
+    now = np.r_[TOKENS[b, : LENGTHS[b]], last[b], out.tokens[b]]
+    text[b, : len(now)] = now
+  want = read(jnp.asarray(text), jnp.asarray(LENGTHS + count))
+  np.testing.assert_array_equal(out.cache.length, want.length)
+  np.testing.assert_array_equal(out.cache.pos, want.pos)
+  held = (want.pos >= 0)[:, :, None, :, None]
+  for got, that in ((out.cache.k, want.k), (out.cache.v, want.v)):
+    got = jnp.where(held, got, 0)
+    np.testing.assert_allclose(got, that, rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_is_decoded_the_same_alone():
   """Text and steps: what one row learns, no other knows."""
-  learner = table("wrong", "greedy")
+  learner = table("wrong")
   together = run(policy=learner)
   for b in range(B):
     alone = run(np.array([b]), policy=learner)
@@ -147,7 +154,7 @@ def test_a_row_is_decoded_the_same_alone():
 
 def test_a_full_cache_ends_the_row_in_time():
   capacity = 10 + 8 + 9
-  got = run(policy=table("right", "greedy"), capacity=capacity)
+  got = run(policy=table("right"), capacity=capacity)
   want = np.asarray(plain("greedy").tokens)
   full = np.asarray(got.ended) == Ended.FULL
   assert full.any()
