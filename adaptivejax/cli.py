@@ -14,6 +14,7 @@ import itertools
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ class Generate:
   The text goes to standard output, what it cost to standard error.  For example
 
     adaptivejax generate runs/NAME --prompt "def main(" --policy calm
+    adaptivejax generate runs/NAME --prompt "def main(" --compare \\
+        --policy self_speculation --set exit=2 draft=4
   """
 
   run: tyro.conf.Positional[Path]
@@ -68,12 +71,13 @@ class Generate:
   """Text to continue."""
 
   policy: str = "full"
-  """How the layers are run: full, calm, calm_max_prob, calm_state, unified,
-  ffn_skip."""
+  """How tokens are made; see the list above."""
 
-  setting: float | None = None
-  """Its threshold or speed-up: the confidence of calm, the cosine of calm_state
-  and ffn_skip, the speed-up of unified."""
+  set: tuple[str, ...] = ()
+  """Settings of the policy, as in `threshold=0.8 measure=state`."""
+
+  large: Path | None = None
+  """Run of the large model, for `entropy_adaptive`."""
 
   steps: int = 256
   """Bytes to add."""
@@ -81,8 +85,17 @@ class Generate:
   temperature: float = 0.0
   """0 takes the likeliest byte, 1 draws from the model's distribution."""
 
+  top_k: int | None = None
+  """Draw from the k likeliest bytes only."""
+
+  top_p: float = 1.0
+  """Draw from the likeliest bytes that hold this probability together."""
+
   seed: int = 0
   """Seed of the draws."""
+
+  compare: bool = False
+  """Also decode with all layers, and say how the two compare."""
 
   def __post_init__(self):
     """Refuses settings outside their range."""
@@ -155,30 +168,116 @@ def train(args: Sequence[str]) -> int:
 
 def generate(args: Sequence[str]) -> int:
   """`adaptivejax generate`."""
+  from adaptivejax import decode
+
+  listed = f"policies and their settings:\n{decode.describe()}"
+  if set(args) & {"-h", "--help"}:
+    print(listed, end="\n\n")
   options = _parse(Generate, args, "generate")
+  settings = _settings(options)  # before anything is loaded
   import jax
   import jax.numpy as jnp
+  from rich.console import Console
+
+  from adaptivejax import training
+
+  console = Console(stderr=True)
+  config, model = training.load_run(options.run)
+  with console.status(f"{options.policy}: preparing") as status:
+    if options.large:
+      settings["large"] = training.load_run(options.large)[1]
+    settings |= _learned(options.policy, config, model, status)
+    policies = {options.policy: decode.make_policy(
+      options.policy, model, **settings
+    )}  # fmt: skip
+    if options.compare and options.policy != "full":
+      policies["full"] = decode.make_policy("full", model)
+    prompt = jnp.asarray([list(options.prompt.encode())], jnp.int32)
+    made, seconds = {}, {}
+    for name, policy in policies.items():
+      for words in ("compiling", "decoding"):  # the second time counts
+        status.update(f"{name}: {words}")
+        begin = time.perf_counter()
+        made[name] = decode.generate(
+          model,
+          prompt,
+          steps=options.steps,
+          policy=policy,
+          temperature=options.temperature,
+          top_k=options.top_k,
+          top_p=options.top_p,
+          key=jax.random.key(options.seed),
+        )
+        jax.block_until_ready(made[name].tokens)
+        seconds[name] = time.perf_counter() - begin
+  first = made[options.policy]
+  count = int(first.count[0])
+  text = bytes(first.tokens[0, :count].tolist()).decode(errors="replace")
+  print(options.prompt + text)
+  for name, out in made.items():
+    speed = int(out.count[0]) / seconds[name]
+    console.print(
+      f"{name}: {speed:,.0f} tokens/s, {float(out.mean_depth):.1f} layers and"
+      f" {float(out.cost.share):.0%} of the compute per token,"
+      f" {float(out.tokens_per_step):.2f} tokens per step",
+      highlight=False,
+    )
+  if len(made) > 1:
+    same = int((first.tokens == made["full"].tokens)[0, :count].sum())
+    console.print(
+      f"{seconds['full'] / seconds[options.policy]:.2f}x the speed of full;"
+      f" {same} of {count} bytes are the same",
+      highlight=False,
+    )
+  return 0
+
+
+def _settings(options: Generate) -> dict[str, Any]:
+  """`--set` as numbers and words; unknown names are refused."""
+  from adaptivejax import decode
+
+  kinds, found = decode.plain_settings(options.policy), {}
+  for item in options.set:
+    name, equals, value = item.partition("=")
+    if not equals:
+      raise ValueError(f"--set {item!r} must be NAME=VALUE")
+    if name not in kinds:
+      raise ValueError(
+        f"no setting {name!r} of {options.policy}{_suggestion(name, kinds)}"
+      )
+    try:
+      found[name] = kinds[name](value)
+    except ValueError:
+      words = "a whole number" if kinds[name] is int else "a number"
+      raise ValueError(f"--set {name}={value!r} must be {words}") from None
+  return found
+
+
+def _learned(policy: str, config, model, status) -> dict[str, Any]:
+  """What some policies learn from the text that the run was trained on."""
+  import functools
+
+  import numpy as np
+  from flax import nnx
 
   from adaptivejax import decode, training
+  from adaptivejax.methods.depth import controller_loss
+  from adaptivejax.nn.linear import linear
+  from adaptivejax.training.data import windows
 
-  name = options.policy
-  if name not in decode.POLICIES:
-    raise ValueError(f"no policy {name!r}{_suggestion(name, decode.POLICIES)}")
-  _, model = training.load_run(options.run)
-  prompt = jnp.asarray([list(options.prompt.encode())], jnp.int32)
-  made = decode.generate(
-    model,
-    prompt,
-    steps=options.steps,
-    policy=decode.make_policy(name, model, options.setting),
-    temperature=options.temperature,
-    key=jax.random.key(options.seed),
-  )
-  text = bytes(made.tokens[0].tolist()).decode(errors="replace")
-  print(options.prompt + text)
-  share, depth = made.cost.spent / made.cost.full, made.depth.mean()
-  print(f"compute {share:.0%}, mean depth {depth:.1f}", file=sys.stderr)
-  return 0
+  wanted = decode.settings_of(policy)
+  if "corpus" in wanted:
+    status.update(f"{policy}: counting the training text")
+    text = b"\n".join(training.load_corpus(config.data).train.values())
+    return {"corpus": np.frombuffer(text, np.uint8).astype(np.int32)}
+  if "controller" in wanted:
+    status.update(f"{policy}: training its controller")
+    cut = windows(training.load_corpus(config.data).train, 64)
+    head = linear(model.config.features, 3, rngs=nnx.Rngs(0))
+    loss = functools.partial(controller_loss, every=1)
+    tokens = np.asarray(cut, np.int32)
+    return {"controller": training.fit_head(head, loss, model, tokens)}
+  return {}
 
 
 def report(args: Sequence[str]) -> int:

@@ -104,12 +104,12 @@ def entries(models: dict, calibration: np.ndarray, quick: bool):
     leave = Partial(calm, threshold=jnp.float32(level), min_depth=EXITS[0])
     by_token.append(Entry("CALM", setting, exits_, leave))
   for speedup in some(1.5, 2):
-    plan = policy("unified", twin, speedup)
+    plan = policy("unified", twin, speedup=speedup)
     kept = f"{plan.keywords['kept'].size} of {layers} layers"
     by_token.append(Entry("unified skip", kept, twin, plan))
   at_once = []
   for level in some(0.99, 0.95):
-    skip = policy("ffn_skip", exits_, level)
+    skip = policy("ffn_skip", exits_, threshold=level)
     at_once.append(Entry("FFN-SkipLLM", f"cosine {level}", exits_, skip))
   for name, label, span, shares in (
     ("mod", "Mixture-of-Depths", 16.0, (0.75, 0.65, 0.85)),

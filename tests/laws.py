@@ -30,6 +30,7 @@ from adaptivejax.methods.depth import (
   AdaptiveComputationTime,
   DuoMlp,
   MixtureOfDepths,
+  MixtureOfRecursions,
   calm,
   deer_vla,
   dynamic_perceiver,
@@ -37,7 +38,9 @@ from adaptivejax.methods.depth import (
   jei_dnn,
   pabee,
   ponder_net,
+  prefix,
   sorted_loss,
+  stop_and_exit,
   unified_skip,
 )
 from adaptivejax.methods.width import AdaptiveComputationModule, split_mlp
@@ -49,6 +52,8 @@ from adaptivejax.models import (
   decoder_block,
 )
 from adaptivejax.nn import (
+  MARGIN,
+  STATE,
   Group,
   Mlp,
   Router,
@@ -58,6 +63,7 @@ from adaptivejax.nn import (
   every_layer,
   plain,
 )
+from adaptivejax.nn.linear import linear
 from tests import reference
 
 T, D, F, M, L, V = 8, 16, 32, 4, 4, 13
@@ -162,10 +168,22 @@ def parameters(case: Case, seed: int = 0):
   return adjust(params, 0.0) if has_budget else params
 
 
+def _asked_always(due, halt):
+  """The twin of `only_after`."""
+
+  def rule(l, before, after, memory):
+    stop, seen = halt(l, before, after, memory)
+    keep = lambda new, old: jnp.where(due(l), new, old)
+    return stop & due(l), jax.tree.map(keep, seen, memory)
+
+  return rule
+
+
 EXECUTORS = {
   "bucketed": (buckets.bucketed, buckets.masked),
   "depth_loop": (depth.depth_loop, depth.depth_scan),
   "run_if": (plans.run_if, plans.run_anyway),
+  "only_after": (depth.only_after, _asked_always),
 }
 
 
@@ -518,6 +536,22 @@ def _modules_call(module, x, budget, key=None):
   return y, cost
 
 
+def _recursive(routing, sharing=False):
+  def build(rngs):
+    block = decoder_block(CONFIG, rngs)
+    return MixtureOfRecursions(
+      block, D, routing=routing, sharing=sharing, rngs=rngs
+    )
+
+  return build
+
+
+def _once(module, x):
+  """The first recursion, which takes all tokens."""
+  none = np.zeros(x.shape[:2], bool)
+  return reference.recursions(module, x, [~none, none, none])
+
+
 def _duo(rngs):
   return DuoMlp(Mlp(D, F // 4, rngs=rngs), _mlp(rngs), D, rngs=rngs)
 
@@ -545,6 +579,7 @@ def _poisoned_modules(params, x):
   return params, jnp.where(out, jnp.nan, x), SOME, out
 
 
+_all_start = "every token runs the first recursion"
 _both_run = "training computes both sizes for all tokens"
 
 
@@ -686,6 +721,28 @@ LAYERS = [
       "cost": _all_selected,
     },
   ),
+  *(
+    Case(
+      name,
+      "depth.mixture_of_recursions",
+      _recursive(routing, sharing),
+      _sequence,
+      _mixture_call,
+      full=ALL,
+      some=np.float32(0.3),
+      none=NO,
+      place=adjust,
+      dense=reference.recursions,
+      least=_once,
+      overhead=lambda m, x: m.recursions * _routing(m, x),
+      unless={"poison": _all_start, "poison_gradient": _all_start},
+    )
+    for name, routing, sharing in (
+      ("mixture_of_recursions.expert", "expert", False),
+      ("mixture_of_recursions.token", "token", False),
+      ("mixture_of_recursions.sharing", "expert", True),
+    )
+  ),
   Case(
     "duo_llm",
     "depth.duo_llm",
@@ -762,8 +819,44 @@ def _decode(model, tokens, stack=plain, *, prefill=plain):
   return jnp.swapaxes(logits, 0, 1), cost.total()
 
 
-def _calm(model, tokens, threshold):
-  return _decode(model, tokens, Partial(calm, threshold=threshold))
+def _calm(model, tokens, threshold, measure=MARGIN):
+  stack = Partial(calm, threshold=threshold, measure=measure)
+  return _decode(model, tokens, stack)
+
+
+def _prefix(model, tokens, depth):
+  stack = Partial(prefix, depth=depth)
+  return _decode(model, tokens, stack, prefill=stack)
+
+
+def _controlled(rngs):
+  return {"model": _model()(rngs), "controller": linear(D, 3, rngs=rngs)}
+
+
+def _stop_and_exit(params, tokens, levels):
+  """Reads on where the controller stops: only its exits matter here."""
+  controller = jax.tree.map(lambda a: levels[0] * a, params["controller"])
+  stack = Partial(
+    stop_and_exit, controller=controller, stop=levels[1], exit=levels[2]
+  )
+  return _decode(params["model"], tokens, stack)
+
+
+def _of_model(f):
+  """`f` of the model among the parameters."""
+  return lambda params, *args: f(params["model"], *args)
+
+
+def _poisoned_controlled(params, tokens):
+  levels = _levels_of(0, 0, 0)
+  poison = _poisoned_layers(levels, 1, 2, 3)
+  model, *rest = poison(params["model"], tokens)
+  return {**params, "model": model}, *rest
+
+
+def _levels_of(sharpness, stop, exit):
+  """All choices tie at a sharpness of 0: the first, stop, is the likeliest."""
+  return np.array([sharpness, stop, exit], np.float32)
 
 
 def _unified(model, tokens, kept):
@@ -894,7 +987,7 @@ MODELS = [
     _tokens,
     _calm,
     full=np.float32(NEVER),
-    some=np.float32(0.3),
+    some=np.float32(0.1),
     none=np.float32(0),
     dense=_dense,
     least=_lived(_at_first),
@@ -904,6 +997,44 @@ MODELS = [
       "gradient": _no_halting,
       "poison_gradient": _no_halting,
       "cover": _no_rows,
+    },
+  ),
+  Case(
+    "calm by state",
+    "depth.calm",
+    _model(),
+    _tokens,
+    lambda m, x, b: _calm(m, x, b, STATE),
+    full=np.float32(NEVER),
+    some=np.float32(0.85),
+    none=np.float32(-NEVER),
+    dense=_dense,
+    least=_lived(lambda l, t: t < PROMPT or l < 2),
+    poison=_poisoned_layers(np.float32(-NEVER), 2, 3),
+    unless={
+      "gradient": _no_halting,
+      "poison_gradient": _no_halting,
+      "cover": _no_rows,
+    },
+  ),
+  Case(
+    "stop_and_exit",
+    "depth.stop_and_exit",
+    _controlled,
+    _tokens,
+    _stop_and_exit,
+    full=_levels_of(1, 1, 1),
+    some=_levels_of(1, 0.5, 0.5),
+    none=_levels_of(0, 0, 0),
+    dense=_of_model(_dense),
+    least=_of_model(_lived(_at_first)),
+    poison=_poisoned_controlled,
+    overhead=lambda p, x: 2.0 * D * 3 * L * x[:, PROMPT:].size,
+    unless={
+      "gradient": _no_halting,
+      "poison_gradient": _no_halting,
+      "cover": _no_rows,
+      "linen": "the controller is not a part of the module but beside it",
     },
   ),
   Case(
@@ -991,6 +1122,24 @@ MODELS = [
       "cost": _no_price_loss,
     },
   ),
+  Case(
+    "sorted_fine_tuning.prefix",
+    "depth.sorted_fine_tuning",
+    _model(),
+    _tokens,
+    _prefix,
+    full=np.int32(L),
+    some=np.int32(2),
+    none=np.int32(1),
+    dense=_dense,
+    least=_lived(lambda l, t: l == 0),
+    poison=_poisoned_layers(np.int32(2), 2, 3),
+    unless={
+      "gradient": _no_halting,
+      "poison_gradient": _no_halting,
+      "cover": _no_rows,
+    },
+  ),
   # Compositions: what stacks on one model obeys the same laws.
   Case(
     "calm over adaptive modules",
@@ -999,7 +1148,7 @@ MODELS = [
     _tokens,
     lambda m, x, b: _calm(m, x, b[1]),
     full=(ALL, np.float32(NEVER)),
-    some=(SOME, np.float32(0.3)),
+    some=(SOME, np.float32(0.1)),
     none=(NO, np.float32(0)),
     place=lambda m, b: adjust(m, b[0]),
     dense=_dense,

@@ -25,10 +25,11 @@ def rotate(x, positions):
   return jnp.concatenate([turned.real, turned.imag], -1)
 
 
-def attention(module, x, live=None, seen=None, both_ways=False):
+def attention(module, x, live=None, seen=None, both_ways=False, memory=None):
   """From live tokens to seen ones at or before them; zero for the others.
 
-  `both_ways`: every token has position 0, as in `models.classifier`.
+  `both_ways`: every token has position 0, as in `models.classifier`.  Keys are
+  made of `memory`, or of `x`.
   """
   batch, tokens, _ = x.shape
   live = _all(x) if live is None else live
@@ -37,7 +38,7 @@ def attention(module, x, live=None, seen=None, both_ways=False):
   positions = np.broadcast_to(order, (batch, tokens))
   w = module.width
   q = (x @ module.query.kernel.get_value()).reshape(batch, tokens, -1, w)
-  kv = x @ module.key_value.kernel.get_value()
+  kv = (x if memory is None else memory) @ module.key_value.kernel.get_value()
   k, v = jnp.split(kv.reshape(batch, tokens, -1, w), 2, axis=2)
   q, k = rotate(q, positions), rotate(k, positions)
   share = q.shape[2] // k.shape[2]
@@ -68,12 +69,19 @@ def mlp(module, x, level=None):
   return jnp.where((level > 0)[..., None], y, 0)
 
 
-def block(module, x, live=None, seen=None, level=None, both_ways=False):
-  """A `Block` on the live tokens; the others pass."""
+def block(
+  module, x, live=None, seen=None, level=None, both_ways=False, memory=None
+):
+  """A `Block` on the live tokens; the others pass.
+
+  The keys are those of its input `memory`, or of `x`.
+  """
   live = _all(x) if live is None else live
   level = np.full(x.shape[:2], 99) if level is None else level
   h = norm(module.norm_attention, x)
-  x = x + attention(module.attention, h, live, seen, both_ways)
+  if memory is not None:
+    memory = norm(module.norm_attention, memory)
+  x = x + attention(module.attention, h, live, seen, both_ways, memory)
   return x + mlp(module.mlp, norm(module.norm_mlp, x), level * live)
 
 
@@ -83,6 +91,22 @@ def layer(module, x, live=None, seen=None, level=None):
     return block(module, x, live, seen, level)
   change = block(module.block, x, live, seen, level) - x
   return x + score(module.router, x) * change
+
+
+def recursions(module, x, live=None):
+  """A `MixtureOfRecursions` whose r-th recursion takes the tokens `live[r]`."""
+  first = x
+  entry = jax.nn.softmax(score(module.router, x), -1)
+  live = [_all(x)] * module.recursions if live is None else live
+  last = np.sum(live, 0)[..., None] - 1
+  for r, mask in enumerate(live):
+    if module.routing == "token":
+      gate = jnp.take_along_axis(entry, last, -1)
+    else:
+      gate = jax.nn.sigmoid(score(module.router, x)[..., r : r + 1])
+    shared = {"seen": live[0], "memory": first} if module.sharing else {}
+    x = x + gate * (block(module.block, x, mask, **shared) - x)
+  return x
 
 
 def score(router, x):

@@ -40,7 +40,9 @@ def solve_exit_thresholds(
 
   Returns:
     f32[K]; leave at the first k with confidence >= threshold; the last is -inf.
-    Equal confidences cannot be told apart: all of them leave together.
+    Equal confidences cannot be told apart: all of them leave together, and the
+    shares are missed.  Probabilities tie at 1; `logit_margin` does not, and
+    meets the shares to 1/n.
   """
   confidence, p = np.asarray(confidence, np.float32), np.asarray(fractions)
   if confidence.ndim != 2 or p.shape != confidence.shape[1:]:

@@ -4,6 +4,7 @@
 from adaptivejax.decode.calibration import (
   Calibration,
   calibrate,
+  excess_error,
   excess_loss,
   inconsistency,
 )
@@ -14,7 +15,13 @@ from adaptivejax.decode.engine import (
   generate,
   score,
 )
-from adaptivejax.decode.policies import POLICIES, make_policy
+from adaptivejax.decode.policies import (
+  POLICIES,
+  describe,
+  make_policy,
+  plain_settings,
+  settings_of,
+)
 from adaptivejax.nn.stack import FULL
 
 __all__ = [
@@ -25,9 +32,13 @@ __all__ = [
   "Generation",
   "Score",
   "calibrate",
+  "describe",
+  "excess_error",
   "excess_loss",
   "generate",
   "inconsistency",
   "make_policy",
+  "plain_settings",
   "score",
+  "settings_of",
 ]

@@ -19,8 +19,8 @@ from adaptivejax.core.losses import cross_entropy
 from adaptivejax.core.risk import PValue, hoeffding_bentkus, learn_then_test
 
 Loss = Callable[[Array, Array, Array], Array]
-"""`(logits f[N,V], logits of all layers f[N,V], next tokens i32[N])`, what a
-token loses by the exits, in 0..1, f32[N]."""
+"""`(logits f[N,V], logits of all layers f[N,V], next tokens i32[N]) -> f32[N]`,
+what a token loses by the exits; below 0 what it gains."""
 
 
 class Calibration(NamedTuple):
@@ -29,8 +29,9 @@ class Calibration(NamedTuple):
   Attributes:
     threshold: the cheapest that is shown to be safe; infinity, which never
       exits, if none is.
-    risks: mean loss at each threshold, f32[J].
-    depths: mean layers per token at each threshold, f32[J].
+    risks: mean loss at each threshold up to the first that is not shown to be
+      safe, which is the last that was read.
+    depths: mean layers per token at each of these.
   """
 
   threshold: float
@@ -44,10 +45,15 @@ def inconsistency(logits, full, targets) -> Array:
   return (logits.argmax(-1) != full.argmax(-1)).astype(jnp.float32)
 
 
+def excess_error(logits, full, targets) -> Array:
+  """1 where only all layers say the next token, -1 where only the exit does."""
+  right = lambda logits: (logits.argmax(-1) == targets).astype(jnp.float32)
+  return right(full) - right(logits)
+
+
 def excess_loss(logits, full, targets) -> Array:
-  """How much more the next token costs than with all layers, in nats, 0..1."""
-  more = cross_entropy(logits, targets) - cross_entropy(full, targets)
-  return jnp.clip(more, 0, 1)
+  """How much more the next token costs than with all layers, in nats."""
+  return cross_entropy(logits, targets) - cross_entropy(full, targets)
 
 
 def calibrate(
@@ -64,10 +70,11 @@ def calibrate(
 ) -> Calibration:
   """The lowest threshold at which a text is shown to lose at most `delta`.
 
-  With probability 1 - epsilon over the draw of the texts, the mean loss per
-  token of a new text of the same kind, read as if decoding it, is at most
-  `delta` (`core.risk.learn_then_test`).  A text is one sample: its tokens are
-  not independent.
+  With probability 1 - epsilon over the draw of the texts, the expected loss of
+  a new text of the same kind, read as if decoding it, is at most `delta`
+  (`core.risk.learn_then_test`).  The loss of a text is the mean over its
+  tokens, clipped to 0..1: a text, whose tokens are not independent, is one
+  sample, and what one text gains makes up for no other.
 
   Args:
     model: a `DecoderLM`.
@@ -75,14 +82,16 @@ def calibrate(
       N S V logits at once.
     stack: one that takes a `threshold`, such as `Partial(calm)`.
     thresholds: to try, falling from the safest; chosen before seeing the texts.
-    delta: mean loss to tolerate, in (0, 1).
+    delta: expected loss to tolerate, in (0, 1).
     epsilon: probability to be wrong, in (0, 1).
-    loss: what is lost at a token.
+    loss: what is lost at a token: `inconsistency`, `excess_error`,
+      `excess_loss`, or another.
     prompt: tokens of each text that run all layers and do not count (static).
     p_value: see `core.risk`.
   """
   levels = np.asarray(thresholds, np.float32)
-  if levels.ndim != 1 or not levels.size or not (np.diff(levels) < 0).all():
+  falls = levels.ndim == 1 and levels.size and (np.diff(levels) < 0).all()
+  if not falls or np.isnan(levels[0]):
     raise ValueError(
       f"`thresholds` must fall strictly, from the safest on; got {thresholds}."
     )
@@ -95,18 +104,23 @@ def calibrate(
   at = lambda level: Partial(
     bound.func, *bound.args, **{**bound.keywords, "threshold": level}
   )
-  read = [_read(model, texts, at(x), loss, prompt) for x in levels]
-  losses, depths = (
-    np.stack([np.asarray(a) for a in b], -1) for b in zip(*read)
-  )
-  found = learn_then_test(losses, delta=delta, epsilon=epsilon, p_value=p_value)
+  losses, depths, found = [], [], None
+  for j, level in enumerate(levels):
+    lost, depth = _read(model, texts, at(level), loss, prompt)
+    losses.append(np.asarray(lost))
+    depths.append(float(depth.mean()))
+    found = learn_then_test(
+      np.stack(losses, -1), delta=delta, epsilon=epsilon, p_value=p_value
+    )
+    if found != j:
+      break
   threshold = np.inf if found is None else float(levels[found])
-  return Calibration(threshold, losses.mean(0), depths.mean(0))
+  return Calibration(threshold, np.mean(losses, 1), np.array(depths))
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "prompt"))
 def _read(model, texts, stack, loss, prompt):
-  """Loss and depth per token, means over each text, f32[N]."""
+  """Loss and depth of each text, f32[N]."""
   full = model(texts[:, :-1]).logits[:, prompt:]
   cache = model.empty_cache(texts.shape[0], texts.shape[1] - 1)
   cache = model(texts[:, :prompt], cache).cache
@@ -119,4 +133,4 @@ def _read(model, texts, stack, loss, prompt):
   time_first = lambda a: jnp.moveaxis(a, 1, 0)
   steps = texts[:, prompt:-1], full, texts[:, prompt + 1 :]
   _, (losses, depths) = lax.scan(step, cache, jax.tree.map(time_first, steps))
-  return losses.mean(0), depths.mean(0)
+  return jnp.clip(losses.mean(0), 0, 1), depths.mean(0)

@@ -195,12 +195,13 @@ def _generate(
   first = model(prompt, model.empty_cache(batch, slots), lengths=lengths)
   rows = jnp.arange(batch)
   said = first.logits[rows, lengths - 1]
+  memory, said = policy.start(model, prompt, lengths, slots, said)
   token = Draw(sampling, keys).token(said, lengths)
   blank = jnp.zeros((batch, steps), jnp.int32)
   start = _Row(
     token,
     first.cache,
-    policy.start(model, prompt, lengths, slots),
+    memory,
     keys,
     limits,
     blank.at[:, 0].set(token),

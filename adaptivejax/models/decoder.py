@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -162,7 +163,7 @@ class DecoderLM(nnx.Module):
     tokens: Int[Array, "B T"],
     cache: KVCache | None = None,
     *,
-    lengths: Int[Array, " B"] | None = None,
+    lengths: Int[Array | np.ndarray, " B"] | None = None,
     tree: Bool[Array, "B T T"] | None = None,
     stack: Callable = plain,
     key: Key[Array, ""] | None = None,

@@ -23,6 +23,7 @@ from adaptivejax.nn.stack import (
   StackOutput,
   every_layer,
   plain,
+  present,
   run_layers,
 )
 
@@ -51,5 +52,6 @@ __all__ = [
   "exit_confidence",
   "functional",
   "plain",
+  "present",
   "run_layers",
 ]

@@ -81,10 +81,33 @@ class Attention(nnx.Module):
     if cache is not None:
       cache = append(cache, layer, keys)
       keys, mask = cache.read(layer), _tree_mask(cache, positions.shape[1])
-    mixed = attend(q, keys, positions, mask=mask).reshape(x.shape)
-    cost += _attend_cost(q, keys, live)
-    y, out_cost = self._items(_output, mixed, live, count)
-    return y, cache, cost + out_cost
+    y, look_cost = self._look(q, keys, mask, positions, live)
+    return y, cache, cost + look_cost
+
+  def recall(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    cache: KVCache,
+    layer: Int[Array, ""] | int = 0,
+    live: Bool[Array, "B T"] | None = None,
+  ) -> tuple[Float[Array, "B T D"], Cost]:
+    """Attends from the live tokens to the keys that a layer holds already.
+
+    The tokens' own keys are among them if these were written before; nothing is
+    written now.
+    """
+    q, cost = self._items(_query, (x, positions), live, positions.size)
+    keys, mask = cache.read(layer), _tree_mask(cache, positions.shape[1])
+    y, look_cost = self._look(q, keys, mask, positions, live)
+    return y, cost + look_cost
+
+  def _look(self, q, keys, mask, positions, live) -> tuple[Array, Cost]:
+    """From queries to the output, over the keys."""
+    mixed = attend(q, keys, positions, mask=mask)
+    mixed = mixed.reshape(*positions.shape, -1)
+    y, cost = self._items(_output, mixed, live, positions.size)
+    return y, _attend_cost(q, keys, live) + cost
 
   def _items(self, f, x, live, count):
     """`f(x, self)` on the live items only, or on all."""
@@ -106,6 +129,10 @@ def _tree_mask(cache: KVCache, tokens: int) -> Bool[Array, "B T S"] | None:
 def _project(x_positions, attention):
   x, positions = x_positions
   return attention.queries(x, positions), *attention.keys(x, positions)
+
+
+def _query(x_positions, attention):
+  return attention.queries(*x_positions)
 
 
 def _output(mixed, attention):

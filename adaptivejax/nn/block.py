@@ -64,6 +64,15 @@ class Block(Layer):
     y, cost, signals = self.mlp(self.norm_mlp(_only(live, x)), live, key)
     return x + y, cost, signals
 
+  def recall(
+    self, x, positions, cache, index=0, live=None, key=None
+  ) -> LayerOutput:
+    """The block again, over the keys it wrote: see `Attention.recall`."""
+    h = self.norm_attention(_only(live, x))
+    y, cost = self.attention.recall(h, positions, cache, index, live)
+    x, feed_cost, signals = self.feed(x + y, live, key)
+    return x, cache, cost + feed_cost, signals
+
   def project_keys(self, x, positions):
     """The keys that tokens of value `x` would have at this layer."""
     return self.attention.project(self.norm_attention(x), positions)

@@ -6,7 +6,7 @@ dataclass, registered with JAX: its arrays (thresholds, tables, a second model)
 are data, its plain numbers are static.  What it remembers from step to step is
 its *memory*, a pytree with a row of each leaf per row of the batch.
 
-Axes: B batch, P prompt tokens, K tokens per step.
+Axes: B batch, P prompt tokens, K tokens per step, V vocabulary.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost
@@ -66,12 +66,20 @@ class Policy:
     prompt: Int[Array, "B P"],
     lengths: Int[Array, " B"],
     slots: int,
-  ) -> Any:
-    """The memory after a prompt, of which row b has `lengths[b]` tokens.
+    logits: Float[Array, "B V"],
+  ) -> tuple[Any, Float[Array, "B V"]]:
+    """`(memory, logits)` after a prompt.
 
-    `slots` are those of the cache (static), for a policy that has another.
+    Args:
+      model: has read the prompt, with all its layers.
+      prompt: row b has `lengths[b]` tokens.
+      lengths: see there.
+      slots: of the cache (static), for a policy that has another one.
+      logits: what `model` says after each prompt; the first token is drawn from
+        those that are returned.
     """
     del model, prompt, lengths, slots
+    return None, logits
 
   def step(
     self,

@@ -103,6 +103,32 @@ def run_layers(layers, x, positions, cache, indices):
   return x, cache, cost, signals
 
 
+def present(layers, x, positions, cache=None, *, readout, key=None):
+  """Runs all layers on the tokens that are there, padding left out.
+
+  `plain` computes padding like any token; here it costs nothing, which pays
+  where most of a batch is padding.
+  """
+  del readout
+  count = layer_count(layers)
+  keys = None if key is None else jax.random.split(key, count)
+  live = positions >= 0
+
+  def body(carry, step):
+    x, cache = carry
+    layer, i, key = step
+    x, cache, cost, signals = layer(
+      x, positions, cache, i * layers.depth, live, key
+    )
+    return (x, cache), (cost, signals)
+
+  steps = layers, jnp.arange(count, dtype=jnp.int32), keys
+  (x, cache), (cost, signals) = lax.scan(body, (x, cache), steps)
+  mean = jax.tree.map(jnp.mean, signals)
+  depth = count * layers.depth * live.astype(jnp.float32)
+  return StackOutput(x, cache, cost.total(), mean, depth, cost.share)
+
+
 def plain(layers, x, positions, cache=None, *, readout, key=None):
   """Runs all layers, one after the other."""
   out = every_layer(layers, x, positions, cache, readout=readout, key=key)

@@ -105,13 +105,6 @@ def correct(logits: jax.Array, labels: jax.Array) -> float:
   return float((logits.argmax(-1) == labels).mean())
 
 
-@functools.cache
-def supervised(quick: bool = False) -> Classifier:
-  """A classifier trained on the losses of all exits alike."""
-  loss = lambda m, batch, key: exit_losses(m, batch, key)[0].mean()
-  return fit(build(), loss, data().train, steps=4 if quick else STEPS)
-
-
 @jax.jit
 def every_exit(model: Classifier, inputs: jax.Array):
   """All exits, without the training form."""

@@ -70,4 +70,4 @@ def measure(quick: bool) -> Headline:
     f" {figures['success q=0.3']:.1%} against {full:.1%} in full; the first"
     " exit has nothing to compare with, so that 3x is the most there is"
   )
-  return Headline(text, figures, less >= 2.5 and lost <= 0.005)
+  return Headline(text, figures, less >= 2 and lost <= 0.005)

@@ -33,7 +33,7 @@ PAPER = (
   " Q-exit does better (PALBERT, abstract)"
 )
 K, D, NOISE, DRAWS = CONFIG.layers, CONFIG.features, 0.3, 20
-RATE, BETA = 0.3, 0.05
+RATE, BETA = 0.3, 0.3
 
 
 def loss(both, batch, key):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adaptivejax.core.depth import depth_loop, depth_scan
+from adaptivejax.core.depth import depth_loop, depth_scan, only_after
 
 L, B, D = 5, 6, 4
 WEIGHTS = jax.random.normal(jax.random.key(0), (L, D, D))
@@ -106,6 +106,30 @@ def test_memory_without_rows_is_refused():
   for memory in (jnp.float32(0), jnp.zeros(B + 1)):
     with pytest.raises(ValueError, match=r"memory.*rows"):
       depth_loop(layer, WEIGHTS, X, jnp.int32(0), stop, memory)
+
+
+@pytest.mark.parametrize("twin", [depth_loop, depth_scan])
+def test_a_rule_is_asked_only_where_due(twin):
+  """And remembers only what it was asked."""
+
+  def asking(l, before, after, memory):
+    return after[:, 0] > -0.2, memory + 10**l
+
+  due = lambda l: (l % 2 == 1) & (l < L - 1)
+  start = jnp.zeros(B, jnp.int32)
+  out = jax.jit(
+    lambda x: twin(layer, WEIGHTS, x, 0, only_after(due, asking), start)
+  )(X)
+  for b, row in enumerate(np.asarray(X)):
+    memory = depth = 0
+    for l in range(L):
+      row, depth = np.tanh(row @ np.asarray(WEIGHTS[l])), depth + 1
+      if l in (1, 3):
+        memory += 10**l
+        if row[0] > -0.2:
+          break
+    assert (out.depth[b], out.memory[b]) == (depth, memory)
+  assert len(np.unique(out.depth)) > 1, "the case decides nothing"
 
 
 def test_never_halting_is_the_plain_stack():

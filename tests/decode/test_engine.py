@@ -154,7 +154,7 @@ def test_settings_compile_once():
         MODEL,
         TEXT[:, :P],
         steps=3,
-        policy=make_policy("calm", MODEL, level),
+        policy=make_policy("calm", MODEL, threshold=level),
         temperature=heat,
         top_k=3 + int(10 * level),
         key=jax.random.key(0),

@@ -2,6 +2,7 @@
 """Small models, their parameters shaken; the decoder goes token by token."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,36 +104,57 @@ def assert_cache_holds(cache, model, tokens, states):
       np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def replay(model, prompt, leave, *, given=None, steps=None):
-  """Decodes one row token by token, without a cache or a loop over layers.
+class Replay(NamedTuple):
+  """What a simulation did with the K tokens after each prompt.
 
-  Every token tries all layers, and `leave(path)` says after how many it leaves,
-  `path` being its states f[L+1, D], the embedding first; its exit state then
-  stands in for all deeper layers.  The prompt runs all layers.
+  Attributes:
+    tokens: that were read, i32[B, K].
+    exits: layers of each of them, i32[B, K].
+    logits: after each of them, f32[B, K, V].
+    states: of all tokens after every layer, f[L, B, P + K, D]; the rows are
+      padded on the right.
+  """
+
+  tokens: np.ndarray
+  exits: np.ndarray
+  logits: np.ndarray
+  states: np.ndarray
+
+
+def replay(model, prompts, lengths, leave, *, given=None, steps=0) -> Replay:
+  """Decodes token by token, without a cache or a loop over the layers.
+
+  Every token tries all layers, and `leave(path, t)` says after how many it
+  leaves, `path` being its states f[L+1, D], the embedding first, and t its
+  position; its exit state then stands in for all deeper layers.
 
   Args:
-    given: the tokens to read; without, `steps` greedy ones, the first of them
-      being the prompt's.
-
-  Returns:
-    `(tokens, exits, states, logits)`: what was read after the prompt, the exits
-    of all tokens, the states after every layer f[L, 1, T, D], and the logits
-    after each token read.
+    prompts: i32[B, P], padded on the right; they run all layers.
+    lengths: real tokens of each.
+    given: the tokens to read, i32[B, K]; without, K = `steps` greedy ones.
   """
-  count = CONFIG.layers
-  live = lambda exits: np.arange(count)[:, None, None] < np.asarray(exits)
-  run = lambda text, exits: reference.hidden(
-    model, np.array([text]), live(exits), np.ones((count, 1, len(text)), bool)
-  )
-  text, exits = list(map(int, prompt)), [count] * len(prompt)
-  said = reference.readout(model, run(text, exits)[-1])[0, -1]
-  logits = []
-  for i in range(len(given) if given is not None else steps - 1):
-    text.append(int(said.argmax() if given is None else given[i]))
-    exits.append(count)
-    states = [model.embedding.get_value()[np.array([text])], *run(text, exits)]
-    exits[-1] = leave(np.array([state[0, -1] for state in states]))
-    said = reference.readout(model, run(text, exits)[-1])[0, -1]
+  many = steps if given is None else given.shape[1]
+  rows, count = np.arange(len(prompts)), CONFIG.layers
+  text = np.pad(np.asarray(prompts), ((0, 0), (0, many)))
+  exits = np.full(text.shape, count)
+
+  def run():
+    live = np.arange(count)[:, None, None] < exits
+    states = reference.hidden(model, text, live, np.ones_like(live))
+    return np.array([model.embedding.get_value()[text], *states])
+
+  said = reference.readout(model, run()[-1][rows, lengths - 1])
+  tokens, depths, logits = [], [], []
+  for i in range(many):
+    at = lengths + i
+    text[rows, at] = said.argmax(-1) if given is None else given[:, i]
+    exits[rows, at] = count
+    path = run()[:, rows, at]
+    left = np.array([leave(path[:, b], at[b]) for b in rows])
+    exits[rows, at] = left
+    said = reference.readout(model, path[left, rows])
+    tokens.append(text[rows, at])
+    depths.append(left)
     logits.append(said)
-  tokens = np.array(text[len(prompt) :])
-  return tokens, np.array(exits), run(text, exits), np.array(logits)
+  last = lambda parts: np.stack(parts, 1)
+  return Replay(last(tokens), last(depths), last(logits), run()[1:])

@@ -128,7 +128,7 @@ def test_the_cache_after_a_step_is_that_of_reading_the_text():
 
   @jax.jit
   def step(cache):
-    memory = adaptive.start(m, TOKENS, lengths, slots)
+    memory, _ = adaptive.start(m, TOKENS, lengths, slots, jnp.zeros((B, 13)))
     draw = Draw(Sampling.of(), jax.random.split(jax.random.key(0), B))
     live = jnp.array([True, True, False])
     return adaptive.step(m, last, cache, memory, draw, live)

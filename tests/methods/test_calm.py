@@ -33,7 +33,6 @@ from tests.methods.host import (
   TOKENS,
   B,
   T,
-  assert_cache_holds,
   decode,
   keys_of,
   model,
@@ -50,22 +49,22 @@ MEASURES = {
   "meta": META,
 }
 LENGTHS = np.array([3, 5, 4])
-READ = 5  # tokens decoded after a prompt
+PROMPTS, GIVEN = TOKENS[:, :PROMPT], TOKENS[:, PROMPT:]
+READ = T - PROMPT  # tokens decoded after a prompt
 
 
-def policy(threshold, measure="margin", **settings):
-  whole = {k: jnp.int32(v) for k, v in settings.items() if k in WHOLE}
-  rest = {k: jnp.float32(v) for k, v in settings.items() if k not in WHOLE}
-  settings = {**whole, **rest}
+def policy(
+  threshold, measure="margin", *, min_depth=1, every=1, decay=0.0, horizon=1.0
+):
   return Partial(
     calm,
     threshold=jnp.float32(threshold),
     measure=MEASURES[measure],
-    **settings,
+    min_depth=jnp.int32(min_depth),
+    every=jnp.int32(every),
+    decay=jnp.float32(decay),
+    horizon=jnp.float32(horizon),
   )
-
-
-WHOLE = ("min_depth", "every")
 
 
 def confidences(name, path):
@@ -88,7 +87,7 @@ def confidences(name, path):
 
 
 def leaving(name, threshold, *, min_depth=1, every=1, decay=0, horizon=1):
-  """A rule for `replay`; the position is counted by the calls."""
+  """The rule of a policy, for `replay`."""
 
   def leave(path, t):
     level = threshold * (0.9 + 0.1 * np.exp(-decay * t / horizon))
@@ -97,12 +96,6 @@ def leaving(name, threshold, *, min_depth=1, every=1, decay=0, horizon=1):
     return next((n for n in asked if c[n - 1] >= level), L)
 
   return leave
-
-
-def at(leave, start):
-  """`leave` at the positions from `start` on."""
-  place = iter(range(start, 99))
-  return lambda path: leave(path, next(place))
 
 
 CASES = [
@@ -121,64 +114,49 @@ CASES = [
 def test_decisions_and_caches_equal_the_replay(name, threshold, settings):
   """Given text after prompts of three lengths, in one batch."""
   rule = leaving(name, threshold, **settings)
-  rows = [
-    replay(model(), text[:n], at(rule, n), given=text[n : n + READ])
-    for text, n in zip(np.asarray(TOKENS), LENGTHS)
-  ]
-  exits = [row[1][n:] for row, n in zip(rows, LENGTHS)]
-  assert len(np.unique(exits)) > 1, "the case decides nothing"
+  want = replay(model(), PROMPTS, LENGTHS, rule, given=GIVEN)
+  assert len(np.unique(want.exits)) > 1, "the case decides nothing"
   cache = model().empty_cache(B, T)
-  cache = model()(TOKENS[:, :PROMPT], cache, lengths=LENGTHS).cache
-  follow = np.stack([text[n : n + READ] for text, n in zip(TOKENS, LENGTHS)])
-  # `decode` reads what comes after PROMPT tokens; its cache is ours
-  tokens = jnp.concatenate([TOKENS[:, :PROMPT], follow], 1)
+  cache = model()(PROMPTS, cache, lengths=jnp.asarray(LENGTHS)).cache
+  both = jnp.concatenate([PROMPTS, GIVEN], 1)  # the cache holds the prompts
   logits, depth, _, cache = decode(
-    model(), tokens, policy(threshold, name, **settings), cache=cache
+    model(), both, policy(threshold, name, **settings), cache=cache
   )
-  np.testing.assert_array_equal(depth, exits)
-  for b, (n, (_, _, states, want)) in enumerate(zip(LENGTHS, rows)):
-    np.testing.assert_allclose(logits[b], want, rtol=1e-4, atol=1e-5)
-    text = TOKENS[b : b + 1, : n + READ]
-    before = [model().embedding.get_value()[text], *states[:-1]]
-    for i, layer in enumerate(reference.layers_of(model())):
-      for got, keys in zip((cache.k, cache.v), keys_of(layer, before[i])):
-        np.testing.assert_allclose(
-          got[b, i, :, : n + READ], keys[0], rtol=1e-4, atol=1e-5
-        )
-    place = np.where(np.arange(T) < n + READ, np.arange(T), -1)
-    np.testing.assert_array_equal(cache.pos[b], np.tile(place, (L, 1)))
+  np.testing.assert_array_equal(depth, want.exits)
+  np.testing.assert_allclose(logits, want.logits, rtol=1e-4, atol=1e-5)
+  text = np.array(both)
+  for row, n in zip(text, LENGTHS):
+    row[n : n + READ] = row[PROMPT:].copy()
+  before = [model().embedding.get_value()[text], *want.states[:-1]]
+  here = np.arange(T) < LENGTHS[:, None] + READ
+  for i, layer in enumerate(reference.layers_of(model())):
+    for got, keys in zip((cache.k, cache.v), keys_of(layer, before[i])):
+      keys = np.where(here[:, None, :, None], keys, 0)
+      np.testing.assert_allclose(got[:, i], keys, rtol=1e-4, atol=1e-5)
+    place = np.where(here, np.arange(T), -1)
+    np.testing.assert_array_equal(cache.pos[:, i], place)
 
 
-@pytest.mark.parametrize(("name", "threshold", "settings"), CASES[::2])
+@pytest.mark.parametrize(("name", "threshold", "settings"), CASES)
 def test_generates_what_the_replay_does(name, threshold, settings):
   """Rows of different prompts and limits: the finished ones wait for nobody."""
+  limits = np.array([READ, 3, 4])
   made = generate(
     model(),
-    TOKENS[:, :PROMPT],
+    PROMPTS,
     steps=READ,
     lengths=LENGTHS,
-    limits=np.array([5, 3, 4]),
+    limits=limits,
     policy=policy(threshold, name, **settings),
   )
   rule = leaving(name, threshold, **settings)
-  for b, (n, limit) in enumerate(zip(LENGTHS, (5, 3, 4))):
-    prompt = np.asarray(TOKENS[b, :n])
-    tokens, exits, _, logits = replay(model(), prompt, at(rule, n), steps=limit)
-    tokens = [*tokens, logits[-1].argmax()]
-    np.testing.assert_array_equal(made.tokens[b, :limit], tokens)
-    np.testing.assert_array_equal(made.depth[b, 1:limit], exits[n:])
-
-
-def test_rows_of_one_length_keep_their_keys():
-  """The whole cache, through the oracle that the other methods use."""
-  rule = leaving("margin", 0.1)
-  rows = [
-    replay(model(), text[:PROMPT], at(rule, PROMPT), given=text[PROMPT:])
-    for text in np.asarray(TOKENS)
-  ]
-  states = [jnp.concatenate(layer) for layer in zip(*(row[2] for row in rows))]
-  cache = decode(model(), TOKENS, policy(0.1))[3]
-  assert_cache_holds(cache, model(), TOKENS, states)
+  want = replay(model(), PROMPTS, LENGTHS, rule, steps=READ)
+  for b, limit in enumerate(limits):
+    np.testing.assert_array_equal(
+      made.tokens[b, :limit], want.tokens[b, :limit]
+    )
+    exits = want.exits[b, : limit - 1]
+    np.testing.assert_array_equal(made.depth[b, 1:limit], exits)
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -189,7 +167,7 @@ def test_above_one_it_is_plain_decoding_bit_by_bit(name):
   np.testing.assert_array_equal(never[1], plain[1])
   jax.tree.map(np.testing.assert_array_equal, never[3], plain[3])
   made = [
-    generate(model(), TOKENS[:, :PROMPT], steps=4, lengths=LENGTHS, **how)
+    generate(model(), PROMPTS, steps=4, lengths=LENGTHS, **how)
     for how in ({}, {"policy": policy(1.1, name)})
   ]
   np.testing.assert_array_equal(made[0].tokens, made[1].tokens)
@@ -237,7 +215,7 @@ def test_padding_runs_nothing_and_holds_nobody():
   here = np.arange(B) != deepest
   others = np.asarray(alone)[here].max()
   assert others < alone[deepest], "the case decides nothing"
-  lengths = here.astype(np.int32)
+  lengths = jnp.asarray(here, jnp.int32)
   out = model()(token, cache, lengths=lengths, stack=stack)
   np.testing.assert_array_equal(out.depth[:, 0], np.where(here, alone, 0))
   np.testing.assert_array_equal(out.shares, np.arange(L) < others)
@@ -322,16 +300,14 @@ def test_meta_loss_trains_the_classifier_and_leaves_the_model_alone():
 
 
 def test_score_reads_by_the_same_exits():
-  rule = leaving("margin", 0.1)
+  rule, given = leaving("margin", 0.1), np.asarray(TOKENS[:, PROMPT:])
+  whole = np.full(B, PROMPT)
+  want = replay(model(), TOKENS[:, :PROMPT], whole, rule, given=given)
   out = score(model(), TOKENS, prompt=PROMPT, policy=policy(0.1))
-  for b, text in enumerate(np.asarray(TOKENS)):
-    given = text[PROMPT:]
-    _, exits, _, logits = replay(
-      model(), text[:PROMPT], at(rule, PROMPT), given=given
-    )
-    np.testing.assert_array_equal(out.depth[b], exits[PROMPT:])
-    nats = cross_entropy(jnp.asarray(logits[:-1]), jnp.asarray(given[1:]))
-    np.testing.assert_allclose(out.nats[b, 1:], nats, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(out.depth, want.exits)
+  logits = jnp.asarray(want.logits[:, :-1])
+  nats = cross_entropy(logits, jnp.asarray(given[:, 1:]))
+  np.testing.assert_allclose(out.nats[:, 1:], nats, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("grouped", [True, False])

@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law: the sorted loss is the mean of the losses of truncated models."""
+"""Law: the sorted loss is the mean of the losses of truncated models.
+
+And a prefix of the layers is the truncated model, however it is called.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from adaptivejax.core.losses import cross_entropy
-from adaptivejax.methods.depth import sorted_loss
-from adaptivejax.nn import every_layer
-from tests.methods.host import CONFIG, TOKENS, model
+from adaptivejax.decode import generate
+from adaptivejax.methods.depth import prefix, sorted_loss
+from adaptivejax.models import decoder_block
+from adaptivejax.nn import Group, every_layer
+from tests.methods.host import CONFIG, PROMPT, TOKENS, B, T, decode, model
 
 L = CONFIG.layers
 INPUTS, TARGETS = TOKENS[:, :-1], TOKENS[:, 1:]
@@ -22,11 +30,16 @@ def loss(model, exits=None, weights=None):
   )
 
 
-def truncated(model, n):
-  """Cross-entropy of the model of the first n layers, by itself."""
+def first(model, n):
+  """The model of the first n layers, by itself."""
   small = jax.tree.map(lambda a: a, model)  # a copy
   small.layers = jax.tree.map(lambda a: a[:n], small.layers)
-  return cross_entropy(small(INPUTS).logits, TARGETS).mean()
+  small.config = dataclasses.replace(CONFIG, layers=n * small.layers.depth)
+  return small
+
+
+def truncated(model, n):
+  return cross_entropy(first(model, n)(INPUTS).logits, TARGETS).mean()
 
 
 def separate(model, exits, weights):
@@ -75,3 +88,73 @@ def test_the_last_exit_alone_is_the_plain_loss():
 def test_refuses_exits_and_weights_that_do_not_fit(exits, weights, named):
   with pytest.raises(ValueError, match=named):
     loss(model(), exits, weights)
+
+
+def sub_model(n):
+  return Partial(prefix, depth=jnp.int32(n))
+
+
+def pairs(rngs):
+  return Group([decoder_block(CONFIG, rngs), decoder_block(CONFIG, rngs)])
+
+
+@pytest.mark.parametrize("n", range(1, L + 1))
+def test_a_prefix_is_the_truncated_model(n):
+  small = first(model(), n)
+  got, want = model()(TOKENS, stack=sub_model(n)), small(TOKENS)
+  np.testing.assert_allclose(got.logits, want.logits, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(got.depth, n)
+  np.testing.assert_array_equal(got.shares, np.arange(L) < n)
+  got = decode(model(), TOKENS, sub_model(n), sub_model(n))
+  want = decode(small, TOKENS)
+  np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(got[3].k[:, :n], want[3].k, rtol=1e-5, atol=1e-5)
+  assert (got[3].pos[:, n:] == -1).all(), "nobody asks the layers above"
+  readout = (got[2].spent - want[2].spent) / want[2].spent
+  np.testing.assert_allclose(readout, 0, atol=1e-6)
+  np.testing.assert_allclose(
+    got[2].full, decode(model(), TOKENS)[2].full, rtol=1e-6
+  )
+
+
+def test_the_whole_prefix_is_the_model_bit_by_bit():
+  got, want = decode(model(), TOKENS, sub_model(L)), decode(model(), TOKENS)
+  jax.tree.map(np.testing.assert_array_equal, got[::3], want[::3])
+
+
+def test_generates_what_the_truncated_model_would():
+  """The engine's prompt runs all layers: only keys, and the first token."""
+  lengths = np.array([3, 5, 4])
+  made = generate(
+    model(), TOKENS[:, :PROMPT], steps=4, lengths=lengths, policy=sub_model(2)
+  )
+  for b, n in enumerate(lengths):
+    text = np.concatenate([TOKENS[b, :n], made.tokens[b]])[None]
+    said = first(model(), 2)(jnp.asarray(text)).logits.argmax(-1)[0]
+    np.testing.assert_array_equal(made.tokens[b, 1:], said[n:-1])
+
+
+def test_a_group_counts_its_layers():
+  out = model(pairs)(TOKENS, stack=sub_model(1))
+  want = first(model(pairs), 1)(TOKENS)
+  np.testing.assert_allclose(out.logits, want.logits, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(out.depth, 2)
+  jax.tree.map(np.testing.assert_allclose, out.signals, want.signals)
+
+
+def test_depths_share_a_trace():
+  cache = model().empty_cache(B, T)
+  run = jax.jit(lambda p: model()(TOKENS[:, :1], cache, stack=p).depth.max())
+  assert [int(run(sub_model(n))) for n in range(1, L + 1)] == [1, 2, 3, 4]
+  assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("depth", [0, L + 1, -1])
+def test_a_prefix_of_other_layers_is_refused(depth):
+  with pytest.raises(ValueError, match=f"depth={depth}.*1\\.\\.4"):
+    model()(TOKENS, stack=Partial(prefix, depth=depth))
+
+
+def test_a_prefix_is_not_trained():
+  with pytest.raises(ValueError, match="sorted_loss"):
+    model()(TOKENS, stack=sub_model(2), key=jax.random.key(0))

@@ -2,6 +2,7 @@
 """Methods that spend fewer steps on a text."""
 
 from adaptivejax.methods.decode.aded import ADED
+from adaptivejax.methods.decode.entropy_adaptive import EntropyAdaptive
 from adaptivejax.methods.decode.self_speculation import SelfSpeculation
 
-__all__ = ["ADED", "SelfSpeculation"]
+__all__ = ["ADED", "EntropyAdaptive", "SelfSpeculation"]

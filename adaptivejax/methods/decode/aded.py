@@ -20,7 +20,7 @@ Axes: B batch, N nodes, D depth, W tokens, M tri-grams of a row.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +55,9 @@ class ADED(Policy):
 
   table: TrigramTable
   """Of a corpus, shared by the rows; may be empty."""
-  rate: Array | float = 0.04
+  rate: Any = 0.04
   """What a step adds to each recent tri-gram (dynamic)."""
-  cap: Array | float = 3.0
+  cap: Any = 3.0
   """The most that an entry can reach (dynamic)."""
   nodes: int = _static(24)
   """N, the last token included (static)."""
@@ -93,12 +93,12 @@ class ADED(Policy):
         f" at {vocab - 1}: build it with the model's tokens."
       )
 
-  def start(self, model, prompt, lengths, slots) -> Memory:
+  def start(self, model, prompt, lengths, slots, logits):
     del model, slots
     empty = jax.vmap(lambda _: Recent.empty(self.size))(lengths)
     at = lengths[:, None] + jnp.arange(1 - self.window, 0)
     tokens = jnp.take_along_axis(prompt, jnp.maximum(at, 0), axis=1)
-    return Memory(empty, jnp.where(at >= 0, tokens, -1))
+    return Memory(empty, jnp.where(at >= 0, tokens, -1)), logits
 
   def step(self, model, last, cache, memory, draw, live: Bool[Array, " B"]):
     text = jnp.concatenate([memory.window, last[:, None]], 1)

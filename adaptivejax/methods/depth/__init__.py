@@ -27,6 +27,9 @@ from adaptivejax.methods.depth.layer_skip import (
   layer_dropout,
 )
 from adaptivejax.methods.depth.mixture_of_depths import MixtureOfDepths
+from adaptivejax.methods.depth.mixture_of_recursions import (
+  MixtureOfRecursions,
+)
 from adaptivejax.methods.depth.sorted_fine_tuning import prefix, sorted_loss
 from adaptivejax.methods.depth.stop_and_exit import (
   StopAndExit,
@@ -43,6 +46,7 @@ __all__ = [
   "AdaptiveComputationTime",
   "DuoMlp",
   "MixtureOfDepths",
+  "MixtureOfRecursions",
   "StopAndExit",
   "calm",
   "controller_labels",
@@ -52,6 +56,7 @@ __all__ = [
   "dropout_rates",
   "dynamic_perceiver",
   "evolve",
+  "exit_confidence",
   "exit_weights",
   "ffn_skip",
   "follow",

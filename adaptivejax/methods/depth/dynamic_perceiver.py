@@ -45,8 +45,8 @@ def perceiver_loss(
   labels: Int[Array, " B"],
   weights: tuple[float, ...] = WEIGHTS,
   *,
-  alpha: Array | float = 1.0,
-  temperature: Array | float = 1.0,
+  alpha: Array | float = 0.5,
+  temperature: Array | float = 4.0,
 ) -> Float[Array, ""]:
   """The weighted losses of all exits, and their distance from the last.
 

@@ -15,8 +15,9 @@ best exit on, argmin_l CE_l + lambda c_l, with c the cost in 0..1.  Inference
 leaves at the first l where P_l / (1 - sum_{j<l} P_j) >= 1/2.
 
 Primitive: the sum of the gates in a `depth_loop`.
-Departs: the published code rescales a row's loss to sum_l CE_l by a factor it
-differentiates, which cancels P; here `rescale` holds that factor fixed.
+Departs: the published code rescales a row's loss to sum_l CE_l by a factor that
+it differentiates, which cancels P altogether: not here.  As neither loss has a
+slope for the other's parameters, the two may be added instead of alternated.
 Axes: K exits, G = K - 1 gates, B batch, C classes.
 """
 
@@ -67,22 +68,15 @@ def exit_probabilities(gates: Float[Array, "G B"]) -> Float[Array, "K B"]:
 
 
 def exit_loss(
-  losses: Float[Array, "K B"],
-  p: Float[Array, "K B"],
-  *,
-  rescale: bool = False,
+  losses: Float[Array, "K B"], p: Float[Array, "K B"]
 ) -> Float[Array, ""]:
   """sum_l P_l CE_l, mean over rows: what the exits learn.
 
   Args:
     losses: CE of each row at each exit.
     p: from `exit_probabilities`; held fixed.
-    rescale: gives every row the weight of its sum of CE (static).
   """
-  loss = (stop(p) * losses).sum(0)
-  if rescale:
-    loss *= stop(losses.sum(0) / jnp.maximum(loss, 1e-12))
-  return loss.mean()
+  return (stop(p) * losses).sum(0).mean()
 
 
 def gate_labels(

@@ -89,7 +89,8 @@ def prefix(
   total = layer_count(layers)
   if key is not None:
     raise ValueError("prefix decodes; to train sub-models take `sorted_loss`.")
-  if not isinstance(depth, jax.core.Tracer) and not 1 <= depth <= total:
+  traced = isinstance(depth, jax.core.Tracer)
+  if not traced and not 1 <= int(depth) <= total:
     raise ValueError(f"{depth=} must lie in 1..{total}, the layers there are.")
 
   def layer(block, l, x, state, live):

@@ -83,15 +83,15 @@ class StopAndExit(Policy):
     refuse_nan(stop=self.stop, exit=self.exit)
 
   def step(self, model, last, cache, memory, draw, live) -> Step:
-    settings = {**vars(self)}
-    del settings["end"]
+    settings = {k: v for k, v in vars(self).items() if k != "end"}
     stack = Partial(stop_and_exit, **settings)
     reads = live.astype(jnp.int32)
     out = model(last[:, None], cache, lengths=reads, stack=stack)
     token = draw.token(out.logits[:, -1], cache.length + 1)
     token = jnp.where(out.notes, self.end, token)[:, None]
-    depth = out.depth[:, -1]
-    return Step(token, reads, out.cache, memory, depth, out.cost, out.notes)
+    return Step(
+      token, reads, out.cache, memory, out.depth[:, -1], out.cost, out.notes
+    )
 
 
 def controller_labels(right: Bool[Array, "J B T"]) -> Int[Array, "J B T"]:
@@ -101,17 +101,13 @@ def controller_labels(right: Bool[Array, "J B T"]) -> Int[Array, "J B T"]:
 
 
 def controller_loss(
-  controller,
-  hidden: Float[Array, "L B T D"],
-  readout,
-  targets: Int[Array, "B T"],
-  *,
-  every: int = 1,
-) -> Float[Array, ""]:
+  controller, hidden: Float[Array, "L B T D"], readout,
+  targets: Int[Array, "B T"], *, every: int = 1,
+) -> Float[Array, ""]:  # fmt: skip
   """What to train the controller on, in nats; the model gets no gradient.
 
-  `hidden` is that of `nn.every_layer`, `targets` are the next tokens, exits are
-  after each `every`-th layer but the last (static).
+  `hidden` is of `nn.every_layer`, `targets` are the next tokens, exits are after
+  each `every`-th layer but the last (static).
   """
   total = hidden.shape[0]
   if not 1 <= every < total:
@@ -121,7 +117,7 @@ def controller_loss(
   exits = [*range(every, total, every), total]
   hidden = jax.lax.stop_gradient(hidden[jnp.asarray(exits) - 1])
   right = jax.lax.map(lambda h: readout(h).argmax(-1) == targets, hidden)
-  labels = controller_labels(right)[:-1]
+  labels = controller_labels(right)[:-1]  # the last layer is not asked
   nats = cross_entropy(controller(hidden[:-1]), labels).mean((1, 2))
   weights = jnp.arange(1.0, len(exits))
   return (nats * weights).sum() / weights.sum()
