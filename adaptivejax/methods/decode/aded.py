@@ -34,7 +34,7 @@ from adaptivejax.nn.policy import Policy, Step
 
 
 class Memory(NamedTuple):
-  """A row's own tri-grams; its last W - 1 tokens but the newest, -1 for none."""
+  """A row's own tri-grams; its last W - 1 tokens but the newest, -1: none."""
 
   recent: Recent
   window: Array
