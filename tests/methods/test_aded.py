@@ -112,7 +112,7 @@ def test_text_that_repeats_itself_comes_ever_faster():
 
 def test_it_starts_from_the_last_tokens_of_a_prompt():
   lengths = jnp.asarray(LENGTHS)
-  memory = policy([], window=6).start(
+  memory, _ = policy([], window=6).start(
     model(), TOKENS, lengths, 30, jnp.zeros((B, V))
   )
   for window, text, length in zip(memory.window, TOKENS, LENGTHS):
