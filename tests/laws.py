@@ -26,6 +26,9 @@ from jax.tree_util import Partial
 
 from adaptivejax.core import Streak, buckets, depth, levels, plans
 from adaptivejax.core.cost import Cost, flops
+from adaptivejax.core.trigrams import TrigramTable
+from adaptivejax.decode import generate
+from adaptivejax.methods.decode import ADED
 from adaptivejax.methods.depth import (
   AdaptiveComputationTime,
   DuoMlp,
@@ -980,6 +983,24 @@ _at_prompt = lambda l, t: t < PROMPT
 _at_first = lambda l, t: t < PROMPT or l == 0
 _nowhere = lambda l, t: 0
 
+TABLE = TrigramTable.build([np.random.default_rng(2).integers(0, V, 200)])
+
+
+def _drafted(model, tokens, rate):
+  """What it writes; the budget is how fast its table learns."""
+  policy = ADED(TABLE, rate=rate, nodes=5, depth=2, window=4, size=4)
+  made = generate(model, tokens[:, :PROMPT], steps=T, policy=policy)
+  return jax.nn.one_hot(made.tokens, V), made.cost
+
+
+def _written(model, tokens):
+  made = generate(model, tokens[:, :PROMPT], steps=T)
+  return jax.nn.one_hot(made.tokens, V)
+
+
+_no_nan = "tokens and tables hold no NaN"
+_discrete = "tokens have no gradient"
+
 MODELS = [
   Case(
     "calm",
@@ -1189,6 +1210,28 @@ MODELS = [
     least=_lived(lambda l, t: l % 2 == 0, _nowhere),
     poison=_poisoned_group,
     overhead=_deciding,
+  ),
+  Case(
+    "aded",
+    "decode.aded",
+    _model(),
+    _tokens,
+    _drafted,
+    full=np.float32(1),
+    some=np.float32(0.04),
+    none=np.float32(0),
+    dense=_written,
+    least=_written,
+    unless={
+      "oracle": "a step has conditionals of its own: greedy or sampled",
+      "gradient": _discrete,
+      "cover": _no_rows,
+      "poison": _no_nan,
+      "poison_gradient": _no_nan,
+      "bf16": "rounding can turn the choice of a token",
+      "linen": "the engine takes the module itself",
+      "cost": "the table decides how many steps it takes, not the budget",
+    },
   ),
 ]
 

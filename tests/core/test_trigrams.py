@@ -73,6 +73,11 @@ def test_build_counts(texts):
   close(lookups(TrigramTable.build(texts, successors=K)), count(texts))
 
 
+def test_build_keeps_the_commonest():
+  text = np.random.default_rng(0).integers(0, V, 600).tolist()
+  close(lookups(TrigramTable.build([text], successors=K)), count([text]))
+
+
 def test_every_context_of_a_large_corpus_is_found():
   """Collisions and a crowded table lose nothing."""
   text = np.random.default_rng(0).integers(0, 50_000, 6000)
@@ -104,23 +109,27 @@ def learned(windows, size):
   return added
 
 
-def windows_of(text):
+def windows_of(text, stride=1):
+  """What a row shows the table as it grows by `stride` tokens a step."""
   padded = [-1] * (WINDOW - 1) + list(text)
-  return [padded[i : i + WINDOW] for i in range(len(text))]
+  return [padded[i : i + WINDOW] for i in range(0, len(text), stride)]
 
 
 @hypothesis.given(
-  corpus=texts, text=st.lists(st.integers(0, V - 1), max_size=40)
+  corpus=texts,
+  text=st.lists(st.sampled_from([0, 0, 0, 1, 2, 3, 4]), max_size=40),
+  stride=st.sampled_from([1, WINDOW]),
 )
+@hypothesis.example(corpus=[], text=[0] * 12 + [1, 0, 0, 0], stride=WINDOW)
 @pytest.mark.parametrize("size", [8, 64])
-def test_row_learns_as_a_dictionary(size, corpus, text):
+def test_row_learns_as_a_dictionary(size, corpus, text, stride):
   table, recent = TrigramTable.build(corpus, successors=K), Recent.empty(size)
-  for window in windows_of(text):
+  for window in windows_of(text, stride):
     recent = update(recent, jnp.asarray(window), RATE, CAP)
   want = collections.defaultdict(
     dict, {k: dict(v) for k, v in count(corpus).items()}
   )
-  for (a, b, c), weight in learned(windows_of(text), size).items():
+  for (a, b, c), weight in learned(windows_of(text, stride), size).items():
     want[a, b][c] = min(want[a, b].get(c, 0) + weight, CAP)
   close(lookups(table, recent), want)
 

@@ -110,6 +110,16 @@ def test_text_that_repeats_itself_comes_ever_faster():
   assert (rest < half).all()
 
 
+def test_it_starts_from_the_last_tokens_of_a_prompt():
+  lengths = jnp.asarray(LENGTHS)
+  memory, _ = policy([], window=6).start(
+    model(), TOKENS, lengths, 30, jnp.zeros((B, V))
+  )
+  for window, text, length in zip(memory.window, TOKENS, LENGTHS):
+    want = [-1] * 5 + text[:length].tolist()
+    assert window.tolist() == want[-5:]
+
+
 def test_the_cache_after_a_step_is_that_of_reading_the_text():
   m, adaptive, slots = model(), table("right"), 30
   lengths, last = jnp.asarray(LENGTHS), plain("greedy").tokens[:, 0]
@@ -125,10 +135,13 @@ def test_the_cache_after_a_step_is_that_of_reading_the_text():
     live = jnp.array([True, True, False])
     return adaptive.step(m, last, cache, memory, draw, live)
 
-  out = step(read(TOKENS, lengths))
+  before = read(TOKENS, lengths)
+  out = step(before)
   count = np.asarray(out.count)
   assert count[2] == 0 and count[:2].min() > 1
   assert out.cost.items == count.sum() and (out.depth == CONFIG.layers).all()
+  for got, that in zip(out.cache[:4], before[:4]):  # a row that has ended
+    np.testing.assert_array_equal(got[2], that[2])
   text = np.zeros((B, slots), np.int32)
   for b in range(B):
     now = np.r_[TOKENS[b, : LENGTHS[b]], last[b], out.tokens[b]]

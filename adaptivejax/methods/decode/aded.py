@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
 from adaptivejax.core.cache import commit_path
@@ -33,12 +34,7 @@ from adaptivejax.nn.policy import Policy, Step
 
 
 class Memory(NamedTuple):
-  """What each row remembers.
-
-  Attributes:
-    recent: its own tri-grams, B leading.
-    window: its last tokens but the newest; -1 for none, i32[B, W - 1].
-  """
+  """A row's own tri-grams; its last W - 1 tokens but the newest, -1: none."""
 
   recent: Recent
   window: Array
@@ -87,14 +83,15 @@ class ADED(Policy):
         f" no more of them than {self.size=}."
       )
     tokens, vocab = self.table.tokens, model.config.vocab
-    if not isinstance(tokens, jax.core.Tracer) and tokens.max() >= vocab:
+    traced = isinstance(tokens, jax.core.Tracer)
+    if not traced and (most := np.asarray(tokens).max()) >= vocab:
       raise ValueError(
-        f"the table holds token {tokens.max()}, but the model's vocabulary ends"
-        f" at {vocab - 1}: build it with the model's tokens."
+        f"the table holds token {most}, but the model's vocabulary ends at"
+        f" {vocab - 1}: build it with the model's tokens."
       )
 
   def start(self, model, prompt, lengths, slots, logits):
-    del model, slots
+    del model, slots, logits
     empty = jax.vmap(lambda _: Recent.empty(self.size))(lengths)
     at = lengths[:, None] + jnp.arange(1 - self.window, 0)
     tokens = jnp.take_along_axis(prompt, jnp.maximum(at, 0), axis=1)
