@@ -12,7 +12,8 @@ some drafts and keeps the fastest.
 
 `staged`: 64 rows whose lengths are geometric (mean 51, at most 256) on 4
 layers of width 256; rows that end leave the batch at the rungs of a ladder, or
-at every step, or never.  `compile`: seconds to trace, lower and compile `generate`.
+at every step, or never.  A ladder cannot win more than its bound, all row-steps
+over those it runs.  `compile`: seconds to trace, lower and compile `generate`.
 
     python -m benchmarks.decode --json out.json
     python -m benchmarks.decode --cases 'calm*' 'staged'
@@ -262,6 +263,8 @@ def staged(model, batch: int, steps: int, seconds: float) -> Iterator[Row]:
   )
   ideal = float(limits.max() * batch / limits.sum())
   yield Row.of("staged", "ideal by row-steps", [ideal])
+  bound = float(limits.max() * batch) / _row_steps(np.asarray(limits), rungs)
+  yield Row.of("staged", "bound of four rungs", [bound])
   yield Row.of("staged", "whole batch, ms per step", [
     1e3 * t / float(limits.max()) for t in whole
   ], better="lower")  # fmt: skip
@@ -269,6 +272,12 @@ def staged(model, batch: int, steps: int, seconds: float) -> Iterator[Row]:
     ratios = [a / b for a, b in zip(whole, times)]
     target = 5.0 if name == "four rungs" else None
     yield Row.of("staged", f"{name}, x whole batch", ratios, target=target)
+
+
+def _row_steps(limits: np.ndarray, rungs: tuple[int, ...]) -> int:
+  """Rows times steps that a ladder runs."""
+  alive = (np.arange(limits.max())[:, None] < limits).sum(1)
+  return sum(min(rung for rung in rungs if rung >= n) for n in alive)
 
 
 def compile_time(layers: int, policy: Callable, name: str) -> Iterator[Row]:

@@ -187,7 +187,6 @@ EXECUTORS = {
   "depth_loop": (depth.depth_loop, depth.depth_scan),
   "only_after": (depth.only_after, _asked_always),
   "run_if": (plans.run_if, plans.run_anyway),
-  "only_after": (depth.only_after, _asked_always),
 }
 
 

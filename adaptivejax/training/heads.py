@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 
 from adaptivejax.nn.stack import every_layer
 
+
 def fit_head(
   head: Any,
   loss: Callable[[Any, Array, Callable, Array], Array],
