@@ -90,12 +90,13 @@ def laws() -> dict[str, str]:
   }
   total = len(ast.literal_eval(named["LAWS"]))
   least: dict[str, int] = {}
-  for node in ast.walk(tree):
-    case = _case(node)
-    method = case.get("method")
-    if isinstance(method, ast.Constant) and isinstance(method.value, str):
+  for top in tree.body:
+    for case in map(_case, ast.walk(top)):
       holds = total - len(_keys(case.get("unless"), named))
-      least[method.value] = min(holds, least.get(method.value, total))
+      for given in _calls(top, tree):
+        method = _text(case.get("method"), given)
+        if method is not None:
+          least[method] = min(holds, least.get(method, total))
   return {method: f"{holds} of {total}" for method, holds in least.items()}
 
 
@@ -120,6 +121,32 @@ def _case(node: ast.AST) -> dict[str, ast.expr]:
     return {}
   first = dict(zip(("name", "method"), node.args))
   return first | {k.arg: k.value for k in node.keywords if k.arg}
+
+
+def _calls(top: ast.stmt, tree: ast.Module) -> list[dict[str, ast.expr]]:
+  """What a function of the file is called with, by name; else nothing, once."""
+  if not isinstance(top, ast.FunctionDef):
+    return [{}]
+  names = [argument.arg for argument in top.args.args]
+  return [
+    dict(zip(names, call.args))
+    for call in ast.walk(tree)
+    if isinstance(call, ast.Call) and ast.unparse(call.func) == top.name
+  ]
+
+
+def _text(node: ast.AST | None, given: dict[str, ast.expr]) -> str | None:
+  """The string that an expression is, if it can be read off."""
+  if isinstance(node, ast.JoinedStr):
+    parts = [_text(part, given) for part in node.values]
+    return None if None in parts else "".join(map(str, parts))
+  if isinstance(node, ast.FormattedValue):
+    return _text(node.value, given)
+  if isinstance(node, ast.Name):
+    return _text(given.get(node.id), given)
+  if isinstance(node, ast.Constant) and isinstance(node.value, str):
+    return node.value
+  return None
 
 
 def _keys(node: ast.expr | None, named: dict[str, ast.expr]) -> set[str]:

@@ -185,6 +185,7 @@ def _asked_always(due, halt):
 EXECUTORS = {
   "bucketed": (buckets.bucketed, buckets.masked),
   "depth_loop": (depth.depth_loop, depth.depth_scan),
+  "only_after": (depth.only_after, _asked_always),
   "run_if": (plans.run_if, plans.run_anyway),
   "only_after": (depth.only_after, _asked_always),
 }

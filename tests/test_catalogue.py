@@ -61,6 +61,9 @@ CASES = [
   Case("another", method="depth.one", unless=_both),
   Case(name="two", method="depth.two"),
 ]
+def made(name, rest):
+  return Case(name, f"depth.{name}", unless={"row": "nor here", **_both})
+CASES += [made("three", 0), made("one", 0)]
 """
 
 
@@ -70,7 +73,11 @@ def test_the_page_shows_laws_and_headlines(tmp_path, monkeypatch):
   monkeypatch.setattr(catalogue, "LAWS", laws)
   monkeypatch.setattr(catalogue, "RESULTS", results)
   laws.write_text(PAGE)
-  assert catalogue.laws() == {"depth.one": "1 of 3", "depth.two": "3 of 3"}
+  assert catalogue.laws() == {
+    "depth.one": "1 of 3",
+    "depth.two": "3 of 3",
+    "depth.three": "1 of 3",
+  }
   last = lambda: catalogue.render().splitlines()[-1]
   assert last().endswith(" | - | - | - | - |")
   laws.write_text(PAGE.replace("two", "some_method"))

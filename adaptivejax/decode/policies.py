@@ -162,7 +162,7 @@ def describe() -> str:
   """A line per policy: its name, what it does, its settings."""
   lines = []
   for name, make in POLICIES.items():
-    first = inspect.getdoc(make).split("\n")[0]
+    first = (make.__doc__ or "").split("\n")[0]
     plain = plain_settings(name)
     settings = [_show(p) for k, p in settings_of(name).items() if k in plain]
     lines.append(f"  {name:18}{first}")

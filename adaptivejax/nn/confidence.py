@@ -82,5 +82,5 @@ def exit_confidence(
   """
   before = jnp.concatenate([hidden[:1], hidden[:-1]])  # the first is not read
   steps = jnp.arange(hidden.shape[0]), before, hidden
-  sure = jax.lax.map(lambda step: measure(*step, readout), steps)
+  sure = jax.lax.map(lambda s: measure(s[0], s[1], s[2], readout), steps)
   return sure.reshape(hidden.shape[0], -1).T

@@ -5,7 +5,7 @@ Axes: N windows, S their tokens, L layers, B batch, T tokens, D features.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,12 +14,9 @@ from jaxtyping import Array, Int
 
 from adaptivejax.nn.stack import every_layer
 
-H = TypeVar("H")
-
-
 def fit_head(
-  head: H,
-  loss: Callable[[H, Array, Callable, Array], Array],
+  head: Any,
+  loss: Callable[[Any, Array, Callable, Array], Array],
   model: Any,
   windows: Int[Array | np.ndarray, "N S"],
   *,
@@ -28,7 +25,7 @@ def fit_head(
   learning_rate: float = 3e-3,
   seed: int = 0,
   progress: Callable[[], Any] = lambda: None,
-) -> H:
+) -> Any:
   """Trains `head` on the hidden states of a frozen language model, by Adam.
 
   Args:

@@ -9,7 +9,6 @@ is said: how often indeed no layer says the right byte.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.tree_util import Partial
 
@@ -17,6 +16,7 @@ from adaptivejax.core.losses import accuracy
 from adaptivejax.methods.depth import controller_loss, stop_and_exit
 from adaptivejax.nn import every_layer
 from adaptivejax.nn.linear import linear
+from adaptivejax.training import fit_head
 from benchmarks.headlines import Headline, beds
 
 PAPER = (
@@ -24,13 +24,18 @@ PAPER = (
   " % of tokens are right after layer 1, 14.5 % never"
 )
 EXITS, STOPS = (0.6, 0.8, 0.9, 0.95), (0.5, 0.6, 0.7, 0.8)
-STEPS, BATCH = 400, 32
 
 
 def measure(quick: bool) -> Headline:
   model, text = beds.byte_lm("exits", quick), beds.texts(20 if quick else 300)
-  given = beds.texts(BATCH if quick else 2000, split="train")
-  controller = _train(model, given, 4 if quick else STEPS)
+  given = beds.texts(20 if quick else 2000, split="train")
+  controller = fit_head(
+    linear(beds.MODEL.features, 3, rngs=nnx.Rngs(0)),
+    controller_loss,
+    model,
+    given,
+    steps=4 if quick else 400,
+  )
   out = model(text[:, :-1], stack=every_layer)
   said = jax.lax.map(lambda h: model.readout(h).argmax(-1), out.hidden)
   right = np.asarray(said == text[:, 1:])[:, :, 1:]
@@ -43,7 +48,7 @@ def measure(quick: bool) -> Headline:
     figures[f"exit_{level}_drop"] = full - exits["accuracy"]
   for level in STOPS:  # stops alone: the layers of all exits ask
     stops = np.asarray(_read(model, controller, text, level, 1.0)["stopped"])
-    wrong = ~right.any(0)
+    wrong = np.asarray(~right.any(0))
     figures[f"stop_{level}_share"] = stops.mean()
     figures[f"stop_{level}_precision"] = wrong[stops].mean()
   figures = {name: float(value) for name, value in figures.items()}
@@ -61,25 +66,6 @@ def measure(quick: bool) -> Headline:
   )
   holds = saved > 0 and drop <= 0.015 and precise > figures["never"]
   return Headline(words, figures, bool(holds))
-
-
-def _train(model, text, steps: int):
-  """The controller, by Adam on the frozen model."""
-  controller = linear(beds.MODEL.features, 3, rngs=nnx.Rngs(0))
-  optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-
-  @jax.jit
-  def step(controller, state, batch):
-    hidden = model(batch[:, :-1], stack=every_layer).hidden
-    loss = lambda c: controller_loss(c, hidden, model.readout, batch[:, 1:])
-    updates, state = optimizer.update(jax.grad(loss)(controller), state)
-    return optax.apply_updates(controller, updates), state
-
-  state, draw = optimizer.init(controller), np.random.default_rng(0)
-  for _ in range(steps):
-    batch = text[draw.integers(0, len(text), BATCH)]
-    controller, state = step(controller, state, batch)
-  return controller
 
 
 @jax.jit

@@ -56,7 +56,6 @@ __all__ = [
   "dropout_rates",
   "dynamic_perceiver",
   "evolve",
-  "exit_confidence",
   "exit_weights",
   "ffn_skip",
   "follow",

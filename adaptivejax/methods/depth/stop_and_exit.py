@@ -46,8 +46,7 @@ def stop_and_exit(
 
   Args:
     controller: hidden state to three scores, such as a `linear(D, 3)`.
-    stop, exit: probabilities above which these choices count; 1 or more means
-      never (dynamic).
+    stop, exit: above which probability they count; 1 means never (dynamic).
     min_depth, every: which layers are exits, as in `nn.early_exit` (dynamic).
 
   Other arguments as in `nn.stack`.  `notes` are the rows to stop, bool[B].
@@ -106,14 +105,12 @@ def controller_loss(
 ) -> Float[Array, ""]:  # fmt: skip
   """What to train the controller on, in nats; the model gets no gradient.
 
-  `hidden` is of `nn.every_layer`, `targets` are the next tokens, exits are after
-  each `every`-th layer but the last (static).
+  `hidden` is of `nn.every_layer`, `targets` are the next tokens; exits are each
+  `every`-th layer but the last (static).
   """
   total = hidden.shape[0]
   if not 1 <= every < total:
-    raise ValueError(
-      f"{every=} must lie in 1..{total - 1}: an exit, before the last layer."
-    )
+    raise ValueError(f"{every=} must lie in 1..{total - 1}, before the last.")
   exits = [*range(every, total, every), total]
   hidden = jax.lax.stop_gradient(hidden[jnp.asarray(exits) - 1])
   right = jax.lax.map(lambda h: readout(h).argmax(-1) == targets, hidden)
