@@ -91,7 +91,7 @@ class ADED(Policy):
       )
 
   def start(self, model, prompt, lengths, slots, logits):
-    del model, slots, logits
+    del model, slots
     empty = jax.vmap(lambda _: Recent.empty(self.size))(lengths)
     at = lengths[:, None] + jnp.arange(1 - self.window, 0)
     tokens = jnp.take_along_axis(prompt, jnp.maximum(at, 0), axis=1)
