@@ -327,7 +327,8 @@ def _checked(tokens, vocab: int, lengths):
   batch, longest = tokens.shape
   if lengths is None:
     lengths = np.full(batch, longest)
-  lengths = jnp.asarray(lengths, jnp.int32)
+  if not isinstance(lengths, jax.core.Tracer):
+    lengths = np.asarray(lengths, np.int32)
   if lengths.shape != (batch,):
     raise ValueError(
       f"`lengths` must be one number per row, [{batch}]; got {lengths.shape}."
@@ -339,10 +340,11 @@ def _checked(tokens, vocab: int, lengths):
       f" prompt has nothing to go on from; got {lengths}."
     )
   if not isinstance(tokens, jax.core.Tracer):
-    low, high = int(tokens.min()), int(tokens.max())
+    known = np.asarray(tokens)
+    low, high = known.min(), known.max()
     if low < 0 or high >= vocab:
       raise ValueError(
         f"tokens must lie in 0..{vocab - 1}, the model's vocabulary; got"
         f" {low}..{high}."
       )
-  return tokens, lengths
+  return tokens, jnp.asarray(lengths)
