@@ -133,21 +133,20 @@ def masked_scan(
     step: as there; finite, with its derivative, on rows that are done.
     rows, alive: as there.
     steps: bound (static); rows still alive after it are cut off.
-    chunk: steps that are skipped together once no row is alive, and whose
-      inside is recomputed in the backward pass (static).
+    chunk: steps that are skipped together once no row is alive (inside
+      `shard_map`, on no device), and whose inside is recomputed in the backward
+      pass (static).
   """
   if steps < 1 or chunk < 1:
     raise ValueError(f"{steps=} and {chunk=} must be at least 1.")
   moves = varying_axes(*jax.tree.leaves(rows))
   live = jnp.ones(_leading(rows), bool)
-  step, weights = jax.closure_convert(step, rows, live)
-  weights = vary(weights, moves)  # or their gradient is summed inside the cond
-  tally = vary(_nothing(step, rows, live, *weights), moves)
+  tally = vary(_nothing(step, rows, live), moves)
 
   def one(state, _):
     rows, tally = state
     live = alive(rows)
-    new, spent = step(rows, live, *weights)
+    new, spent = step(rows, live)
     return (freeze(live, new, rows), jax.tree.map(jnp.add, tally, spent)), None
 
   @functools.partial(jax.checkpoint, static_argnums=1)
@@ -156,6 +155,8 @@ def masked_scan(
 
   def part(state, length):
     more = alive(state[0]).any()
+    if moves:  # one decision: weights' gradients are summed inside the cond
+      more = lax.pmax(more.astype(jnp.int32), tuple(sorted(moves))) > 0
     return lax.cond(more, lambda s: run(s, length), lambda s: s, state)
 
   full, tail = divmod(steps, chunk)

@@ -249,3 +249,30 @@ def test_decoding_rows_over_devices():
     text = jax.jit(sharded).lower(*args).compile().as_text()
     assert not any(word in text for word in ("all-reduce", "all-gather"))
   """)
+
+
+def test_gradients_of_rows_that_finish_at_different_steps():
+  """Some devices have nothing left while others step on; weights are shared."""
+  run_in_subprocess("""
+    length = jnp.where(share > 0.3, jnp.arange(N) % 9, 0)
+    rows = {"step": jnp.zeros(N, jnp.int32), "length": length, "x": x}
+
+    def total(w1, rows, axes=()):
+      def step(row, live):
+        new = jnp.tanh(row["x"] @ w1) @ w1.T
+        return {**row, "step": row["step"] + 1, "x": new}, live.sum()
+
+      alive = lambda row: row["step"] < row["length"]
+      out, spent = core.masked_scan(step, rows, alive, steps=9, chunk=4)
+      y = (out["x"] ** 2).sum()
+      return (jax.lax.psum(y, axes) if axes else y)
+
+    over = functools.partial(total, axes=("data",))
+    sharded = jax.shard_map(
+      over, mesh=mesh(data=8), in_specs=(P(), P("data")), out_specs=P()
+    )
+    got = jax.jit(jax.value_and_grad(sharded))(w1, rows)
+    want = jax.jit(jax.value_and_grad(total))(w1, rows)
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+    assert jnp.abs(want[1]).max() > 0
+  """)
