@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
 from adaptivejax.core.cache import commit_path
@@ -86,11 +87,12 @@ class ADED(Policy):
         f"window={self.window} must lie in 3..{self.size + 2}: a tri-gram, and"
         f" no more of them than {self.size=}."
       )
-    tokens, vocab = self.table.tokens, model.config.vocab
-    if not isinstance(tokens, jax.core.Tracer) and tokens.max() >= vocab:
+    table, vocab = self.table.tokens, model.config.vocab
+    traced = isinstance(table, jax.core.Tracer)
+    if not traced and (most := np.asarray(table).max()) >= vocab:
       raise ValueError(
-        f"the table holds token {tokens.max()}, but the model's vocabulary ends"
-        f" at {vocab - 1}: build it with the model's tokens."
+        f"the table holds token {most}, but the model's vocabulary ends at"
+        f" {vocab - 1}: build it with the model's tokens."
       )
 
   def start(self, model, prompt, lengths, slots, logits):

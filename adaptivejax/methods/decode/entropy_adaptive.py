@@ -33,6 +33,7 @@ from adaptivejax.core.cost import Cost, flops
 from adaptivejax.core.halting import EntropyRing, entropy
 from adaptivejax.core.plans import run_if
 from adaptivejax.nn.policy import Policy, Step
+from adaptivejax.nn.setting import refuse_nan
 from adaptivejax.nn.stack import layer_count, present
 
 PRESENT = Partial(present)
@@ -84,12 +85,7 @@ class EntropyAdaptive(Policy):
         f"the large model knows {self.large.config.vocab} tokens and the small"
         f" one {model.config.vocab}: they must share a vocabulary."
       )
-    if not isinstance(self.threshold, jax.core.Tracer) and jnp.isnan(
-      self.threshold
-    ):
-      raise ValueError(
-        "threshold=nan decides nothing: give an entropy in nats."
-      )
+    refuse_nan(threshold=self.threshold)
     rising = list(self.chunks) == sorted(set(self.chunks))
     if self.window < 1 or not rising or min(self.chunks, default=1) < 1:
       raise ValueError(
