@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array
 
@@ -33,7 +34,6 @@ from adaptivejax.core.cost import Cost, flops
 from adaptivejax.core.halting import EntropyRing, entropy
 from adaptivejax.core.plans import run_if
 from adaptivejax.nn.policy import Policy, Step
-from adaptivejax.nn.setting import refuse_nan
 from adaptivejax.nn.stack import layer_count, present
 
 PRESENT = Partial(present)
@@ -85,7 +85,11 @@ class EntropyAdaptive(Policy):
         f"the large model knows {self.large.config.vocab} tokens and the small"
         f" one {model.config.vocab}: they must share a vocabulary."
       )
-    refuse_nan(threshold=self.threshold)
+    traced = isinstance(self.threshold, jax.core.Tracer)
+    if not traced and np.isnan(np.asarray(self.threshold)):
+      raise ValueError(
+        "threshold=nan decides nothing: give an entropy in nats."
+      )
     rising = list(self.chunks) == sorted(set(self.chunks))
     if self.window < 1 or not rising or min(self.chunks, default=1) < 1:
       raise ValueError(
