@@ -10,6 +10,7 @@ V vocabulary.
 """
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from adaptivejax.core import Streak, buckets, depth, levels, plans
 from adaptivejax.core.cost import Cost, flops
 from adaptivejax.core.trigrams import TrigramTable
 from adaptivejax.decode import generate
-from adaptivejax.methods.decode import ADED
+from adaptivejax.methods.decode import ADED, EntropyAdaptive, SelfSpeculation
 from adaptivejax.methods.depth import (
   AdaptiveComputationTime,
   DuoMlp,
@@ -39,6 +40,7 @@ from adaptivejax.methods.depth import (
   dynamic_perceiver,
   ffn_skip,
   jei_dnn,
+  layer_dropout,
   pabee,
   ponder_net,
   prefix,
@@ -881,6 +883,12 @@ def _by_plan_decoding(model, tokens, plan):
   return _decode(model, tokens, stack, prefill=stack)
 
 
+def _dropout(model, tokens, rates):
+  stack = Partial(layer_dropout, rates=rates)
+  out = model(tokens, stack=stack, key=jax.random.key(0))
+  return out.logits[:, PROMPT:], out.cost
+
+
 def _plain(model, tokens, budget):
   del budget
   return _decode(model, tokens)
@@ -1122,6 +1130,20 @@ MODELS = [
     },
   ),
   Case(
+    "layer_skip",
+    "depth.layer_skip",
+    _model(),
+    _tokens,
+    _dropout,
+    full=np.zeros(L, np.float32),
+    some=np.full(L, 0.5, np.float32),
+    none=np.ones(L, np.float32),
+    dense=_dense,
+    least=_lived(lambda l, t: False),
+    poison=_poisoned_layers(np.array([0, 0, 1, 1], np.float32), 2, 3),
+    unless={"row": _noise, "shard_map": _noise},
+  ),
+  Case(
     "sorted_fine_tuning",
     "depth.sorted_fine_tuning",
     _model(),
@@ -1209,28 +1231,6 @@ MODELS = [
     least=_lived(lambda l, t: l % 2 == 0, _nowhere),
     poison=_poisoned_group,
     overhead=_deciding,
-  ),
-  Case(
-    "aded",
-    "decode.aded",
-    _model(),
-    _tokens,
-    _drafted,
-    full=np.float32(1),
-    some=np.float32(0.04),
-    none=np.float32(0),
-    dense=_written,
-    least=_written,
-    unless={
-      "oracle": "a step has conditionals of its own: greedy or sampled",
-      "gradient": _discrete,
-      "cover": _no_rows,
-      "poison": _no_nan,
-      "poison_gradient": _no_nan,
-      "bf16": "rounding can turn the choice of a token",
-      "linen": "the engine takes the module itself",
-      "cost": "the table decides how many steps it takes, not the budget",
-    },
   ),
 ]
 
@@ -1330,4 +1330,124 @@ EXITS = [
   ),
 ]
 
-CASES = [*PRIMITIVES, *LAYERS, *MODELS, *EXITS]
+# --- policies: the text that is generated -------------------------------------
+
+STEPS = 4
+ALWAYS, AT_TIMES, NEVER_LARGE = map(np.float32, (-np.inf, 2.1, np.inf))
+
+
+def _prompt(batch):
+  return _tokens(batch)[:, :3]
+
+
+def _text(model, prompt, policy):
+  """The tokens of `STEPS` steps as numbers, and their cost."""
+  out = generate(model, prompt, steps=STEPS, policy=policy)
+  return out.tokens.astype(jnp.float32), out.cost
+
+
+def _greedy(model, prompt):
+  """The likeliest tokens, one by one, each read with all those before."""
+  read = jax.jit(reference.decoder)
+  batch, start = prompt.shape
+  text = jnp.zeros((batch, start + STEPS), jnp.int32).at[:, :start].set(prompt)
+  for t in range(start, start + STEPS):
+    text = text.at[:, t].set(read(model, text)[:, t - 1].argmax(-1))
+  return text[:, start:].astype(jnp.float32)
+
+
+def _speculation(model, prompt, budget):
+  return _text(model, prompt, SelfSpeculation(*budget))
+
+
+TRIGRAMS = TrigramTable.build([np.arange(V), np.tile([1, 5, 2], 3)])
+
+
+def _table_draft(model, prompt, rate):
+  return _text(model, prompt, ADED(TRIGRAMS, rate, nodes=6, depth=2))
+
+
+def _two_models(rngs):
+  small = dataclasses.replace(CONFIG, layers=1)
+  return {"small": DecoderLM(small, rngs=rngs), "model": _model()(rngs)}
+
+
+def _two_voices(params, prompt, threshold):
+  policy = EntropyAdaptive(params["model"], threshold, dwell=1)
+  return _text(params["small"], prompt, policy)
+
+
+def _poisoned_large(params, prompt):
+  spoil = lambda a: a * jnp.nan
+  large = jax.tree.map(spoil, params["model"])
+  return {**params, "model": large}, prompt, NEVER_LARGE, None
+
+
+_choice = "a choice of tokens has no gradient"
+_asks = "drawing a token asks whether to be greedy; see the law of full budgets"
+_beside = "a policy takes its model as a pytree, which the twin is not"
+_POLICY = {
+  "oracle": _asks,
+  "gradient": _choice,
+  "poison_gradient": _choice,
+  "cover": _no_rows,
+  "linen": _beside,
+}
+
+POLICIES = [
+  Case(
+    "self_speculation",
+    "decode.self_speculation",
+    _model(),
+    _prompt,
+    _speculation,
+    full=(3, 3),
+    some=(2, 2),
+    none=(1, 1),
+    dense=_greedy,
+    least=_greedy,
+    static="how many layers draft how many tokens is static",
+    unless={
+      **_POLICY,
+      "poison": "all layers verify every draft",
+      "cost": "longer drafts need a longer cache, which is priced, too",
+      "trace": "how many layers draft how many tokens is static",
+    },
+  ),
+  Case(
+    "aded",
+    "decode.aded",
+    _model(),
+    _prompt,
+    _table_draft,
+    full=np.float32(1),
+    some=np.float32(0.04),
+    none=np.float32(0),
+    dense=_greedy,
+    least=_greedy,
+    unless={
+      **_POLICY,
+      "poison": "a draft leaves out nothing that is in the model",
+      "cost": "the rate changes the number of steps, not what one costs",
+    },
+  ),
+  Case(
+    "entropy_adaptive",
+    "decode.entropy_adaptive",
+    _two_models,
+    _prompt,
+    _two_voices,
+    full=ALWAYS,
+    some=AT_TIMES,
+    none=NEVER_LARGE,
+    dense=_of_model(_greedy),
+    least=lambda params, x: _greedy(params["small"], x),
+    poison=_poisoned_large,
+    unless={
+      **_POLICY,
+      "cost": "asked late, the large model reads the prompt then, too",
+    },
+  ),
+]
+
+CASES = [*PRIMITIVES, *LAYERS, *MODELS, *EXITS, *POLICIES]

@@ -23,6 +23,7 @@ from tests.laws import (
   LAWS,
   LAYERS,
   MODELS,
+  POLICIES,
   PRIMITIVES,
   Case,
   close,
@@ -254,8 +255,8 @@ def test_the_cost_is_that_of_the_decision(case):
 @pytest.mark.parametrize("how", ["sharded", "shard_map"])
 @pytest.mark.parametrize(
   "cases",
-  [PRIMITIVES, LAYERS, MODELS, EXITS],
-  ids=["primitives", "layers", "models", "exits"],
+  [PRIMITIVES, LAYERS, MODELS, EXITS, POLICIES],
+  ids=["primitives", "layers", "models", "exits", "policies"],
 )
 def test_eight_devices_agree_with_one(how, cases):
   """In a process of its own: a mistake here is a deadlock."""

@@ -242,7 +242,10 @@ def _generate(
       write(row.depth, jnp.broadcast_to(each[:, None], at.shape)),
       row.steps + live,
     )
-    return new, out.cost
+    kept = count.sum() / jnp.maximum(out.count.sum(), 1)  # not those cut off
+    return new, out.cost._replace(
+      full=out.cost.full * kept, items=out.cost.items * kept
+    )
 
   rows, cost = staged_while(
     step,

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from adaptivejax.training import (
 from adaptivejax.training.data import windows
 from adaptivejax.training.tasks import (
   language_modeling,
+  layer_skip_language_modeling,
   sorted_language_modeling,
 )
 
@@ -40,9 +41,13 @@ MODEL = DecoderConfig(layers=6, features=64, hidden=256, heads=4, kv_heads=4)
 DATA = DataConfig(context=64, batch=24)
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.0)
 STEPS = 1500
-LOSSES = {"dense": language_modeling, "exits": sorted_language_modeling}
+LOSSES = {
+  "dense": language_modeling,
+  "exits": sorted_language_modeling,
+  "layer_skip": layer_skip_language_modeling,
+}
 PLAIN = jax.tree_util.Partial(plain)
-Kind = Literal["dense", "exits"]
+Kind = Literal["dense", "exits", "layer_skip"]
 
 
 @functools.cache
@@ -51,7 +56,8 @@ def byte_lm(kind: Kind, quick: bool = False) -> DecoderLM:
 
   Args:
     kind: "dense" is trained on the loss after the last layer only, "exits" on
-      the losses after every layer, weighted by depth (sorted fine-tuning).
+      the losses after every layer, weighted by depth (sorted fine-tuning),
+      "layer_skip" on those of LayerSkip, with layers dropped.
     quick: trained for a few steps: for smoke runs.
   """
   config = TrainConfig(
@@ -166,7 +172,7 @@ def digits() -> Digits:
 def main() -> None:
   """Trains the language models and prints how good they are."""
   text = texts(200)
-  for kind in ("dense", "exits"):
+  for kind in get_args(Kind):
     model = byte_lm(kind)
     bits = float(bits_per_byte(model, text))
     layers = " ".join(f"{a:.3f}" for a in layer_accuracy(model, text))

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array
 
@@ -84,9 +85,8 @@ class EntropyAdaptive(Policy):
         f"the large model knows {self.large.config.vocab} tokens and the small"
         f" one {model.config.vocab}: they must share a vocabulary."
       )
-    if not isinstance(self.threshold, jax.core.Tracer) and jnp.isnan(
-      self.threshold
-    ):
+    traced = isinstance(self.threshold, jax.core.Tracer)
+    if not traced and np.isnan(np.asarray(self.threshold)):
       raise ValueError(
         "threshold=nan decides nothing: give an entropy in nats."
       )
