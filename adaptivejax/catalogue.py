@@ -5,8 +5,9 @@
 
 The docstring of a method file starts with `Name: what it spends compute on.`,
 then cites the paper, `Authors, year, URL` on a line, and has the fields
-`Primitive:` and `Axes:`.  The laws it obeys are counted in the `Case`s of
-tests/laws.py, its headline is what `benchmarks.headlines --write` measured.
+`Primitive:` and `Axes:`.  The laws it obeys are those that `python -m
+tests.laws` counted, its headline is what `benchmarks.headlines --write`
+measured.
 Files are parsed, not imported.
 """
 
@@ -18,13 +19,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 METHODS = Path(__file__).parent / "methods"
-LAWS = Path(__file__).parents[1] / "tests" / "laws.py"
+LAWS = Path(__file__).parents[1] / "tests" / "laws" / "held.json"
 RESULTS = Path(__file__).parents[1] / "benchmarks/headlines/results.json"
 HEADER = """\
 # Methods
 
 One paper, one file.  This page is made by `python -m adaptivejax.catalogue`
-from the docstrings; from the laws that hold in `tests/laws.py`, the least over
+from the docstrings; from the laws that hold in `tests/laws/`, the least over
 the cases of a method; and from its headline: what the paper claims, and what
 became of it here, on small models and data (✓ holds, ✗ does not, - cannot be
 said).
@@ -72,32 +73,8 @@ def render() -> str:
 
 
 def laws() -> dict[str, str]:
-  """How many laws each method obeys, such as `16 of 18`, by `axis.name`.
-
-  Of several cases of a method it is the least.
-
-  Raises:
-    ValueError: an exception is not written so that it can be counted: `unless`
-      takes a dictionary, or the name of one, which may unpack others.
-  """
-  tree = ast.parse(LAWS.read_text(encoding="utf-8"))
-  named = {
-    target.id: node.value
-    for node in tree.body
-    if isinstance(node, ast.Assign)
-    for target in node.targets
-    if isinstance(target, ast.Name)
-  }
-  total = len(ast.literal_eval(named["LAWS"]))
-  least: dict[str, int] = {}
-  for top in tree.body:
-    for case in map(_case, ast.walk(top)):
-      holds = total - len(_keys(case.get("unless"), named))
-      for given in _calls(top, tree):
-        method = _text(case.get("method"), given)
-        if method is not None:
-          least[method] = min(holds, least.get(method, total))
-  return {method: f"{holds} of {total}" for method, holds in least.items()}
+  """How many laws each method obeys, such as `16 of 18`, by `axis.name`."""
+  return json.loads(LAWS.read_text("utf-8")) if LAWS.is_file() else {}
 
 
 def headlines() -> dict[str, tuple[str, str, str]]:
@@ -113,57 +90,6 @@ def headlines() -> dict[str, tuple[str, str, str]]:
     )
     for name, found in json.loads(RESULTS.read_text("utf-8")).items()
   }
-
-
-def _case(node: ast.AST) -> dict[str, ast.expr]:
-  """The arguments of a call `Case(...)` by name."""
-  if not isinstance(node, ast.Call) or ast.unparse(node.func) != "Case":
-    return {}
-  first = dict(zip(("name", "method"), node.args))
-  return first | {k.arg: k.value for k in node.keywords if k.arg}
-
-
-def _calls(top: ast.stmt, tree: ast.Module) -> list[dict[str, ast.expr]]:
-  """What a function of the file is called with, by name; else nothing, once."""
-  if not isinstance(top, ast.FunctionDef):
-    return [{}]
-  names = [argument.arg for argument in top.args.args]
-  return [
-    dict(zip(names, call.args))
-    for call in ast.walk(tree)
-    if isinstance(call, ast.Call) and ast.unparse(call.func) == top.name
-  ]
-
-
-def _text(node: ast.AST | None, given: dict[str, ast.expr]) -> str | None:
-  """The string that an expression is, if it can be read off."""
-  if isinstance(node, ast.JoinedStr):
-    parts = [_text(part, given) for part in node.values]
-    return None if None in parts else "".join(map(str, parts))
-  if isinstance(node, ast.FormattedValue):
-    return _text(node.value, given)
-  if isinstance(node, ast.Name):
-    return _text(given.get(node.id), given)
-  if isinstance(node, ast.Constant) and isinstance(node.value, str):
-    return node.value
-  return None
-
-
-def _keys(node: ast.expr | None, named: dict[str, ast.expr]) -> set[str]:
-  """The keys of a dictionary display, of those it unpacks too."""
-  if node is None:
-    return set()
-  if isinstance(node, ast.Name) and node.id in named:
-    return _keys(named[node.id], named)
-  if not isinstance(node, ast.Dict):
-    raise ValueError(
-      f"{LAWS}:{node.lineno}: cannot count the laws in `{ast.unparse(node)}`:"
-      " write a dictionary, or the name of one"
-    )
-  found: set[str] = set()
-  for key, value in zip(node.keys, node.values):
-    found |= _keys(value, named) if key is None else {ast.literal_eval(key)}
-  return found
 
 
 def _entry(path: Path) -> Entry:

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix, method by law: `CASES`; see `case` for what a case says."""
+
+from tests.laws.case import (
+  LAWS,
+  Case,
+  close,
+  compiled,
+  dense_twin,
+  differentiate,
+  gradient,
+  loss,
+  parameters,
+)
+from tests.laws.exits import EXITS
+from tests.laws.layers import LAYERS
+from tests.laws.models import MODELS
+from tests.laws.policies import POLICIES
+from tests.laws.primitives import PRIMITIVES
+
+CASES = [*PRIMITIVES, *LAYERS, *MODELS, *EXITS, *POLICIES]
+
+__all__ = [
+  "CASES",
+  "EXITS",
+  "LAWS",
+  "LAYERS",
+  "MODELS",
+  "POLICIES",
+  "PRIMITIVES",
+  "Case",
+  "close",
+  "compiled",
+  "dense_twin",
+  "differentiate",
+  "gradient",
+  "loss",
+  "parameters",
+]
+
+
+def held() -> dict[str, str]:
+  """How many laws each method obeys, the least over its cases."""
+  count: dict[str, int] = {}
+  for case in CASES:
+    holds = len(LAWS) - len(case.unless)
+    count[case.method] = min(holds, count.get(case.method, holds))
+  return {name: f"{n} of {len(LAWS)}" for name, n in sorted(count.items())}
