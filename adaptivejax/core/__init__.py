@@ -51,6 +51,7 @@ from adaptivejax.core.plans import (
   run_anyway,
   run_if,
   run_plan,
+  run_times,
   specialize,
 )
 from adaptivejax.core.risk import (
@@ -144,6 +145,7 @@ __all__ = [
   "run_anyway",
   "run_if",
   "run_plan",
+  "run_times",
   "saturation",
   "share_from",
   "solve_depth_threshold",

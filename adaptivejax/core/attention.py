@@ -50,7 +50,8 @@ def attend(
       (static).
     mask: pairs that may see one another, besides (dynamic); all if not given.
 
-  A key that no query of its row sees is as if it were not there, NaN included.
+  A key is as if it were not there for a query that does not see it, NaN
+  included; a query that sees a key or value that is not finite gets NaN.
   """
   batch, tokens, heads, width = q.shape
   groups = keys.k.shape[1]
@@ -60,8 +61,7 @@ def attend(
     visible &= pos > at - window
   if mask is not None:
     visible &= mask
-  seen = visible.any(1)[:, None, :, None]
-  k, v = jnp.where(seen, keys.k, 0), jnp.where(seen, keys.v, 0)
+  k, v, broken = _readable(keys, visible)
   q = q.reshape(batch, tokens, groups, heads // groups, width)
   scores = jnp.einsum(
     "btgrd,bgsd->bgrts", q, k, preferred_element_type=jnp.float32
@@ -70,7 +70,25 @@ def attend(
   scores = jnp.where(visible, scores / jnp.sqrt(jnp.float32(width)), NEVER)
   weights = jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0)
   out = jnp.einsum("bgrts,bgsd->btgrd", weights.astype(v.dtype), v)
+  if broken is not None:
+    out = jnp.where(broken[:, :, :, None, None], jnp.nan, out)
   return out.reshape(batch, tokens, heads, width)
+
+
+def _readable(keys: Keys, visible: Bool[Array, "B T S"]):
+  """Keys and values that 0 can be multiplied with, and who should get NaN.
+
+  A query's weight of 0 does not undo a NaN, so what is not finite is set to 0,
+  and the queries that see it are told: bool[B, T, G].  For one query per row it
+  is enough, and cheaper, to set to 0 what it does not see.
+  """
+  if visible.shape[1] == 1:
+    seen = visible[:, 0, None, :, None]
+    return jnp.where(seen, keys.k, 0), jnp.where(seen, keys.v, 0), None
+  fine = lambda a: jnp.where(jnp.isfinite(a), a, 0)
+  bad = ~(jnp.isfinite(keys.k) & jnp.isfinite(keys.v)).all(-1)
+  broken = (visible[:, :, None] & bad[:, None]).any(-1)
+  return fine(keys.k), fine(keys.v), broken
 
 
 def rotary(

@@ -125,13 +125,28 @@ def run_if(
   keep, carry, operands = vary((keep, carry, operands), varying_axes(keep))
 
   def choose(keep, carry, operands):
-    if reverse:
-      same = lambda carry, *operands: carry
-      return lax.cond(keep, f, same, carry, *operands)
-    step = lambda _, carry: f(carry, *operands)
-    return lax.fori_loop(0, keep.astype(jnp.int32), step, carry)
+    same = lambda carry, *operands: carry
+    return lax.cond(keep, f, same, carry, *operands)
 
+  if not reverse:
+    return run_times(keep.astype(jnp.int32), f, carry, *operands)
   return looped(choose)(keep, carry, operands)
+
+
+def run_times(
+  count: Int[Array, ""], f: Callable[..., T], carry: T, *operands: Any
+) -> T:
+  """`f` on `carry`, `count` times over (dynamic); arguments as in `run_if`.
+
+  A loop, which leaves a large carry in its place and has no reverse mode.
+  """
+  count, carry, operands = vary((count, carry, operands), varying_axes(count))
+
+  def repeat(count, carry, operands):
+    step = lambda _, carry: f(carry, *operands)
+    return lax.fori_loop(0, count, step, carry)
+
+  return looped(repeat)(count, carry, operands)
 
 
 def run_anyway(

@@ -22,7 +22,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Int, Key
 
 from adaptivejax.core.cache import KVCache
-from adaptivejax.core.cost import Cost
+from adaptivejax.core.cost import Cost, flops
 from adaptivejax.core.losses import cross_entropy
 from adaptivejax.core.sampling import Draw, Sampling
 from adaptivejax.core.staged import staged_while
@@ -51,11 +51,12 @@ class Generation(NamedTuple):
     tokens: i32[B, T], the prompt not included; 0 after a row's end.
     count: tokens of each row, its stop token included, i32[B].
     ended: why each row ended, an `Ended`, i32[B].
-    depth: layers run to make each token, f32[B, T]: those of a step are shared
-      out over its tokens.
+    depth: layers run one after the other to make each token, f32[B, T], of
+      every model that spoke; those of a step are shared out over its tokens.
     steps: decoding steps of each row, i32[B]; `(count - 1) / steps` tokens
       each, the first being the prompt's.
-    cost: of the decoding steps, without the prompt.
+    cost: of the decoding steps, without the prompt; `items` are the tokens they
+      made, `full` what plain decoding spends on these.
   """
 
   tokens: Array
@@ -119,7 +120,7 @@ def generate(
   temperature: float = 0.0,
   top_k: int | None = None,
   top_p: float = 1.0,
-  key: Key[Array, ""] | None = None,
+  key: Key[Array, ""] | Key[Array, " B"] | None = None,
   stop: int | None = None,
   capacity: int | None = None,
   rungs: tuple[int, ...] | None = None,
@@ -137,8 +138,9 @@ def generate(
     temperature: 0 is greedy; else sampling, which needs `key` (dynamic).
     top_k: draw from the k likeliest only (dynamic).
     top_p: draw from the likeliest that hold this mass (dynamic).
-    key: for sampling.  Row b draws from `fold_in(key, b)`, whatever shares its
-      batch.
+    key: for sampling: one, of which row b takes `fold_in(key, b)`, or a key per
+      row, whose draws then depend on nothing else.  Give keys per row where the
+      rows of a batch are spread over calls or, in `shard_map`, over devices.
     stop: a token that ends its row (dynamic).
     capacity: slots of the cache (static); room for everything if not given.  A
       row without room for another step ends as `Ended.FULL`.
@@ -151,17 +153,17 @@ def generate(
   batch, longest = prompt.shape
   if steps < 1:
     raise ValueError(f"{steps=} must be at least 1 token.")
-  limits = np.full(batch, steps) if limits is None else np.asarray(limits)
-  if limits.shape != (batch,) or limits.min() < 1 or limits.max() > steps:
-    raise ValueError(
-      f"`limits` must be one number of tokens in 1..{steps} per row; got"
-      f" {limits}."
-    )
+  limits = _row_numbers("limits", limits, batch, steps)
   sampling = Sampling.of(temperature, top_k, top_p)
-  if temperature > 0 and key is None:
+  if key is None and (not _known(temperature) or temperature > 0):
     raise ValueError(f"{temperature=} draws tokens, which needs a `key`.")
-  if stop is not None and not 0 <= stop < model.config.vocab:
+  if stop is not None and _known(stop) and not 0 <= stop < model.config.vocab:
     raise ValueError(f"{stop=} is no token of 0..{model.config.vocab - 1}.")
+  key = jax.random.key(0) if key is None else key
+  if key.shape not in ((), (batch,)):
+    raise ValueError(
+      f"`key` must be one key or one per row, [{batch}]; got {key.shape}."
+    )
   least = longest + policy.reach if steps > 1 else longest
   room = least + max(steps - 2, 0)  # the last token is not read
   slots = room if capacity is None else min(capacity, room)
@@ -174,14 +176,14 @@ def generate(
     model,
     prompt,
     lengths,
-    jnp.asarray(limits, jnp.int32),
+    limits,
     policy,
     sampling,
-    jax.random.key(0) if key is None else key,
+    key,
     jnp.int32(-1 if stop is None else stop),
     steps=steps,
     slots=slots,
-    rungs=rungs,
+    rungs=None if rungs is None else tuple(rungs),
   )
 
 
@@ -191,10 +193,11 @@ def _generate(
   rungs,
 ) -> Generation:  # fmt: skip
   batch, _ = prompt.shape
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-  first = model(prompt, model.empty_cache(batch, slots), lengths=lengths)
-  rows = jnp.arange(batch)
-  said = first.logits[rows, lengths - 1]
+  rows, newest = jnp.arange(batch), lengths - 1
+  keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+  cache = model.empty_cache(batch, slots)
+  first = model(prompt, cache, lengths=lengths, read_at=newest)
+  said = first.logits[:, 0]
   memory, said = policy.start(model, prompt, lengths, slots, said)
   token = Draw(sampling, keys).token(said, lengths)
   blank = jnp.zeros((batch, steps), jnp.int32)
@@ -207,9 +210,12 @@ def _generate(
     blank.at[:, 0].set(token),
     jnp.ones(batch, jnp.int32),
     jnp.zeros(batch, jnp.int32),
-    blank.astype(jnp.float32).at[:, 0].set(first.depth[rows, lengths - 1]),
+    blank.astype(jnp.float32).at[:, 0].set(first.depth[rows, newest]),
     jnp.zeros(batch, jnp.int32),
   )
+  # per token: the layers read the whole prompt, the readout its last tokens
+  read = flops(lambda t: model.readout(model.embed(t)), prompt[0, 0])
+  plain = (first.cost.full / batch - read) / prompt.shape[1] + read
   full = lambda cache: cache.full(policy.reach)
   over = _ended(token == stop, start.count >= limits, full(first.cache))
   start = start._replace(ended=over)
@@ -242,10 +248,7 @@ def _generate(
       write(row.depth, jnp.broadcast_to(each[:, None], at.shape)),
       row.steps + live,
     )
-    kept = count.sum() / jnp.maximum(out.count.sum(), 1)  # not those cut off
-    return new, out.cost._replace(
-      full=out.cost.full * kept, items=out.cost.items * kept
-    )
+    return new, out.cost
 
   rows, cost = staged_while(
     step,
@@ -254,6 +257,9 @@ def _generate(
     result=lambda row: row._replace(cache=None, memory=None, keys=None),
     rungs=rungs,
   )
+  made = (rows.count - 1).sum(dtype=jnp.float32)  # the first is the prompt's
+  twin = policy.twin_flops(model, plain, slots) * made
+  cost = cost._replace(full=twin, items=made)
   return Generation(
     rows.tokens, rows.count, rows.ended, rows.depth, rows.steps, cost
   )
@@ -327,22 +333,8 @@ def _checked(tokens, vocab: int, lengths):
       f"tokens must be [batch, length] with at least one of each; got shape"
       f" {tokens.shape}."
     )
-  batch, longest = tokens.shape
-  if lengths is None:
-    lengths = np.full(batch, longest)
-  if not isinstance(lengths, jax.core.Tracer):
-    lengths = np.asarray(lengths, np.int32)
-  if lengths.shape != (batch,):
-    raise ValueError(
-      f"`lengths` must be one number per row, [{batch}]; got {lengths.shape}."
-    )
-  given = not isinstance(lengths, jax.core.Tracer)
-  if given and (lengths.min() < 1 or lengths.max() > longest):
-    raise ValueError(
-      f"`lengths` must lie in 1..{longest}, the tokens there are: an empty"
-      f" prompt has nothing to go on from; got {lengths}."
-    )
-  if not isinstance(tokens, jax.core.Tracer):
+  lengths = _row_numbers("lengths", lengths, *tokens.shape)
+  if _known(tokens):
     known = np.asarray(tokens)
     low, high = known.min(), known.max()
     if low < 0 or high >= vocab:
@@ -350,4 +342,25 @@ def _checked(tokens, vocab: int, lengths):
         f"tokens must lie in 0..{vocab - 1}, the model's vocabulary; got"
         f" {low}..{high}."
       )
-  return tokens, jnp.asarray(lengths)
+  return tokens, lengths
+
+
+def _row_numbers(name: str, numbers, rows: int, most: int):
+  """A number of tokens in 1..most for each row, i32[B]; `most` if not given."""
+  numbers = np.full(rows, most) if numbers is None else numbers
+  numbers = np.asarray(numbers) if _known(numbers) else numbers
+  whole = jnp.issubdtype(numbers.dtype, jnp.integer)
+  if numbers.shape != (rows,) or not whole:
+    raise ValueError(
+      f"`{name}` must be one whole number per row, [{rows}]; got {numbers}."
+    )
+  if _known(numbers) and (numbers.min() < 1 or numbers.max() > most):
+    raise ValueError(
+      f"`{name}` must lie in 1..{most} tokens, none of them empty; got"
+      f" {numbers}."
+    )
+  return jnp.asarray(numbers, jnp.int32)
+
+
+def _known(value) -> bool:
+  return not isinstance(value, jax.core.Tracer)

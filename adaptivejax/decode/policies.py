@@ -93,8 +93,8 @@ def stop_and_exit(
 
 def self_speculation(model, *, exit: int | None = None, draft: int = 3):
   """The first `exit` layers draft, all verify: the text of all layers."""
-  half = max(layer_count(model.layers) // 3, 1)
-  return decode.SelfSpeculation(half if exit is None else exit, draft)
+  third = max(layer_count(model.layers) // 3, 1)
+  return decode.SelfSpeculation(third if exit is None else exit, draft)
 
 
 def aded(model, *, corpus: np.ndarray | None = None, nodes: int = 24):

@@ -61,7 +61,7 @@ class LMOutput(NamedTuple):
   """What the model says and spent.
 
   Attributes:
-    logits: f32[B, T, V].
+    logits: f32[B, T, V], or [B, 1, V] of one token per row.
     cache: advanced by T tokens, or None.
     cost: FLOPs of layers and readout.
     signals: differentiable by-products, mean over layers.
@@ -165,6 +165,7 @@ class DecoderLM(nnx.Module):
     *,
     lengths: Int[Array | np.ndarray, " B"] | None = None,
     tree: Bool[Array, "B T T"] | None = None,
+    read_at: Int[Array, " B"] | None = None,
     stack: Callable = plain,
     key: Key[Array, ""] | None = None,
   ) -> LMOutput:
@@ -178,6 +179,8 @@ class DecoderLM(nnx.Module):
       tree: tokens that each token sees, itself included, where they are a tree
         of drafts and not a text (`core.trees.ancestors`); needs a cache.  The
         cache comes back with the tree in it but not advanced: `commit_path`.
+      read_at: the one token of each row whose logits are wanted, as [B, 1, V]
+        (dynamic); all T if not given.
       stack: how the layers are run, see `nn.stack`.
       key: given in training, asks for the differentiable form.
     """
@@ -195,8 +198,11 @@ class DecoderLM(nnx.Module):
     x = self.embed(tokens)
     cache = vary(cache, varying_axes(x))
     out = stack(self.layers, x, positions, cache, readout=self.readout, key=key)
-    logits = self.readout(out.x)
-    read = flops(lambda m, x: m.readout(x), self, out.x)
+    x = out.x
+    if read_at is not None:
+      x = jnp.take_along_axis(x, read_at[:, None, None], axis=1)
+    logits = self.readout(x)
+    read = flops(lambda m, x: m.readout(x), self, x)
     return LMOutput(
       logits,
       None if cache is None else _advance(out.cache, count),

@@ -31,7 +31,7 @@ class Step(NamedTuple):
     cache: with the last token and all new ones but the newest.
     memory: for the next step.
     depth: layers run for each row in this step, f32[B].
-    cost: of the step.
+    cost: of the step; the engine counts the twin's itself.
     stop: rows that end after these tokens by the policy's will, bool[B].
   """
 
@@ -48,14 +48,20 @@ class Policy:
   """The protocol; see `ByStack` for the simplest one."""
 
   @property
-  def emits(self) -> int:
-    """The most tokens that a step makes (static)."""
+  def reach(self) -> int:
+    """Cache slots that a step needs: its tokens at most, or more (static)."""
     return 1
 
-  @property
-  def reach(self) -> int:
-    """Cache slots that a step needs (static)."""
-    return self.emits
+  def twin_flops(self, model, plain: Float[Array, ""], slots: int):
+    """FLOPs of a token by the dense twin, f32[].
+
+    Args:
+      model: as in `step`.
+      plain: what `model` spends on a token with all its layers.
+      slots: of the cache (static).
+    """
+    del model, slots
+    return plain
 
   def check(self, model) -> None:
     """Raises ValueError if it cannot decode with `model`."""
@@ -92,8 +98,8 @@ class Policy:
   ) -> Step:
     """The tokens after `last`, which the cache does not hold yet.
 
-    Nothing is read of rows that are not `live`, and they must cost nothing that
-    grows with their number.  The next token has position `cache.length + 1`.
+    Nothing is read of rows that are not `live`, and nothing may wait for them.
+    The next token has position `cache.length + 1`.
     """
     raise ValueError(f"{type(self).__name__} does not say how it steps.")
 

@@ -83,3 +83,27 @@ def test_rotary_scores_depend_on_the_distance_only():
   score = lambda i, j: float((at(q, i) * at(k, j)).sum())
   np.testing.assert_allclose(score(9, 4), score(5, 0), rtol=1e-5)
   assert abs(score(9, 4) - score(9, 0)) > 1e-3
+
+
+def test_a_broken_key_breaks_those_who_see_it_and_nobody_else():
+  """Of several queries, each sees another part of the keys."""
+  q = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+  k, v = jax.random.normal(jax.random.key(1), (2, 1, 1, 4, 8))
+  at = jnp.arange(4)[None]
+  mask = jnp.tril(jnp.ones((1, 4, 4), bool)).at[0, 3, 2].set(False)
+
+  def out(q, k, v):
+    return attend(q, Keys(k, v, at), at, mask=mask)
+
+  want = out(q, k, v)
+  for broken in (
+    (k.at[0, 0, 2, 1].set(jnp.nan), v),
+    (k, v.at[0, 0, 2].set(jnp.inf)),
+  ):
+    got = out(q, *broken)
+    others = np.array([0, 1, 3])
+    np.testing.assert_array_equal(got[:, others], want[:, others])
+    assert jnp.isnan(got[:, 2]).all()
+    seen = lambda q, k, v: out(q, k, v)[:, np.array([0, 1, 3])].sum()
+    grads = jax.grad(seen, (0, 1, 2))(q, *broken)
+    assert all(jnp.isfinite(g).all() for g in grads)

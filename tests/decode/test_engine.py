@@ -21,6 +21,7 @@ from adaptivejax.decode import (
 )
 from adaptivejax.methods.decode import SelfSpeculation
 from adaptivejax.models import DecoderConfig, DecoderLM
+from adaptivejax.nn.linear import linear
 from tests import reference
 
 V, P, STEPS = 13, 4, 5
@@ -28,6 +29,7 @@ CONFIG = DecoderConfig(
   vocab=V, layers=3, features=16, hidden=32, heads=2, kv_heads=1
 )
 MODEL = DecoderLM(CONFIG, rngs=nnx.Rngs(0))
+CONTROLLER = linear(CONFIG.features, 3, rngs=nnx.Rngs(1))
 TEXT = jax.random.randint(jax.random.key(0), (3, P + STEPS), 0, V)
 
 
@@ -146,6 +148,46 @@ def test_one_candidate_is_greedy():
     np.testing.assert_array_equal(made.tokens, greedy.tokens)
 
 
+def test_a_key_per_row_makes_a_row_independent_of_its_place():
+  keys = jax.random.split(jax.random.key(5), 3)
+  how = {"steps": 9, "temperature": 1.0}
+  whole = generate(MODEL, TEXT[:, :P], key=keys, **how).tokens
+  turned = generate(MODEL, TEXT[::-1, :P], key=keys[::-1], **how).tokens
+  np.testing.assert_array_equal(whole, turned[::-1])
+  one = generate(MODEL, TEXT[1:2, :P], key=keys[1:2], **how).tokens
+  np.testing.assert_array_equal(whole[1:2], one)
+
+
+@pytest.mark.parametrize("name", ["full", "self_speculation", "aded"])
+def test_the_cost_counts_the_tokens_that_stay(name):
+  """Of a draft that overshoots its limit, only what was asked for."""
+  limits = jnp.array([2, 9, 3])
+  made = generate(
+    MODEL, TEXT[:, :P], **RAGGED, limits=limits, policy=of_name(name)
+  )
+  assert made.cost.items == 1 + 8 + 2
+  step = MODEL(TEXT[:1, :1], MODEL.empty_cache(1, P + 8)).cost.full
+  np.testing.assert_allclose(made.cost.full / 11, step, rtol=0.3)
+  assert made.cost.spent >= made.cost.full * 0.99
+
+
+def test_settings_may_be_traced():
+  def text(heat, stop, limits):
+    return generate(
+      MODEL,
+      TEXT[:, :P],
+      steps=5,
+      temperature=heat,
+      stop=stop,
+      limits=limits,
+      key=jax.random.key(0),
+    ).tokens
+
+  args = jnp.float32(0.9), jnp.int32(3), jnp.array([2, 5, 4])
+  got = jax.jit(text)(*args)
+  np.testing.assert_array_equal(got, text(0.9, 3, [2, 5, 4]))
+
+
 def test_settings_compile_once():
   before = engine._generate._cache_size()
   for heat in (0.5, 0.9):
@@ -164,21 +206,31 @@ def test_settings_compile_once():
   assert engine._generate._cache_size() <= before + 1
 
 
-@pytest.mark.parametrize("policy", [FULL, SelfSpeculation(1, 2)])
-def test_the_loop_copies_no_cache(policy):
+def of_name(name):
+  """Each policy there is, with what it needs."""
+  needs = {
+    "stop_and_exit": {"controller": CONTROLLER},
+    "entropy_adaptive": {"large": MODEL},
+    "aded": {"corpus": np.arange(V)},
+  }
+  return make_policy(name, MODEL, **needs.get(name, {}))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_loop_copies_no_cache(name):
   """The optimised program updates the cache in place, in every loop body."""
   text = engine._generate.lower(
     MODEL,
     TEXT[:, :P],
     LENGTHS,
     jnp.full(3, 40),
-    engine._bound(policy),
+    engine._bound(of_name(name)),
     Sampling.of(),
     jax.random.key(0),
     jnp.int32(-1),
     steps=40,
     slots=51,
-    rungs=(3, 2),
+    rungs=(3, 2) if name == "full" else (3,),
   )
   inside = inside_loops(text.compile().as_text())
   cache = r"f32\[[23],3,1,51,8\]\S*"
@@ -209,7 +261,7 @@ def inside_loops(text):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_by_name_decodes(name):
-  made = generate(MODEL, TEXT[:, :P], steps=2, policy=make_policy(name, MODEL))
+  made = generate(MODEL, TEXT[:, :P], steps=2, policy=of_name(name))
   assert made.tokens.shape == (3, 2)
 
 
@@ -224,9 +276,22 @@ def test_every_policy_by_name_decodes(name):
     (lambda: generate(MODEL, TEXT, steps=1, temperature=1.0), "key"),
     (lambda: generate(MODEL, TEXT, steps=1, lengths=[P, 0, 1]), "empty"),
     (lambda: generate(MODEL, TEXT, steps=1, lengths=[P, 99, 1]), "lengths"),
-    (lambda: generate(MODEL, TEXT, steps=1, lengths=[1, 1]), "one number per"),
+    (
+      lambda: generate(MODEL, TEXT, steps=1, lengths=[1, 1]),
+      "one whole number per",
+    ),
     (lambda: generate(MODEL, TEXT, steps=2, limits=[1, 3, 1]), "limits"),
     (lambda: generate(MODEL, TEXT, steps=2, limits=[0, 1, 1]), "limits"),
+    (lambda: generate(MODEL, TEXT, steps=2, limits=[1.5, 1, 1]), "whole"),
+    (
+      lambda: generate(
+        MODEL, TEXT, steps=2, key=jax.random.split(jax.random.key(0), 2)
+      ),
+      "one per row",
+    ),
+    (lambda: make_policy("stop_and_exit", MODEL), "controller"),
+    (lambda: make_policy("entropy_adaptive", MODEL), "large"),
+    (lambda: make_policy("calm", MODEL, thresh=1.0), "threshold"),
     (lambda: generate(MODEL, TEXT, steps=2, stop=V), "stop"),
     (lambda: generate(MODEL, TEXT, steps=2, capacity=P), "no room"),
     (lambda: generate(MODEL, TEXT, steps=2, top_k=0), "top_k"),

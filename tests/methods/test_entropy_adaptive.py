@@ -55,7 +55,7 @@ def replay(text, threshold, dwell, window, signal):
     first, second = np.sort(logits)[:-3:-1]
     assert first - second > 1e-4, "no near tie, or rounding would decide"
     spoke.append(bool(large))
-    own = n > 0 and signal == "small"
+    own = signal == "small"
     ring.append(heat(say(small()) if own else logits))
     text.append(int(logits.argmax()))
     said.append(text[-1])
@@ -74,7 +74,7 @@ def replay(text, threshold, dwell, window, signal):
     (2.1, {}),
     (2.0, {"dwell": 1, "window": 1}),
     (2.0, {"dwell": 4, "signal": "small"}),
-    (2.1, {"chunks": ()}),
+    (2.1, {"chunks": (1,)}),
   ],
 )
 def test_tokens_and_speakers_equal_the_replay(threshold, settings):
@@ -176,6 +176,8 @@ def test_the_loop_copies_no_cache():
     (lambda: policy(np.nan), "nan"),
     (lambda: policy(1.0, window=0), "window=0"),
     (lambda: policy(1.0, chunks=(4, 1)), "chunks"),
+    (lambda: policy(1.0, chunks=()), "chunks"),
+    (lambda: policy(1.0, signal="smal"), "signal"),
     (
       lambda: EntropyAdaptive(
         DecoderLM(DecoderConfig(vocab=5, layers=1), rngs=nnx.Rngs(0)), 1.0

@@ -65,10 +65,6 @@ class ADED(Policy):
   """M, tri-grams that a row can add to the table (static)."""
 
   @property
-  def emits(self) -> int:
-    return self.depth + 1
-
-  @property
   def reach(self) -> int:
     return self.nodes
 
@@ -114,7 +110,5 @@ class ADED(Policy):
     at = count[:, None] + jnp.arange(self.window - 1)
     memory = Memory(recent, jnp.take_along_axis(text, at, axis=1))
     cache = commit_path(out.cache, path.nodes, count)
-    made = count.sum(dtype=jnp.float32)  # the twin makes them one by one
-    full = out.cost.full * made / tree.tokens.size
-    cost, ends = out.cost._replace(full=full, items=made), jnp.zeros_like(live)
-    return Step(path.tokens, count, cache, memory, out.depth[:, 0], cost, ends)
+    depth, ends = out.depth[:, 0], jnp.zeros_like(live)
+    return Step(path.tokens, count, cache, memory, depth, out.cost, ends)

@@ -12,10 +12,11 @@ but only after `dwell` tokens with the same one.  The small model reads every
 token; the large one reads what it missed when it is asked, in one chunk, so its
 cache is that of a model that has read everything.
 
-Primitive: `EntropyRing`; `run_if` over a ladder of chunk sizes.
+Primitive: `EntropyRing`; `run_times` over a ladder of chunk sizes.
 Departs: the small model reads on while the large one speaks (`signal` says
-whose entropy counts).  The abstract gives no dwell: 10 is ours.  The first
-token is the large model's if the prompt's end is hard.
+whose entropy counts).  Entropy is in nats, not bits.  The abstract gives no
+dwell: 10 is ours.  The first token is the large model's if the prompt's end is
+hard.  What the large model reads of the prompt in the first step counts there.
 Axes: B batch, P prompt tokens, S slots, C tokens of a chunk, V vocabulary.
 """
 
@@ -32,7 +33,7 @@ from jaxtyping import Array
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost, flops
 from adaptivejax.core.halting import EntropyRing, entropy
-from adaptivejax.core.plans import run_if
+from adaptivejax.core.plans import run_times
 from adaptivejax.nn.policy import Policy, Step
 from adaptivejax.nn.stack import layer_count, present
 
@@ -77,7 +78,7 @@ class EntropyAdaptive(Policy):
   signal: Literal["active", "small"] = _static("active")
   """Whose entropy counts (static)."""
   chunks: tuple[int, ...] = _static((1, 8, 64))
-  """Sizes to catch up in, ascending; whole texts besides (static)."""
+  """Sizes to catch up in, ascending, from 1 on (static)."""
 
   def check(self, model) -> None:
     if self.large.config.vocab != model.config.vocab:
@@ -91,23 +92,30 @@ class EntropyAdaptive(Policy):
         "threshold=nan decides nothing: give an entropy in nats."
       )
     rising = list(self.chunks) == sorted(set(self.chunks))
-    if self.window < 1 or not rising or min(self.chunks, default=1) < 1:
+    if self.window < 1 or not rising or self.chunks[:1] != (1,):
       raise ValueError(
         f"window={self.window} must be at least 1, and chunks={self.chunks}"
-        " must rise from at least 1."
+        " must rise from 1."
       )
+    if self.signal not in ("active", "small"):
+      raise ValueError(f"signal={self.signal!r} must be active or small.")
 
   def start(self, model, prompt, lengths, slots, logits):
     del model
     batch, tokens = prompt.shape
     text = jnp.zeros((batch, slots), jnp.int32).at[:, :tokens].set(prompt)
     cache = self.large.empty_cache(batch, slots)
-    hard = entropy(logits) > self.threshold
-    cache, logits, _ = self._catch_up(cache, text, lengths, hard, logits)
-    ring = EntropyRing.empty(batch, self.window).push(entropy(logits))
-    since = jnp.zeros(batch, jnp.int32)
-    memory = Memory(cache, text, ring, hard, since)
-    return self._decide(memory), logits
+    hard = _heat(logits) > self.threshold
+    cache, said, _ = self._catch_up(cache, text, lengths, hard, logits)
+    heard = logits if self.signal == "small" else said
+    ring = EntropyRing.empty(batch, self.window).push(_heat(heard))
+    memory = Memory(cache, text, ring, hard, jnp.zeros(batch, jnp.int32))
+    return self._decide(memory), said
+
+  def twin_flops(self, model, plain, slots):
+    del model, plain
+    read = lambda token: self.large(token, self.large.empty_cache(1, slots))
+    return jnp.float32(flops(read, jax.ShapeDtypeStruct((1, 1), jnp.int32)))
 
   def step(self, model, last, cache, memory, draw, live) -> Step:
     at = cache.length
@@ -120,15 +128,8 @@ class EntropyAdaptive(Policy):
       memory.cache, text, at + 1, asked, small
     )
     said = small if self.signal == "small" else logits
-    ring = memory.ring.push(entropy(said), live)
+    ring = memory.ring.push(_heat(said), live)
     memory = Memory(ours, text, ring, memory.large, memory.since + live)
-    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    read = lambda token: self.large(
-      token, self.large.empty_cache(1, cache.slots)
-    )
-    made = live.sum(dtype=jnp.float32)
-    cost = out.cost + cost
-    cost = cost._replace(full=flops(read, one) * made, items=made)
     depth = out.depth[:, 0] + jnp.where(asked, _depth(self.large), 0)
     return Step(
       draw.token(logits, at + 1)[:, None],
@@ -136,7 +137,7 @@ class EntropyAdaptive(Policy):
       out.cache,
       self._decide(memory),
       depth,
-      cost,
+      out.cost + cost,
       jnp.zeros_like(live),
     )
 
@@ -155,27 +156,32 @@ class EntropyAdaptive(Policy):
       `(cache, logits, cost)`, its logits where it was asked.
     """
     slots = text.shape[1]
-    missed = jnp.where(asked, length - cache.length, 0)
-    sizes = [size for size in self.chunks if size < slots]
-    rung = jnp.searchsorted(jnp.array([0, *sizes]), missed.max())
+    sizes = [size for size in self.chunks if size <= slots]
+    missed = jnp.where(asked, length - cache.length, 0).max()
+    most = sizes[-1]
+    rung = jnp.searchsorted(jnp.array([0, *sizes]), missed % most)
 
-    def read(carry, missed, text, large, size):
+    def read(carry, asked, length, text, large, size):
       cache, logits, cost = carry
+      count = jnp.clip(jnp.where(asked, length - cache.length, 0), 0, size)
       at = jnp.minimum(cache.positions(size), slots - 1)
       tokens = jnp.take_along_axis(text, at, axis=1)
-      out = large(tokens, cache, lengths=missed, stack=PRESENT)
-      newest = jnp.maximum(missed - 1, 0)[:, None, None]
-      said = jnp.take_along_axis(out.logits, newest, axis=1)[:, 0]
-      logits = jnp.where((missed > 0)[:, None], said, logits)
+      newest = jnp.maximum(count - 1, 0)
+      out = large(tokens, cache, lengths=count, read_at=newest, stack=PRESENT)
+      logits = jnp.where((count > 0)[:, None], out.logits[:, 0], logits)
       return out.cache, logits, cost + out.cost
 
     carry = cache, logits, Cost.zero()
-    for n, size in enumerate([*sizes, slots], 1):
+    for n, size in reversed(list(enumerate(sizes, 1))):
+      times = (rung == n) + (missed // most if size == most else 0)
       some = functools.partial(read, size=size)
-      carry = run_if(
-        rung == n, some, carry, missed, text, self.large, reverse=False
-      )
+      carry = run_times(times, some, carry, asked, length, text, self.large)
     return carry
+
+
+def _heat(logits):
+  """Entropy; what is NaN is as unsure as can be."""
+  return jnp.nan_to_num(entropy(logits), nan=jnp.inf)
 
 
 def _depth(model) -> int:

@@ -47,25 +47,25 @@ class SelfSpeculation(Policy):
   """d, tokens per draft, at least 1 (static)."""
 
   @property
-  def emits(self) -> int:
+  def reach(self) -> int:
     return self.draft + 1
 
   def check(self, model) -> None:
     layers = layer_count(model.layers)
-    if not 1 <= self.exit < layers:
+    if self.exit not in range(1, layers):
       raise ValueError(
-        f"exit={self.exit} must leave layers on both sides: 1..{layers - 1}."
+        f"exit={self.exit} must leave layers on both sides: a whole number in"
+        f" 1..{layers - 1}."
       )
-    if self.draft < 1:
-      raise ValueError(f"draft={self.draft} must be at least 1 token.")
+    if self.draft < 1 or self.draft != int(self.draft):
+      raise ValueError(f"draft={self.draft} must be 1 token, or more.")
 
   def step(self, model, last, cache, memory, draw, live: Bool[Array, " B"]):
     layers, total = model.layers, layer_count(model.layers)
     start = cache.length
     place = lambda t: jnp.where(live[:, None], t, -1)
 
-    def propose(carry, _):
-      token, cache = carry
+    def first(token, cache):
       x, cache, cost, _ = run_layers(
         layers,
         model.embed(token)[:, None],
@@ -73,36 +73,37 @@ class SelfSpeculation(Policy):
         cache,
         jnp.arange(self.exit),
       )
-      log = draw.log_probs(model.readout(x[:, 0]))
-      cache = cache.advance(1)
-      token = draw.categorical(log, cache.length, DRAFT)
-      return (token, cache), (x[:, 0], token, log, cost.total())
+      return x, cache.advance(1), cost.total()
 
-    (_, cache), (x, draft, log, spent) = lax.scan(
-      propose, (last, cache), length=self.emits
+    def propose(carry, _):
+      x, cache, cost = first(*carry)
+      log = draw.log_probs(model.readout(x[:, 0]))
+      token = draw.categorical(log, cache.length, DRAFT)
+      return (token, cache), (x[:, 0], token, log, cost)
+
+    (token, cache), (x, draft, log, spent) = lax.scan(
+      propose, (last, cache), length=self.draft
     )
-    cache = cache._replace(length=start)
+    newest, cache, cost = first(token, cache)
     x, draft, log = (jnp.moveaxis(a, 0, 1) for a in (x, draft, log))
+    x, spent = jnp.concatenate([x, newest], 1), spent.total() + cost
+    cache = cache._replace(length=start)
     x, cache, cost, _ = run_layers(
       layers,
       x,
-      place(cache.positions(self.emits)),
+      place(cache.positions(self.reach)),
       cache,
       jnp.arange(self.exit, total),
     )
     target = draw.log_probs(model.readout(x))
-    kept = draft_verify(draft[:, :-1], log[:, :-1], target, draw, start + 1)
+    kept = draft_verify(draft, log, target, draw, start + 1)
     count = jnp.where(live, kept.count, 0)
-    ahead = self.emits * self.exit + total - self.exit
+    ahead = self.reach * self.exit + total - self.exit
     depth = jnp.full(last.shape, layers.depth * ahead, jnp.float32)
-    cost = spent.total() + cost.total()
-    cost += Cost.dense(flops(model.readout, x), x[..., 0].size)
-    made = count.sum(dtype=jnp.float32)
-    cost = cost._replace(
-      spent=cost.spent + flops(model.readout, x),  # the draft's readout
-      full=cost.full * made / x[..., 0].size,  # one by one, of what was kept
-      items=made,
-    )
+    read = flops(model.readout, x)
+    asked = read * self.draft / self.reach  # the readouts of the draft
+    cost = spent + cost.total() + Cost.dense(read, x[..., 0].size)
+    cost = cost._replace(spent=cost.spent + asked)
     return Step(
       kept.tokens,
       count,
