@@ -217,8 +217,8 @@ def generate(args: Sequence[str]) -> int:
   for name, out in made.items():
     speed = int(out.count[0]) / seconds[name]
     console.print(
-      f"{name}: {speed:,.0f} tokens/s, {float(out.mean_depth):.1f} layers in a row"
-      f" and {float(out.cost.share):.0%} of the compute per token,"
+      f"{name}: {speed:,.0f} tokens/s, {float(out.mean_depth):.1f} layers"
+      f" in a row and {float(out.cost.share):.0%} of the compute per token,"
       f" {float(out.tokens_per_step):.2f} tokens per step",
       highlight=False,
     )
