@@ -2,8 +2,8 @@
 """Mixture-of-Depths: more layers, most of them for an eighth of the bytes.
 
 Ten layers, of which every other one takes 12.5 % of the bytes, against six
-dense ones, at equal FLOPs of training.  Measured as it generates: a predictor
-decides instead of the top-k, which looks ahead.
+dense ones, at equal FLOPs of training (not of parameters).  Measured as it
+generates: a predictor decides instead of the top-k, which looks ahead.
 """
 
 import dataclasses
@@ -34,8 +34,7 @@ from benchmarks.headlines.beds import (
 )
 
 PAPER = (
-  "At equal training FLOPs the loss of the dense model, for a fraction of the"
-  " FLOPs per forward pass (unverified)"
+  "At equal training FLOPs the loss of the dense model or less (unverified)"
 )
 DEEP, CAPACITY = dataclasses.replace(MODEL, layers=10), 0.125
 MARGIN = 0.02  # nats
