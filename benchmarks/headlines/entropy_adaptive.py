@@ -25,8 +25,9 @@ PAPER = (
   " tokens, at 41.5 % less compute"
 )
 SMALL = DecoderConfig(layers=1, features=64, hidden=256, heads=4, kv_heads=4)
-ROWS, PROMPT, NEW, DWELL = 128, 24, 40, 4
+ROWS, PROMPT, NEW, DWELL = 128, 16, 48, 4
 QUANTILES = (0.3, 0.5, 0.7)
+CHUNKS = 1, 6, 12, 24, 40
 WANTED = 0.6  # most of the tokens that may be the large model's
 
 
@@ -35,28 +36,36 @@ def measure(quick: bool) -> Headline:
   seen = beds.texts(20 if quick else 200, split="train")
   doubts = np.asarray(_doubts(small, seen, EntropyAdaptive.window))
   prompt = beds.texts(ROWS, PROMPT)
-  write = functools.partial(
-    generate,
-    small,
-    prompt,
-    steps=8 if quick else NEW,
-    temperature=1.0,
-    key=jax.random.key(0),
-    rungs=(ROWS,),
-  )
+  keys = jax.random.split(jax.random.key(0), len(prompt))
+
+  @jax.jit
+  def write(policy):
+    """Row by row: a batch reads as long a chunk as its neediest row."""
+    alone = lambda row: generate(
+      small,
+      row[0][None],
+      steps=8 if quick else NEW,
+      policy=policy,
+      temperature=1.0,
+      key=row[1],
+    )
+    return jax.lax.map(alone, (prompt, keys))
+
   levels = {"small": np.inf, "large": -np.inf} | {
     f"{q:.0%}": np.quantile(doubts, q) for q in QUANTILES
   }
   figures = {}
   for name, level in levels.items():
-    policy = EntropyAdaptive(large, jnp.float32(level), jnp.int32(DWELL))
-    made = write(policy=policy)
-    asked = (made.depth[:, 1:] - SMALL.layers) / beds.MODEL.layers
-    text = jnp.concatenate([prompt, made.tokens], 1)
+    policy = EntropyAdaptive(
+      large, jnp.float32(level), jnp.int32(DWELL), chunks=CHUNKS
+    )
+    made = write(policy)
+    asked = (made.depth[:, 0, 1:] - SMALL.layers) / beds.MODEL.layers
+    text = jnp.concatenate([prompt, made.tokens[:, 0]], 1)
     figures |= {
       f"bits_{name}": float(_bits(large, text)),
       f"asked_{name}": float(asked.mean()),
-      f"flops_{name}": float(made.cost.share),
+      f"flops_{name}": float(made.cost.total().share),
     }
   gap = figures["bits_small"] - figures["bits_large"]
   for q in QUANTILES:
@@ -66,14 +75,17 @@ def measure(quick: bool) -> Headline:
   inside = [q for q in QUANTILES if figures[f"asked_{q:.0%}"] < WANTED]
   chosen = f"{min(inside, default=QUANTILES[-1]):.0%}"
   asked, won = figures[f"asked_{chosen}"], figures[f"won_{chosen}"]
+  flops = figures[f"flops_{chosen}"]
   words = (
     f"bits per byte of the text, by the large model:"
     f" {figures[f'bits_{chosen}']:.2f}, against {figures['bits_large']:.2f} of"
     f" its own and {figures['bits_small']:.2f} of the small model's; it writes"
     f" {asked:.0%} of the bytes for {won:.0%} of the gain (by chance as much"
-    f" as its share), at {figures[f'flops_{chosen}']:.0%} of its FLOPs"
+    f" as its share). Counting what it reads to catch up that takes"
+    f" {flops:.0%} of its FLOPs, not fewer"
   )
-  return Headline(words, figures, bool(asked < WANTED and asked < won))
+  spares = asked < WANTED and asked < won
+  return Headline(words, figures, bool(spares and flops < 1))
 
 
 def _config() -> TrainConfig:
