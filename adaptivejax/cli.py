@@ -186,7 +186,7 @@ def generate(args: Sequence[str]) -> int:
   with console.status(f"{options.policy}: preparing") as status:
     if options.large:
       settings["large"] = training.load_run(options.large)[1]
-    settings |= _learned(options.policy, config, model, status)
+    settings |= _learned(options.policy, settings, config, model, status)
     policies = {options.policy: decode.make_policy(
       options.policy, model, **settings
     )}  # fmt: skip
@@ -253,7 +253,9 @@ def _settings(options: Generate) -> dict[str, Any]:
   return found
 
 
-def _learned(policy: str, config, model, status) -> dict[str, Any]:
+def _learned(
+  policy: str, settings: dict[str, Any], config, model, status
+) -> dict[str, Any]:
   """What some policies learn from the text that the run was trained on."""
   import functools
 
@@ -274,7 +276,8 @@ def _learned(policy: str, config, model, status) -> dict[str, Any]:
     status.update(f"{policy}: training its controller")
     cut = windows(training.load_corpus(config.data).train, 64)
     head = linear(model.config.features, 3, rngs=nnx.Rngs(0))
-    loss = functools.partial(controller_loss, every=1)
+    every = settings.get("every", 1)  # the exits that it will be asked at
+    loss = functools.partial(controller_loss, every=every)
     tokens = np.asarray(cut, np.int32)
     return {"controller": training.fit_head(head, loss, model, tokens)}
   return {}

@@ -140,6 +140,30 @@ def config():
 """
 
 
+def test_a_controller_is_trained_at_the_exits_it_is_asked_at(here, monkeypatch):
+  (here / "decoder.py").write_text(DECODER.replace("layers=2", "layers=4"))
+  (here / "neighbour.py").write_text("STEPS = 2")
+  assert cli.main(["train", "decoder.py"]) == 0
+  from adaptivejax import training
+
+  trained, asked = [], []
+
+  def fit(head, loss, *_):
+    trained.append(loss.keywords["every"])
+    return head
+
+  def generate(*_, policy, **__):
+    asked.append((int(policy.min_depth), int(policy.every)))
+    raise ValueError("enough")
+
+  monkeypatch.setattr(training, "fit_head", fit)
+  monkeypatch.setattr(decode, "generate", generate)
+  command = ["generate", "runs/tiny", "--prompt", "a"]
+  command += ["--policy", "stop_and_exit", "--set", "min_depth=3"]
+  assert cli.main(command) == cli.main([*command, "every=2"]) == 2
+  assert trained == [1, 2] and asked == [(3, 1), (3, 2)]
+
+
 def test_generates_with_every_policy(here, capsys):
   (here / "decoder.py").write_text(DECODER)
   (here / "neighbour.py").write_text("STEPS = 2")

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from adaptivejax.core.staged import freeze
 from adaptivejax.core.varying import vary, varying_axes
 
 Layer = Callable[[Any, Any, Any, Any, Array], tuple[Any, Any]]
@@ -170,17 +171,12 @@ def _start(x, state, memory, live) -> _Rows:
 def _step(layer, halt, min_depth, block, l, rows: _Rows) -> _Rows:
   x, state, memory, done, depth = rows
   new, state = layer(block, l, x, state, ~done)
-  new = _frozen(done, x, new)
+  new = freeze(~done, new, x)
   stop, seen = halt(l, x, new, memory)
   depth = jnp.where(done, depth, l + 1)
   stop = stop & (l + 1 >= min_depth)
-  return _Rows(new, state, _frozen(done, memory, seen), done | stop, depth)
-
-
-def _frozen(done, old, new):
-  """`old` in the rows that are done, else `new`."""
-  rows = lambda a: done.reshape(-1, *[1] * (a.ndim - 1))
-  return jax.tree.map(lambda a, b: jnp.where(rows(a), a, b), old, new)
+  seen = freeze(~done, seen, memory)
+  return _Rows(new, state, seen, done | stop, depth)
 
 
 def _depth(params: Any) -> int:

@@ -83,9 +83,9 @@ def patience(
 ) -> tuple[Int[Array, "..."], Streak]:
   """How many times in a row the prediction was that of the exit before.
 
-  0 at the first exit and at every change.  Predictions are at least 0.
+  0 at the first exit, at every change, and for a prediction below 0: none.
   """
-  same = prediction == memory.last
+  same = (prediction == memory.last) & (prediction >= 0)
   count = jnp.where(same, memory.count + 1, 0)
   return count, Streak(prediction.astype(jnp.int32), count)
 

@@ -45,6 +45,12 @@ def hoeffding_bentkus(
   return np.minimum(np.exp(-n * divergence), tail)
 
 
+def check_promise(delta: float, epsilon: float) -> None:
+  """Raises ValueError for a risk or a probability outside (0, 1)."""
+  if not 0 < delta < 1 or not 0 < epsilon < 1:
+    raise ValueError(f"{delta=} and {epsilon=} must lie between 0 and 1.")
+
+
 def learn_then_test(
   losses: Float[Host, "n J"],
   *,
@@ -86,8 +92,7 @@ def learn_then_test(
       "`losses` must lie in 0..1, which the p-values rest on; got"
       f" {losses.min()}..{losses.max()}. Scale or clip them."
     )
-  if not 0 < delta < 1 or not 0 < epsilon < 1:
-    raise ValueError(f"{delta=} and {epsilon=} must lie between 0 and 1.")
+  check_promise(delta, epsilon)
   p = np.asarray(p_value(losses.mean(0), len(losses), delta))
   accepted = int(np.cumprod(p <= epsilon).sum())
   return accepted - 1 if accepted else None

@@ -16,7 +16,13 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.losses import cross_entropy
-from adaptivejax.core.risk import PValue, hoeffding_bentkus, learn_then_test
+from adaptivejax.core.risk import (
+  PValue,
+  check_promise,
+  hoeffding_bentkus,
+  learn_then_test,
+)
+from adaptivejax.nn.policy import ByStack
 
 Loss = Callable[[Array, Array, Array], Array]
 """`(logits f[N,V], logits of all layers f[N,V], next tokens i32[N]) -> f32[N]`,
@@ -100,10 +106,18 @@ def calibrate(
       f"{prompt=} must leave at least two of the {texts.shape[1]} tokens of a"
       " text: one to read and one to foretell."
     )
+  check_promise(delta, epsilon)
+  known, last = np.asarray(texts), model.config.vocab - 1
+  if not known.size or known.min() < 0 or known.max() > last:
+    raise ValueError(
+      f"`texts` must hold tokens in 0..{last}, the model's vocabulary; got"
+      f" {known}."
+    )
   bound = stack if isinstance(stack, Partial) else Partial(stack)
   at = lambda level: Partial(
     bound.func, *bound.args, **{**bound.keywords, "threshold": level}
   )
+  ByStack(at(levels[0])).check(model)
   losses, depths, found = [], [], None
   for j, level in enumerate(levels):
     lost, depth = _read(model, texts, at(level), loss, prompt)

@@ -78,7 +78,14 @@ def ffn_skip(model, *, threshold: float = 0.98, budget: float = 1.0):
 
 
 def stop_and_exit(
-  model, *, controller=None, stop: float = 1.0, exit: float = 0.9, end: int = 0
+  model,
+  *,
+  controller=None,
+  stop: float = 1.0,
+  exit: float = 0.9,
+  end: int = 0,
+  min_depth: int = 1,
+  every: int = 1,
 ):
   """A trained controller lets a token leave the layers, or ends the text."""
   del model
@@ -87,8 +94,14 @@ def stop_and_exit(
       "stop_and_exit asks a controller that is trained on this model's text:"
       " give a corpus to train it on (`training.fit_head`)."
     )
-  level = jnp.float32
-  return depth.StopAndExit(controller, level(stop), level(exit), jnp.int32(end))
+  return depth.StopAndExit(
+    controller,
+    stop=jnp.float32(stop),
+    exit=jnp.float32(exit),
+    end=jnp.int32(end),
+    min_depth=jnp.int32(min_depth),
+    every=jnp.int32(every),
+  )
 
 
 def self_speculation(model, *, exit: int | None = None, draft: int = 3):

@@ -34,7 +34,8 @@ from adaptivejax.nn.block import Block, Layer
 from adaptivejax.nn.linear import linear
 from adaptivejax.nn.mlp import Mlp
 from adaptivejax.nn.norm import RMSNorm
-from adaptivejax.nn.stack import every_layer, layer_at, layer_count
+from adaptivejax.nn.setting import refuse_outside
+from adaptivejax.nn.stack import every_layer, layer_at
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,10 @@ class Classifier(nnx.Module):
       inputs: one input per row.
       rule: decides after each layer, for every row by itself.
       memory: what the rule starts from: a pytree, rows leading, or None.
-      min_exit: layers that every row runs (dynamic).
+      min_exit: layers that every row runs, 1..K (dynamic).
     """
+    total = self.config.layers
+    refuse_outside(1, total, "the exits there are", min_exit=min_exit)
     x, positions, embedded = self._start(inputs)
     start = x, _pool(x), jnp.zeros((len(x), self.config.classes))
 
@@ -176,7 +179,7 @@ class Classifier(nnx.Module):
     )
     ran, cost = out.depth.max(), out.state
     asked = flops(rule, jnp.int32(0), start[2], start[1], memory) * ran
-    full = cost.full * layer_count(self.layers) / ran
+    full = cost.full * total / ran
     cost = embedded + cost._replace(spent=cost.spent + asked, full=full)
     return Answer(out.x[2], out.depth, cost, out.memory)
 

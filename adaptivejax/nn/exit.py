@@ -17,7 +17,19 @@ from adaptivejax.core.cache import kv_propagate
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.depth import Halt, depth_loop, only_after
 from adaptivejax.nn.block import Block
+from adaptivejax.nn.setting import refuse_outside
 from adaptivejax.nn.stack import StackOutput, layer_at, layer_count, plain
+
+
+def check_exits(
+  total: int,
+  *,
+  min_depth: Int[Array, ""] | int = 1,
+  every: Int[Array, ""] | int = 1,
+) -> None:
+  """Refuses exits outside the `total` layers there are, unless traced."""
+  there = "the layers there are"
+  refuse_outside(1, total, there, min_depth=min_depth, every=every)
 
 
 def early_exit(

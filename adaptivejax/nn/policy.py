@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost
 from adaptivejax.core.sampling import Draw
-from adaptivejax.nn.setting import refuse_nan
+from adaptivejax.nn.stack import check_stack
 
 
 class Step(NamedTuple):
@@ -112,8 +112,7 @@ class ByStack(Policy):
   stack: Any
 
   def check(self, model) -> None:
-    del model
-    refuse_nan(**getattr(self.stack, "keywords", {}))
+    check_stack(self.stack, model.layers)
 
   def step(self, model, last, cache, memory, draw, live) -> Step:
     reads = live.astype(jnp.int32)  # a row that is done reads nothing

@@ -33,20 +33,33 @@ def adjust(model: M, value: Float[Array, ""] | float) -> M:
 
 
 def refuse_nan(**settings) -> None:
-  """Raises ValueError for a setting that is NaN, unless it is traced.
+  """Raises ValueError for a setting that holds NaN, unless it is traced.
 
   No comparison with NaN is true: it would silently mean never.
   """
   for name, value in settings.items():
     for leaf in jax.tree.leaves(value):
-      traced = isinstance(leaf, jax.core.Tracer)
-      if not traced and jnp.ndim(leaf) == 0 and _is_nan(leaf):
+      if not isinstance(leaf, jax.core.Tracer) and _holds_nan(leaf):
         raise ValueError(
           f"`{name}` is NaN, which compares with nothing: give a number; one"
           " out of range, such as 2, means never."
         )
 
 
-def _is_nan(leaf) -> bool:
-  floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-  return floating and bool(np.isnan(np.asarray(leaf)))  # NumPy: never traced
+def refuse_outside(low: int, high: int, what: str, **settings) -> None:
+  """Raises ValueError for a setting outside `low`..`high`, unless traced.
+
+  `what` says what there is of so many, as in "the layers there are".
+  """
+  for name, value in settings.items():
+    if isinstance(value, jax.core.Tracer):
+      continue
+    known = np.asarray(value)
+    if not ((low <= known) & (known <= high)).all():
+      raise ValueError(f"{name}={known} must lie in {low}..{high}, {what}.")
+
+
+def _holds_nan(leaf) -> bool:
+  number = isinstance(leaf, float | np.generic | np.ndarray | jax.Array)
+  floating = number and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+  return floating and bool(np.isnan(np.asarray(leaf)).any())  # never traced

@@ -4,12 +4,14 @@
 A *stack* is a function `stack(layers, x, positions, cache, *, readout, key)`
 that returns a `StackOutput`.  `plain` is the ordinary one; depth methods are
 others, and a model takes any of them.  Bind thresholds with
-`jax.tree_util.Partial`, which is a pytree: they are data.
+`jax.tree_util.Partial`, which is a pytree: they are data.  Which ones fit says
+`checked_by`.
 
 Axes: L layers, B batch, T tokens, D features, V vocabulary.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +22,10 @@ from jaxtyping import Array
 
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost, Signals
+from adaptivejax.nn.setting import refuse_nan
+
+Stack = Callable[..., Any]
+"""`stack(layers, x, positions, cache, *, readout, key) -> StackOutput`."""
 
 SAVED = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 """What a layer keeps for its backward pass; a scan would store everything."""
@@ -47,6 +53,38 @@ class StackOutput(NamedTuple):
   shares: Array
   hidden: Array | None = None
   notes: Any = None
+
+
+def checked_by(check: Callable[..., None]) -> Callable[[Stack], Stack]:
+  """Decorates a stack with what its settings must be.
+
+  `check(total, **settings)`, with the number of stacked layers and all keyword
+  arguments, raises ValueError for settings that do not fit; those that are
+  traced it must let pass.  It is asked at every call, which sees them unless
+  the call is compiled, and by `check_stack`, before it is.
+  """
+
+  def decorate(stack):
+    @functools.wraps(stack)
+    def checked(layers, *args, **settings):
+      check(layer_count(layers), **settings)
+      return stack(layers, *args, **settings)
+
+    vars(checked)["check"] = check
+    return checked
+
+  return decorate
+
+
+def check_stack(stack, layers) -> None:
+  """Raises ValueError if what is bound to `stack` does not fit `layers`."""
+  args, settings = (), {}
+  while hasattr(stack, "keywords"):  # a partial, or JAX's box around one
+    args, settings = stack.args + args, {**stack.keywords, **settings}
+    stack = stack.func
+  refuse_nan(arguments=args, **settings)
+  if check := getattr(stack, "check", None):
+    check(layer_count(layers), **settings)
 
 
 def layer_count(layers) -> int:

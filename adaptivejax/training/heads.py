@@ -4,6 +4,8 @@
 Axes: N windows, S their tokens, L layers, B batch, T tokens, D features.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,8 @@ import optax
 from jaxtyping import Array, Int
 
 from adaptivejax.nn.stack import every_layer
+
+ADAM = optax.scale_by_adam()
 
 
 def fit_head(
@@ -31,7 +35,8 @@ def fit_head(
 
   Args:
     head: pytree to train, such as a controller or a `MetaClassifier`.
-    loss: `(head, hidden f[L, B, T, D], readout, targets i32[B, T]) -> f32[]`.
+    loss: `(head, hidden f[L, B, T, D], readout, targets i32[B, T]) -> f32[]`;
+      static: each new function compiles anew, another model or rate does not.
     model: a `DecoderLM`; gets no gradient.
     windows: text to train on.
     steps, batch, learning_rate: of Adam, the rate falling by a cosine to 0.
@@ -43,18 +48,19 @@ def fit_head(
       f"{steps=}, {batch=} and the windows, {windows.shape}, must be at least"
       " 1, and a window needs a next token."
     )
-  optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
-
-  @jax.jit
-  def step(head, state, tokens):
-    hidden = model(tokens[:, :-1], stack=every_layer).hidden
-    grad = jax.grad(loss)(head, hidden, model.readout, tokens[:, 1:])
-    updates, state = optimizer.update(grad, state)
-    return optax.apply_updates(head, updates), state
-
-  state, draw = optimizer.init(head), np.random.default_rng(seed)
-  for _ in range(steps):
-    chosen = draw.integers(0, len(windows), batch)
-    head, state = step(head, state, windows[chosen])
+  state, draw = ADAM.init(head), np.random.default_rng(seed)
+  for i in range(steps):
+    chosen = windows[draw.integers(0, len(windows), batch)]
+    rate = learning_rate * (1 + math.cos(math.pi * i / steps)) / 2
+    head, state = _step(head, state, model, chosen, rate, loss=loss)
     progress()
   return head
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def _step(head, state, model, tokens, rate, *, loss):
+  hidden = model(tokens[:, :-1], stack=every_layer).hidden
+  grad = jax.grad(loss)(head, hidden, model.readout, tokens[:, 1:])
+  updates, state = ADAM.update(grad, state)
+  updates = jax.tree.map(lambda u: -rate * u, updates)
+  return optax.apply_updates(head, updates), state

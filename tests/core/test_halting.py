@@ -99,6 +99,14 @@ def test_patience_counts_agreements():
     np.testing.assert_array_equal(got, count)
 
 
+def test_no_prediction_is_no_agreement():
+  memory, counts = Streak.none(1), []
+  for said in (-1, -1, 3, 3, -1, 3, -1, -1):
+    count, memory = patience(jnp.array([said]), memory)
+    counts.append(int(count[0]))
+  assert counts == [0, 0, 0, 1, 0, 0, 0, 0]
+
+
 def test_exits_are_a_distribution_and_its_running_sum():
   stop = RNG.random((6, 5)).astype(np.float32)
   stop[2, 0], stop[:, 1], stop[:, 2], stop[0, 3] = 1, 0, 1, 0

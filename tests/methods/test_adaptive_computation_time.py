@@ -89,6 +89,21 @@ def test_tokens_that_are_not_live_pass_and_are_not_seen():
   np.testing.assert_allclose(got[2], rest, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_never_read_tokens_that_are_not_live():
+  live = jnp.array([[1, 1, 1, 0, 1]], bool)
+
+  def loss(module, x):
+    y, _, rest, _ = module.ponder(x, POSITIONS[:1], live, jax.random.key(0))
+    return jnp.sin(jnp.where(live[..., None], y, 0)).sum() + rest.sum()
+
+  slope = jax.jit(jax.grad(loss, argnums=(0, 1)))
+  want = slope(module(-1.0), X[:1])
+  got = slope(module(-1.0), X[:1].at[0, 3].set(jnp.nan))
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, got, want)
+  assert not got[1][0, 3].any() and got[1][0, 2].any()
+
+
 def test_the_weights_of_a_token_sum_to_one():
   """So a state that never changes comes out as it went in."""
   h = jax.random.uniform(jax.random.key(1), (6, 50))

@@ -9,7 +9,14 @@ from jax.tree_util import Partial
 
 from adaptivejax.core import Streak
 from adaptivejax.methods.depth import pabee
-from tests.methods.host import ENCODER, ROWS, every_exit, leave
+from tests.methods.host import (
+  ENCODER,
+  INPUTS,
+  ROWS,
+  encoder,
+  every_exit,
+  leave,
+)
 
 K, C = ENCODER.layers, ENCODER.classes
 
@@ -46,6 +53,17 @@ def test_the_case_decides_something():
   said = logits.argmax(-1)
   agree = np.vstack([np.zeros(ROWS, bool), said[1:] == said[:-1]])
   assert len(np.unique(wait(agree, 1))) > 1
+
+
+def test_a_row_that_is_nan_never_leaves_early():
+  rule = Partial(pabee.patient_exit, limit=jnp.int32(1))
+  run = jax.jit(lambda x: encoder()(x, rule, Streak.none(ROWS)).exit)
+  want = np.array(run(INPUTS))
+  at = int(want.argmin())
+  assert want[at] < K, "the case decides nothing"
+  want[at] = K
+  got = run(INPUTS.at[at].set(jnp.nan))
+  np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ class AdaptiveComputationTime(Layer):
     shape, times = x.shape, self.times.get_value()
     given = jnp.ones(shape[:2], bool) if live is None else live
     fold = lambda a: a.reshape(-1, *a.shape[2:])  # the tokens are the rows
+    start = jnp.where(given[..., None], x, 0)  # whatever stands elsewhere
 
     def step(time, n, s, state, going):
       going = going.reshape(shape[:2]) & given
@@ -76,10 +77,12 @@ class AdaptiveComputationTime(Layer):
       stop, memory = ponder(h, s, memory, last=last, epsilon=self.epsilon)
       return stop | ~fold(given), memory
 
-    keys = jax.tree.map(jnp.zeros_like, self.block.attention.keys(x, positions))
+    keys = jax.tree.map(
+      jnp.zeros_like, self.block.attention.keys(start, positions)
+    )
     run = depth_loop if key is None else depth_scan
-    state, memory = (keys, given, Cost.zero()), Ponder.start(fold(x))
-    out = run(step, times, fold(x), state, halt, memory)
+    state, memory = (keys, given, Cost.zero()), Ponder.start(fold(start))
+    out = run(step, times, fold(start), state, halt, memory)
     ran = out.depth.max() if key is None else len(times)
     cost = out.state[-1]
     asked = flops(self.router, x) * ran

@@ -30,11 +30,24 @@ from jaxtyping import Array, Float
 
 from adaptivejax.core.losses import cross_entropy
 from adaptivejax.nn.confidence import MARGIN, Measure, MetaClassifier
-from adaptivejax.nn.exit import early_exit
+from adaptivejax.nn.exit import check_exits, early_exit
 from adaptivejax.nn.setting import refuse_nan
-from adaptivejax.nn.stack import StackOutput
+from adaptivejax.nn.stack import StackOutput, checked_by
 
 
+def _check(
+  total, *, threshold=1.0, min_depth=1, every=1, decay=0.0, horizon=1.0, **rest
+):
+  del rest
+  refuse_nan(threshold=threshold, decay=decay, horizon=horizon)
+  check_exits(total, min_depth=min_depth, every=every)
+  if not isinstance(horizon, jax.core.Tracer) and horizon <= 0:
+    raise ValueError(
+      f"horizon={horizon} must be above 0, the tokens over which it decays."
+    )
+
+
+@checked_by(_check)
 def calm(
   layers,
   x: Float[Array, "B T D"],
@@ -59,11 +72,10 @@ def calm(
     min_depth: layers that every token runs (dynamic).
     every: look after each `every`-th layer only (dynamic).
     decay: tau; 0 is one threshold for all positions (dynamic).
-    horizon: N, the tokens over which it decays (dynamic).
+    horizon: N, the tokens over which it decays, above 0 (dynamic).
 
   Other arguments as in `nn.stack`.  Training has no exits: see `sorted_loss`.
   """
-  refuse_nan(threshold=threshold, decay=decay, horizon=horizon)
   t = positions[:, 0].astype(jnp.float32)
   level = threshold * (1 + 0.1 * jnp.expm1(-decay * t / horizon))
 

@@ -16,8 +16,9 @@ states of each exit alone.
 
 Primitive: `delta` in a `depth_loop`; `solve_exit_thresholds`.
 Departs: thresholds come from the shares alone, without the paper's Bayesian
-search around them; what precedes the first exit is the caller's (the paper
-reads an action from layer 0), and without it no row leaves at the first exit.
+search around them, and the last one, where all leave, is ours; what precedes
+the first exit is the caller's (the paper reads an action from layer 0), and
+without it no row leaves at the first exit.
 Axes: K exits, B batch, S control steps, A action, n calibration samples.
 """
 

@@ -15,7 +15,8 @@ Afterwards a `Setting` moves the budget: router_c - tilt price_c is maximised.
 
 Primitive: `bucketed` twice, on disjoint masks.
 Departs: in the oracle all tokens of a text take a pattern, one pass for each,
-and the best is picked per token afterwards; `tilt` is ours.
+and the best is picked per token afterwards; that stage 1 draws the three ways
+evenly is ours; so is `tilt`.
 Axes: P patterns, L layers, B batch, T tokens, S T + 1, D features.
 """
 

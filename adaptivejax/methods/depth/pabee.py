@@ -41,7 +41,8 @@ def patient_exit(
     limit: t, at least 1; 0 leaves at the first exit (dynamic).
   """
   del l, pooled
-  count, memory = patience(logits.argmax(-1), memory)
+  said = jnp.where(jnp.isnan(logits).any(-1), -1, logits.argmax(-1))
+  count, memory = patience(said, memory)
   return count >= limit, memory
 
 

@@ -24,8 +24,9 @@ from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.cost import Cost, Signals
 from adaptivejax.core.depth import depth_loop
-from adaptivejax.core.losses import cross_entropy
-from adaptivejax.nn.stack import StackOutput, layer_count
+from adaptivejax.core.losses import exit_cross_entropy
+from adaptivejax.nn.setting import refuse_outside
+from adaptivejax.nn.stack import StackOutput, checked_by, layer_count
 
 
 def sorted_loss(
@@ -56,15 +57,17 @@ def sorted_loss(
       " of them 0."
     )
 
-  @jax.checkpoint  # one [B, T, V] at a time, also backwards
-  def loss(h):
-    return cross_entropy(readout(h), targets).mean()
-
-  losses = jax.lax.map(loss, hidden[jnp.asarray(exits) - 1])
-  w = jnp.asarray(weights, jnp.float32)
-  return (losses * w).sum() / w.sum()
+  at = jnp.asarray(exits) - 1
+  w = jnp.zeros(total).at[at].add(jnp.asarray(weights, jnp.float32))
+  return exit_cross_entropy(hidden, readout, targets, w)
 
 
+def _check(total, *, depth=1, **settings):
+  del settings
+  refuse_outside(1, total, "the layers there are", depth=depth)
+
+
+@checked_by(_check)
 def prefix(
   layers,
   x: Float[Array, "B T D"],
@@ -89,9 +92,6 @@ def prefix(
   total = layer_count(layers)
   if key is not None:
     raise ValueError("prefix decodes; to train sub-models take `sorted_loss`.")
-  traced = isinstance(depth, jax.core.Tracer)
-  if not traced and not 1 <= int(depth) <= total:
-    raise ValueError(f"{depth=} must lie in 1..{total}, the layers there are.")
 
   def layer(block, l, x, state, live):
     del live  # all tokens are of one depth

@@ -30,14 +30,21 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.losses import cross_entropy
-from adaptivejax.nn.exit import early_exit
+from adaptivejax.nn.exit import check_exits, early_exit
 from adaptivejax.nn.policy import Policy, Step
-from adaptivejax.nn.setting import refuse_nan
-from adaptivejax.nn.stack import StackOutput
+from adaptivejax.nn.setting import refuse_nan, refuse_outside
+from adaptivejax.nn.stack import StackOutput, checked_by, layer_count
 
 STOP, EXIT, CONTINUE = range(3)
 
 
+def _check(total, *, stop=1.0, exit=1.0, min_depth=1, every=1, **settings):
+  del settings
+  refuse_nan(stop=stop, exit=exit)
+  check_exits(total, min_depth=min_depth, every=every)
+
+
+@checked_by(_check)
 def stop_and_exit(
   layers, x: Float[Array, "B T D"], positions, cache=None, *, readout, key=None,
   controller, stop, exit, min_depth=1, every=1,
@@ -78,8 +85,19 @@ class StopAndExit(Policy):
   every: Array | int = 1
 
   def check(self, model) -> None:
-    del model
-    refuse_nan(stop=self.stop, exit=self.exit)
+    _check(layer_count(model.layers), **vars(self))
+    vocab, width = model.config.vocab, model.config.features
+    refuse_outside(0, vocab - 1, "the model's vocabulary", end=self.end)
+    state = jax.ShapeDtypeStruct((1, width), jnp.float32)
+    try:
+      scores = jax.eval_shape(self.controller, state).shape
+    except (TypeError, ValueError, AttributeError):
+      scores = None
+    if scores != (1, 3):
+      raise ValueError(
+        f"`controller` must make three scores of {width} features, as"
+        f" `linear({width}, 3)` does: train one with `controller_loss`."
+      )
 
   def step(self, model, last, cache, memory, draw, live) -> Step:
     settings = {k: v for k, v in vars(self).items() if k != "end"}

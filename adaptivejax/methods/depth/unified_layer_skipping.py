@@ -16,9 +16,16 @@ Axes: L layers, K kept, B batch, T tokens, D features.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from adaptivejax.nn.stack import StackOutput, layer_count, plain, run_layers
+from adaptivejax.nn.stack import (
+  StackOutput,
+  checked_by,
+  layer_count,
+  plain,
+  run_layers,
+)
 
 
 def kept_layers(
@@ -39,6 +46,26 @@ def kept_layers(
   return (0, *inner, layers - 1)
 
 
+def _check(total, *, kept=None, **settings):
+  del settings
+  if kept is None:
+    return
+  if not 1 <= len(kept) <= total:
+    raise ValueError(
+      f"`kept` must name 1..{total} of the layers; got {len(kept)}. Make it"
+      " with `kept_layers`."
+    )
+  if isinstance(kept, jax.core.Tracer):
+    return
+  known = np.asarray(kept)
+  if known.min() < 0 or known.max() >= total or (np.diff(known) <= 0).any():
+    raise ValueError(
+      f"`kept` must rise within 0..{total - 1}, the layers there are; got"
+      f" {known}. Make it with `kept_layers`."
+    )
+
+
+@checked_by(_check)
 def unified_skip(
   layers,
   x: Float[Array, "B T D"],
@@ -52,16 +79,11 @@ def unified_skip(
   """A stack that runs the `kept` layers when decoding (T = 1).
 
   Args:
-    kept: layer indices; which ones is data, how many is static.
+    kept: layer indices, rising; which ones is data, how many is static.
 
   Other arguments as in `nn.stack`.
   """
   total, count = layer_count(layers), kept.shape[0]
-  if not 1 <= count <= total:
-    raise ValueError(
-      f"`kept` must name 1..{total} of the layers; got {count}. Make it with"
-      " `kept_layers`."
-    )
   if cache is None or x.shape[1] > 1:
     return plain(layers, x, positions, cache, readout=readout, key=key)
   x, cache, cost, signals = run_layers(layers, x, positions, cache, kept)
