@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.tree_util import Partial
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost, flops
@@ -117,11 +117,11 @@ def generate(
   lengths: Array | np.ndarray | Sequence[int] | None = None,
   limits: Array | np.ndarray | Sequence[int] | None = None,
   policy=FULL,
-  temperature: float = 0.0,
-  top_k: int | None = None,
-  top_p: float = 1.0,
-  key: Key[Array, ""] | Key[Array, " B"] | None = None,
-  stop: int | None = None,
+  temperature: Float[Array, ""] | float = 0.0,
+  top_k: Int[Array, ""] | int | None = None,
+  top_p: Float[Array, ""] | float = 1.0,
+  key: Key[Array, "..."] | None = None,
+  stop: Int[Array, ""] | int | None = None,
   capacity: int | None = None,
   rungs: tuple[int, ...] | None = None,
 ) -> Generation:

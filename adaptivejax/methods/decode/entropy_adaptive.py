@@ -22,7 +22,7 @@ Axes: B batch, P prompt tokens, S slots, C tokens of a chunk, V vocabulary.
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +75,8 @@ class EntropyAdaptive(Policy):
   """The fewest tokens between two changes (dynamic)."""
   window: int = _static(5)
   """w, tokens that the mean is over (static)."""
-  signal: Literal["active", "small"] = _static("active")
-  """Whose entropy counts (static)."""
+  signal: str = _static("active")
+  """Whose entropy counts, "active" or "small" (static)."""
   chunks: tuple[int, ...] = _static((1, 8, 64))
   """Sizes to catch up in, ascending, from 1 on (static)."""
 

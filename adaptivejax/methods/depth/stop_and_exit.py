@@ -78,11 +78,11 @@ class StopAndExit(Policy):
   """Decodes by `stop_and_exit`; a text that is stopped ends with `end`."""
 
   controller: Any
-  stop: Array | float
-  exit: Array | float
-  end: Array | int = 0
-  min_depth: Array | int = 1
-  every: Array | int = 1
+  stop: Any
+  exit: Any
+  end: Any = 0
+  min_depth: Any = 1
+  every: Any = 1
 
   def check(self, model) -> None:
     _check(layer_count(model.layers), **vars(self))
