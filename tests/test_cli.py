@@ -60,6 +60,9 @@ MISTAKES = {
   "train config.py --name ../corpus": "must name a folder inside runs/",
   "generate": "--prompt",
   "generate runs/x --prompt a --policy cal": "did you mean calm?",
+  "generate runs/x --prompt a --policy calm --set thresold=1": "threshold?",
+  "generate runs/x --prompt a --policy calm --set threshold": "NAME=VALUE",
+  "generate runs/x --prompt a --policy calm --set min_depth=x": "whole number",
   "generate runs/x --prompt a --steps 0": "--steps 0 must be at least 1",
   "generate runs/x --prompt=": "--prompt is empty",
   "generate runs/x --prompt a": "runs/x/config.py is no config file",
@@ -170,10 +173,14 @@ def test_generates_with_every_policy(here, capsys):
   assert cli.main(["train", "decoder.py"]) == 0
   capsys.readouterr()
   command = ["generate", "runs/tiny", "--prompt", "for é", "--steps", "3"]
+  second = {"entropy_adaptive": ["--large", "runs/tiny"]}
   for policy in decode.POLICIES:
-    assert cli.main([*command, "--policy", policy]) == 0
+    more = second.get(policy, ["--compare"])
+    assert cli.main([*command, "--policy", policy, *more]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("for é") and out.endswith("\n") and len(out) > 6
-    assert err.startswith("compute ")
+    assert f"{policy}: " in err and "tokens/s" in err
+    compared = policy != "full" and "--compare" in more
+    assert ("the speed of full" in err) == compared
     assert cli.main(["generate", "--help"]) == 0
     assert policy in capsys.readouterr().out

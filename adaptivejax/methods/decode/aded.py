@@ -31,6 +31,7 @@ from adaptivejax.core.cache import commit_path
 from adaptivejax.core.trees import ABSENT, ancestors, tree_verify
 from adaptivejax.core.trigrams import Recent, TrigramTable, draft
 from adaptivejax.nn.policy import Policy, Step
+from adaptivejax.nn.setting import refuse_nan
 
 
 class Memory(NamedTuple):
@@ -78,6 +79,7 @@ class ADED(Policy):
         f"window={self.window} must lie in 3..{self.size + 2}: a tri-gram, and"
         f" no more of them than {self.size=}."
       )
+    refuse_nan(rate=self.rate, cap=self.cap)
     tokens, vocab = self.table.tokens, model.config.vocab
     traced = isinstance(tokens, jax.core.Tracer)
     if not traced and (most := np.asarray(tokens).max()) >= vocab:
