@@ -8,13 +8,7 @@ from adaptivejax.decode.calibration import (
   excess_loss,
   inconsistency,
 )
-from adaptivejax.decode.engine import (
-  Ended,
-  Generation,
-  Score,
-  generate,
-  score,
-)
+from adaptivejax.decode.engine import Ended, Generation, generate
 from adaptivejax.decode.policies import (
   POLICIES,
   describe,
@@ -22,6 +16,7 @@ from adaptivejax.decode.policies import (
   plain_settings,
   settings_of,
 )
+from adaptivejax.decode.scoring import Score, score
 from adaptivejax.nn.stack import FULL
 
 __all__ = [

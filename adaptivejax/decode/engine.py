@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill once, then step by step: to generate, or to score.
+"""Prefill once, then step by step.
 
 A policy says how the next tokens are made (`nn.policy`); a bare stack bound to
 its thresholds with `jax.tree_util.Partial` is one, too.  It is an argument of
 the compiled function, so trying another threshold does not compile again.  Rows
 end where they please: the rest goes on without them (`staged_while`).
 
-Axes: B batch, P prompt tokens, T tokens, L layers.
+Axes: B batch, P prompt tokens, T tokens.
 """
 
 import enum
@@ -17,16 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost, flops
-from adaptivejax.core.losses import cross_entropy
 from adaptivejax.core.sampling import Draw, Sampling
 from adaptivejax.core.staged import staged_while
-from adaptivejax.nn.policy import ByStack, Policy
+from adaptivejax.decode.inputs import bound, checked, known, row_numbers
 from adaptivejax.nn.stack import FULL
 
 
@@ -76,22 +73,6 @@ class Generation(NamedTuple):
     """Layers per decoded token, f32[]."""
     total = self.depth[:, 1:].sum()  # the first is the prompt's
     return total / jnp.maximum((self.count - 1).sum(), 1)
-
-
-class Score(NamedTuple):
-  """What given text costs, token by token.
-
-  Attributes:
-    nats: -log p of each token after the prompt, f32[B, T - P].
-    depth: layers run when reading it, f32[B, T - P].
-    shares: realised share of compute per layer then, f32[T - P, L].
-    cost: of those steps, without the prompt.
-  """
-
-  nats: Array
-  depth: Array
-  shares: Array
-  cost: Cost
 
 
 class _Row(NamedTuple):
@@ -147,17 +128,17 @@ def generate(
     rungs: numbers of rows to go on with as rows end (static), see
       `staged_while`.
   """
-  prompt, lengths = _checked(prompt, model.config.vocab, lengths)
-  policy = _bound(policy)
+  prompt, lengths = checked(prompt, model.config.vocab, lengths)
+  policy = bound(policy)
   policy.check(model)
   batch, longest = prompt.shape
   if steps < 1:
     raise ValueError(f"{steps=} must be at least 1 token.")
-  limits = _row_numbers("limits", limits, batch, steps)
+  limits = row_numbers("limits", limits, batch, steps)
   sampling = Sampling.of(temperature, top_k, top_p)
-  if key is None and (not _known(temperature) or temperature > 0):
+  if key is None and (not known(temperature) or temperature > 0):
     raise ValueError(f"{temperature=} draws tokens, which needs a `key`.")
-  if stop is not None and _known(stop) and not 0 <= stop < model.config.vocab:
+  if stop is not None and known(stop) and not 0 <= stop < model.config.vocab:
     raise ValueError(f"{stop=} is no token of 0..{model.config.vocab - 1}.")
   key = jax.random.key(0) if key is None else key
   if key.shape not in ((), (batch,)):
@@ -269,98 +250,3 @@ def _ended(stopped, enough, full):
   none = jnp.where(full, Ended.FULL, RUNNING)
   none = jnp.where(enough, Ended.LENGTH, none)
   return jnp.where(stopped, Ended.STOP, none).astype(jnp.int32)
-
-
-def score(
-  model, tokens: Int[Array, "B T"], *, prompt: int = 1, policy=FULL
-) -> Score:
-  """Reads given text as if decoding it: each token after its true past.
-
-  Args:
-    model: a `DecoderLM`.
-    tokens: the text; its first `prompt` tokens are prefilled, not scored.
-    prompt: static.
-    policy: how the layers run while decoding.
-  """
-  tokens, _ = _checked(tokens, model.config.vocab, None)
-  policy = _bound(policy)
-  policy.check(model)
-  if not isinstance(policy, ByStack):
-    raise ValueError(
-      f"{type(policy).__name__} is not a stack: it makes its own tokens, and"
-      " cannot read given ones. Score what it made with a stack."
-    )
-  if not 1 <= prompt < tokens.shape[1]:
-    raise ValueError(
-      f"{prompt=} must leave tokens to score of the {tokens.shape[1]} given."
-    )
-  return _score(model, tokens, policy.stack, prompt)
-
-
-@functools.partial(jax.jit, static_argnames="prompt")
-def _score(model, tokens, stack, prompt) -> Score:
-  cache = model.empty_cache(*tokens.shape)
-  first = model(tokens[:, :prompt], cache)
-
-  def step(carry, tokens):
-    cache, logits = carry
-    nats = cross_entropy(logits, tokens)
-    out = model(tokens[:, None], cache, stack=stack)
-    carry = out.cache, out.logits[:, -1]
-    return carry, (nats, out.depth[:, -1], out.shares, out.cost)
-
-  start = first.cache, first.logits[:, -1]
-  _, (nats, depth, shares, cost) = lax.scan(step, start, tokens[:, prompt:].T)
-  return Score(nats.T, depth.T, shares, cost.total())
-
-
-def _bound(policy) -> Policy:
-  """A policy; a stack becomes one whose thresholds are data."""
-  if isinstance(policy, Policy):
-    return policy
-  if not callable(policy):
-    raise ValueError(
-      "a policy is a `Policy` or a stack, as in `Partial(calm, threshold=0.9)`;"
-      f" got {policy!r}."
-    )
-  return ByStack(policy if isinstance(policy, Partial) else Partial(policy))
-
-
-def _checked(tokens, vocab: int, lengths):
-  tokens = jnp.asarray(tokens)
-  if tokens.ndim != 2 or 0 in tokens.shape:
-    raise ValueError(
-      f"tokens must be [batch, length] with at least one of each; got shape"
-      f" {tokens.shape}."
-    )
-  lengths = _row_numbers("lengths", lengths, *tokens.shape)
-  if _known(tokens):
-    known = np.asarray(tokens)
-    low, high = known.min(), known.max()
-    if low < 0 or high >= vocab:
-      raise ValueError(
-        f"tokens must lie in 0..{vocab - 1}, the model's vocabulary; got"
-        f" {low}..{high}."
-      )
-  return tokens, lengths
-
-
-def _row_numbers(name: str, numbers, rows: int, most: int):
-  """A number of tokens in 1..most for each row, i32[B]; `most` if not given."""
-  numbers = np.full(rows, most) if numbers is None else numbers
-  numbers = np.asarray(numbers) if _known(numbers) else numbers
-  whole = jnp.issubdtype(numbers.dtype, jnp.integer)
-  if numbers.shape != (rows,) or not whole:
-    raise ValueError(
-      f"`{name}` must be one whole number per row, [{rows}]; got {numbers}."
-    )
-  if _known(numbers) and (numbers.min() < 1 or numbers.max() > most):
-    raise ValueError(
-      f"`{name}` must lie in 1..{most} tokens, none of them empty; got"
-      f" {numbers}."
-    )
-  return jnp.asarray(numbers, jnp.int32)
-
-
-def _known(value) -> bool:
-  return not isinstance(value, jax.core.Tracer)

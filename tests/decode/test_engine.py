@@ -166,7 +166,7 @@ def test_the_cost_counts_the_tokens_that_stay(name):
     MODEL, TEXT[:, :P], **RAGGED, limits=limits, policy=of_name(name)
   )
   assert made.cost.items == 1 + 8 + 2
-  slots = P + 9 - 2 + engine._bound(of_name(name)).reach
+  slots = P + 9 - 2 + engine.bound(of_name(name)).reach
   step = MODEL(TEXT[:1, :1], MODEL.empty_cache(1, slots)).cost.full
   np.testing.assert_allclose(made.cost.full / 11, step, rtol=1e-5)
   assert made.cost.spent >= made.cost.full * 0.99
@@ -225,7 +225,7 @@ def test_the_loop_copies_no_cache(name):
     TEXT[:, :P],
     LENGTHS,
     jnp.full(3, 40),
-    engine._bound(of_name(name)),
+    engine.bound(of_name(name)),
     Sampling.of(),
     jax.random.key(0),
     jnp.int32(-1),
