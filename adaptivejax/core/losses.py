@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from adaptivejax.core.varying import vary, varying_axes
+
 
 def cross_entropy(
   logits: Float[Array, "... V"], targets: Int[Array, "..."]
@@ -42,8 +44,8 @@ def exit_cross_entropy(
 
   def weighted(h_weight):
     h, weight = h_weight
-    skip = lambda h: jnp.zeros((), jnp.float32)
-    return weight * jax.lax.cond(weight > 0, loss, skip, h)
+    none = vary(jnp.zeros((), jnp.float32), varying_axes((h, targets)))
+    return weight * jax.lax.cond(weight > 0, loss, lambda _: none, h)
 
   return jax.lax.map(weighted, (hidden, weights)).sum() / weights.sum()
 
