@@ -307,7 +307,7 @@ def rows(options: Options) -> Iterator[Row]:
     depths, bed4, stage = (4,), lm(2, 32, 2, 1), (8, 16, 0.0)
   else:
     large, small = lm(12, 384, 6, 2), lm(8, 192, 6, 2)
-    beds = [Bed(large, 1, 64, 4.0), Bed(large, 8, 32, 4.0)]
+    beds = [Bed(large, 1, 64, 3.0), Bed(large, 8, 32, 4.0)]
     beds.append(Bed(small, 64, 32, 4.0))
     depths, bed4, stage = (12, 24, 48), lm(4, 256, 4, 4), (64, 256, 30.0)
   parts: dict[str, Callable[[], Iterator[Row]]] = {}
