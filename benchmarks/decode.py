@@ -34,6 +34,7 @@ from jax import lax
 from jax.tree_util import Partial
 
 from adaptivejax import decode
+from adaptivejax.core.halting import margin
 from adaptivejax.core.select import compact
 from adaptivejax.core.trigrams import TrigramTable
 from adaptivejax.methods.decode import (
@@ -111,7 +112,14 @@ def damped(model: DecoderLM, above: int, by: float) -> DecoderLM:
 
 def leave_at(depth: int) -> Partial:
   """Every token leaves after `depth` layers, having asked each of them."""
-  return Partial(calm, threshold=jnp.float32(-1), min_depth=jnp.int32(depth))
+  measure = Partial(_sure_at, jnp.int32(depth))
+  return Partial(calm, threshold=jnp.float32(1.5), measure=measure)
+
+
+def _sure_at(depth, l, before, after, readout):
+  """The margin, at most 1, that counts from `depth` layers on."""
+  del before
+  return margin(readout(after)) + 2 * (l + 1 >= depth)
 
 
 def policies(bed: Bed) -> dict[str, tuple[Any, DecoderLM, float | None]]:

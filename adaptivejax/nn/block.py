@@ -55,20 +55,20 @@ class Block(Layer):
     self, x, positions, cache=None, index=0, live=None
   ) -> tuple[Array, KVCache | None, Cost]:
     """The attention half."""
-    h = self.norm_attention(_only(live, x))
+    h = self.norm_attention(only(live, x))
     y, cache, cost = self.attention(h, positions, cache, index, live)
     return x + y, cache, cost
 
   def feed(self, x, live=None, key=None) -> tuple[Array, Cost, Signals]:
     """The feed-forward half."""
-    y, cost, signals = self.mlp(self.norm_mlp(_only(live, x)), live, key)
+    y, cost, signals = self.mlp(self.norm_mlp(only(live, x)), live, key)
     return x + y, cost, signals
 
   def recall(
     self, x, positions, cache, index=0, live=None, key=None
   ) -> LayerOutput:
     """The block again, over the keys it wrote: see `Attention.recall`."""
-    h = self.norm_attention(_only(live, x))
+    h = self.norm_attention(only(live, x))
     y, cost = self.attention.recall(h, positions, cache, index, live)
     x, feed_cost, signals = self.feed(x + y, live, key)
     return x, cache, cost + feed_cost, signals
@@ -113,6 +113,6 @@ class Group(Layer):
     return x, cache, cost, mean
 
 
-def _only(live, x):
+def only(live, x):
   """Zero where not live: what is not computed must not reach a gradient."""
   return x if live is None else jnp.where(live[..., None], x, 0)

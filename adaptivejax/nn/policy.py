@@ -22,6 +22,11 @@ from adaptivejax.core.sampling import Draw
 from adaptivejax.nn.stack import check_stack
 
 
+def static(default: Any) -> Any:
+  """A field of a policy that is part of the program, not data."""
+  return dataclasses.field(default=default, metadata={"static": True})
+
+
 class Step(NamedTuple):
   """What a step made.
 

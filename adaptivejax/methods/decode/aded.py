@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool
 from adaptivejax.core.cache import commit_path
 from adaptivejax.core.trees import ABSENT, ancestors, tree_verify
 from adaptivejax.core.trigrams import Recent, TrigramTable, draft
-from adaptivejax.nn.policy import Policy, Step
+from adaptivejax.nn.policy import Policy, Step, static
 from adaptivejax.nn.setting import refuse_nan
 
 
@@ -39,10 +39,6 @@ class Memory(NamedTuple):
 
   recent: Recent
   window: Array
-
-
-def _static(default: int):
-  return dataclasses.field(default=default, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -56,13 +52,13 @@ class ADED(Policy):
   """What a step adds to each recent tri-gram (dynamic)."""
   cap: Any = 3.0
   """The most that an entry can reach (dynamic)."""
-  nodes: int = _static(24)
+  nodes: int = static(24)
   """N, the last token included (static)."""
-  depth: int = _static(4)
+  depth: int = static(4)
   """D, the most tokens drafted in a line (static)."""
-  window: int = _static(16)
+  window: int = static(16)
   """W, the tokens that count as recent (static)."""
-  size: int = _static(256)
+  size: int = static(256)
   """M, tri-grams that a row can add to the table (static)."""
 
   @property

@@ -34,7 +34,7 @@ from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost, flops
 from adaptivejax.core.halting import EntropyRing, entropy
 from adaptivejax.core.plans import run_times
-from adaptivejax.nn.policy import Policy, Step
+from adaptivejax.nn.policy import Policy, Step, static
 from adaptivejax.nn.stack import layer_count, present
 
 PRESENT = Partial(present)
@@ -58,10 +58,6 @@ class Memory(NamedTuple):
   since: Array
 
 
-def _static(default: Any) -> Any:
-  return dataclasses.field(default=default, metadata={"static": True})
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EntropyAdaptive(Policy):
@@ -73,11 +69,11 @@ class EntropyAdaptive(Policy):
   """tau, in nats; -inf is always the large model, inf never (dynamic)."""
   dwell: Any = 10
   """The fewest tokens between two changes (dynamic)."""
-  window: int = _static(5)
+  window: int = static(5)
   """w, tokens that the mean is over (static)."""
-  signal: str = _static("active")
+  signal: str = static("active")
   """Whose entropy counts, "active" or "small" (static)."""
-  chunks: tuple[int, ...] = _static((1, 8, 64))
+  chunks: tuple[int, ...] = static((1, 8, 64))
   """Sizes to catch up in, ascending, from 1 on (static)."""
 
   def check(self, model) -> None:

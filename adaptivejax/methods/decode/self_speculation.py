@@ -28,7 +28,7 @@ from adaptivejax.core.cache import crop
 from adaptivejax.core.cost import Cost, flops
 from adaptivejax.core.drafts import draft_verify
 from adaptivejax.core.sampling import DRAFT
-from adaptivejax.nn.policy import Policy, Step
+from adaptivejax.nn.policy import Policy, Step, static
 from adaptivejax.nn.stack import layer_count, run_layers
 
 
@@ -43,7 +43,7 @@ class SelfSpeculation(Policy):
   exit: int = dataclasses.field(metadata={"static": True})
   """E, the layers that draft, in 1..L-1 (static)."""
 
-  draft: int = dataclasses.field(default=4, metadata={"static": True})
+  draft: int = static(4)
   """d, tokens per draft, at least 1 (static)."""
 
   @property

@@ -33,7 +33,7 @@ from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.losses import binary_cross_entropy
 from adaptivejax.core.select import compact, threshold, top_k
 from adaptivejax.core.varying import vary, varying_axes
-from adaptivejax.nn.block import Block, Layer, LayerOutput
+from adaptivejax.nn.block import Block, Layer, LayerOutput, only
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.setting import Setting
 
@@ -104,7 +104,7 @@ class MixtureOfRecursions(Layer):
       return self._train(x, positions, cache, live, key)
     keys, index = self._keys(x, cache, index)
     chosen, cost, inner, shares = live, Cost.zero(), [], []
-    by_token, entry = self.routing == "token", _only(live, x)
+    by_token, entry = self.routing == "token", only(live, x)
     depth, odds = self.depths(entry), jax.nn.softmax(self.router(entry))
     chance = jnp.take_along_axis(odds, depth[..., None] - 1, -1)
     train = by_token and key is not None
@@ -115,12 +115,12 @@ class MixtureOfRecursions(Layer):
         shares.append(odds[..., r:].sum(-1).mean())
       else:
         chosen = _and(chosen, self.stays(r, x)) if r else live
-        gate = jax.nn.sigmoid(self.router(_only(chosen, x))[..., r : r + 1])
+        gate = jax.nn.sigmoid(self.router(only(chosen, x))[..., r : r + 1])
         shares.append(1.0 if chosen is None else chosen.mean())
       y, keys, spent, signals = self._recur(
         r, x, positions, keys, index, chosen, key
       )
-      x = x + gate * _only(chosen, y - x)
+      x = x + gate * only(chosen, y - x)
       cost, inner = cost + spent, [*inner, signals]
     cost = cost._replace(spent=cost.spent + self._asking(x))
     signals = _mean(inner, shares, penalty)
@@ -185,11 +185,6 @@ class MixtureOfRecursions(Layer):
       return flops(lambda m, x: m.router(x), self, x)
     ask = lambda m, x: (m.router(x), m.predictor(x))
     return self.recursions * flops(ask, self, x)
-
-
-def _only(live, x):
-  """Zero where not live."""
-  return x if live is None else jnp.where(live[..., None], x, 0)
 
 
 def _and(live, stays):
