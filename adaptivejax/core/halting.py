@@ -193,8 +193,10 @@ def _gap(scores):
     raise ValueError(
       f"a margin needs at least two classes; got {scores.shape[-1]}."
     )
-  top, _ = lax.top_k(scores, 2)
-  return top[..., 0] - top[..., 1]
+  best = scores.argmax(-1, keepdims=True)  # a sort would cost far more
+  first = jnp.arange(scores.shape[-1]) == best
+  others = jnp.where(first, -jnp.inf, scores).max(-1)
+  return scores.max(-1) - others
 
 
 def _unit(x):
