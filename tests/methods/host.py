@@ -62,10 +62,14 @@ def every_exit():
   return jax.tree.map(np.array, reference.classifier(encoder(), INPUTS))
 
 
-@jax.jit
 def leave(rule, memory=None):
   """The answer of `encoder` under a rule."""
-  return encoder()(INPUTS, rule, memory)
+  return _leave(encoder(), rule, memory)  # made out here: a cache keeps it
+
+
+@jax.jit
+def _leave(model, rule, memory):
+  return model(INPUTS, rule, memory)
 
 
 @jax.jit
