@@ -55,8 +55,8 @@ from benchmarks.harness import Options, Row, main
 from benchmarks.measure import no_compilation_cache
 
 PROMPT = 32
-DRAFTS = ((1, 1), (2, 1), (2, 2), (2, 4), (3, 4))
-"""(exit, draft) that `tuned` tries."""
+DRAFTS = ((1, 0), (1, 1), (2, 1), (2, 2), (2, 4), (3, 4))
+"""(exit, draft) that `tuned` tries; the first is plain decoding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +110,12 @@ def damped(model: DecoderLM, above: int, by: float) -> DecoderLM:
   return model
 
 
-def leave_at(depth: int) -> Partial:
-  """Every token leaves after `depth` layers, having asked each of them."""
+def leave_at(depth: int, every: int = 1) -> Partial:
+  """Every token leaves after `depth` layers, having asked each `every`-th."""
   measure = Partial(_sure_at, jnp.int32(depth))
-  return Partial(calm, threshold=jnp.float32(1.5), measure=measure)
+  return Partial(
+    calm, threshold=jnp.float32(1.5), measure=measure, every=jnp.int32(every)
+  )
 
 
 def _sure_at(depth, l, before, after, readout):
@@ -134,6 +136,11 @@ def policies(bed: Bed) -> dict[str, tuple[Any, DecoderLM, float | None]]:
   table = TrigramTable.build(texts)
   return {
     f"calm, {half} of {layers} layers": (leave_at(half), model, half),
+    f"calm, {half} of {layers} layers, asked at each other": (
+      leave_at(half, 2),
+      model,
+      half,
+    ),
     f"calm, {third} of {layers} layers": (leave_at(third), model, third),
     "calm, never leaves": (never, model, None),
     f"prefix, {half} of {layers} layers": (

@@ -44,7 +44,7 @@ class SelfSpeculation(Policy):
   """E, the layers that draft, in 1..L-1 (static)."""
 
   draft: int = static(4)
-  """d, tokens per draft, at least 1 (static)."""
+  """d, tokens per draft (static); 0 decodes plainly, where drafts do not pay."""
 
   @property
   def reach(self) -> int:
@@ -57,8 +57,8 @@ class SelfSpeculation(Policy):
         f"exit={self.exit} must leave layers on both sides: a whole number in"
         f" 1..{layers - 1}."
       )
-    if self.draft < 1 or self.draft != int(self.draft):
-      raise ValueError(f"draft={self.draft} must be 1 token, or more.")
+    if self.draft < 0 or self.draft != int(self.draft):
+      raise ValueError(f"draft={self.draft} must be a number of tokens, or 0.")
 
   def step(self, model, last, cache, memory, draw, live: Bool[Array, " B"]):
     layers, total = model.layers, layer_count(model.layers)
