@@ -264,7 +264,7 @@ def test_eight_devices_agree_with_one(cases):
   root = Path(__file__).parents[1]
   try:
     done = subprocess.run(
-      command, cwd=root, timeout=400, capture_output=True, text=True
+      command, cwd=root, timeout=600, capture_output=True, text=True
     )
   except subprocess.TimeoutExpired as error:
     pytest.fail(f"deadlock, after these cases:\n{error.stdout}")
