@@ -14,14 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tests.conftest  # noqa: F401  its hook comes before the library
-from tests.laws import (
-  CASES,
-  close,
-  differentiate,
-  gradient,
-  loss,
-  parameters,
-)
+from tests.laws import CASES, close, differentiate, gradient, loss, parameters
 
 DEVICES = 8
 

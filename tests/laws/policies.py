@@ -10,9 +10,7 @@ import numpy as np
 from adaptivejax.core.trigrams import TrigramTable
 from adaptivejax.decode import generate
 from adaptivejax.methods.decode import ADED, EntropyAdaptive, SelfSpeculation
-from adaptivejax.models import (
-  DecoderLM,
-)
+from adaptivejax.models import DecoderLM
 from tests import reference
 from tests.laws.case import CONFIG, Case, V
 from tests.laws.models import decoder_of, of_model, some_text
