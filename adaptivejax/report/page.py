@@ -8,13 +8,7 @@ from importlib import resources
 from adaptivejax.report import plots
 from adaptivejax.report.data import Point, Report, Sample, Snippet, real
 from adaptivejax.report.heat import heat_map
-from adaptivejax.report.words import (
-  number,
-  percent,
-  readable,
-  times,
-  verdict,
-)
+from adaptivejax.report.words import number, percent, readable, times, verdict
 
 REGIMES = {
   "decode": "Decoding, token by token",

@@ -23,13 +23,8 @@ import numpy as np
 from flax import nnx
 
 from adaptivejax.core import buckets, depth, experts, plans
-from adaptivejax.models import (
-  DecoderConfig,
-)
-from adaptivejax.nn import (
-  Setting,
-  adjust,
-)
+from adaptivejax.models import DecoderConfig
+from adaptivejax.nn import Setting, adjust
 
 T, D, F, M, L, V = 8, 16, 32, 4, 4, 13
 PROMPT = 5
@@ -145,7 +140,6 @@ def _asked_always(due, halt):
 
 
 EXECUTORS = {
-  "expert_apply": (experts.expert_apply, experts.expert_apply_dense),
   "bucketed": (buckets.bucketed, buckets.masked),
   "depth_loop": (depth.depth_loop, depth.depth_scan),
   "only_after": (depth.only_after, _asked_always),

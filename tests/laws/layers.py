@@ -14,14 +14,8 @@ from adaptivejax.methods.depth import (
   MixtureOfRecursions,
 )
 from adaptivejax.methods.width import AdaptiveComputationModule, split_mlp
-from adaptivejax.models import (
-  decoder_block,
-)
-from adaptivejax.nn import (
-  Mlp,
-  Router,
-  adjust,
-)
+from adaptivejax.models import decoder_block
+from adaptivejax.nn import Mlp, Router, adjust
 from tests import reference
 from tests.laws.case import ALL, CONFIG, NO, SOME, Case, D, F, M, T, gaussian
 from tests.laws.primitives import no_rows, small_mlp
