@@ -23,7 +23,21 @@ from adaptivejax.core.cache import (
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.covers import Cover, coins, default_cover, ladder, tiles
 from adaptivejax.core.depth import Depth, depth_loop, depth_scan, only_after
+from adaptivejax.core.dispatch import (
+  NOBODY,
+  Dispatch,
+  dispatch,
+  load,
+  no_drop_capacity,
+  within_capacity,
+)
 from adaptivejax.core.drafts import Verified, draft_verify
+from adaptivejax.core.experts import (
+  expert_apply,
+  expert_apply_dense,
+  expert_cover,
+  grouped_matmul,
+)
 from adaptivejax.core.halting import (
   EntropyRing,
   Ponder,
@@ -80,10 +94,12 @@ __all__ = [
   "Cost",
   "Cover",
   "Depth",
+  "Dispatch",
   "Draw",
   "EntropyRing",
   "KVCache",
   "Keys",
+  "NOBODY",
   "Path",
   "PlanTable",
   "Ponder",
@@ -112,15 +128,20 @@ __all__ = [
   "depth_loop",
   "depth_scan",
   "depths",
+  "dispatch",
   "draft_verify",
   "entropy",
   "exit_cross_entropy",
   "exit_depth",
   "exit_distribution",
   "exit_fractions",
+  "expert_apply",
+  "expert_apply_dense",
   "expert_choice",
+  "expert_cover",
   "flops",
   "freeze",
+  "grouped_matmul",
   "gumbel_sigmoid",
   "gumbel_softmax",
   "hoeffding",
@@ -130,12 +151,14 @@ __all__ = [
   "learn_then_test",
   "leave_empty",
   "level_apply",
+  "load",
   "log_probs",
   "logit_margin",
   "margin",
   "masked",
   "masked_scan",
   "max_prob",
+  "no_drop_capacity",
   "only_after",
   "pareto_front",
   "patience",
@@ -159,4 +182,5 @@ __all__ = [
   "top_k",
   "top_p",
   "tree_verify",
+  "within_capacity",
 ]

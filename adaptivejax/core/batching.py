@@ -24,7 +24,7 @@ def folded(value: Callable, cover: Cover) -> Callable:
 
   def rule(op, batch, batched, theta, x, mask):
     if any(batched[0]):
-      return _loop(op, batch, batched, theta, x, mask)
+      return loop(op, batch, batched, theta, x, mask)
     spread = lambda a, b: a if b else jnp.broadcast_to(a, (batch, *a.shape))
     x, mask = jax.tree.map(spread, (x, mask), tuple(batched[1:]))
     n = mask.shape[1]
@@ -35,15 +35,15 @@ def folded(value: Callable, cover: Cover) -> Callable:
     shares = jnp.broadcast_to(slots / batch, (batch,))
     return (y, shares), ([True] * len(y), True)
 
-  return _with_rule(functools.partial(value, cover), rule)
+  return with_rule(functools.partial(value, cover), rule)
 
 
 def looped(f: Callable) -> Callable:
   """Under `vmap`: one example after the other, each with its own cover."""
-  return _with_rule(f, _loop)
+  return with_rule(f, loop)
 
 
-def _with_rule(f: Callable, rule: Callable) -> Callable:
+def with_rule(f: Callable, rule: Callable) -> Callable:
   """`f` batched by `rule(op, batch, batched, *args)`.
 
   Its derivative is that of `f`: JAX's derivative of a `custom_vmap` mixes up
@@ -56,7 +56,8 @@ def _with_rule(f: Callable, rule: Callable) -> Callable:
   return run
 
 
-def _loop(op, batch, batched, *args):
+def loop(op, batch, batched, *args):
+  """One example after the other: a batching rule that is always right."""
   flags, tree = jax.tree.flatten(tuple(batched))
   leaves = jax.tree.leaves(args)
   shared = [a for a, b in zip(leaves, flags, strict=True) if not b]

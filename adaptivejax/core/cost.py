@@ -9,7 +9,7 @@ function that runs, so nobody has to keep a formula beside the code.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,20 +62,40 @@ class Cost(NamedTuple):
 
 
 class Signals(NamedTuple):
-  """Differentiable by-products of a layer; every field is f32[].
+  """Differentiable by-products of a layer, and what it has to tell.
 
   Attributes:
-    share: soft share of compute of the adaptive part, 1 where nothing adapts.
-    penalty: the method's own auxiliary loss, 0 where it has none.
+    share: soft share of compute of the adaptive part, 1 where nothing adapts,
+      f32[].
+    penalty: the method's own auxiliary loss, 0 where it has none, f32[].
+    load: items that each expert got, f32[E], for each mixture of experts.
+    choices: experts that each item got, f32[*N], likewise.
   """
 
   share: Float[Array, "..."]
   penalty: Float[Array, "..."]
+  load: tuple[Float[Array, "... E"], ...] = ()
+  choices: tuple[Float[Array, "..."], ...] = ()
 
   @classmethod
   def none(cls) -> "Signals":
     """The signals of a layer that does not adapt."""
     return cls(jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32))
+
+  def mean(self) -> "Signals":
+    """Of stacked signals (a leading layer axis); what they tell stays as is."""
+    return self._replace(share=self.share.mean(), penalty=self.penalty.mean())
+
+  @staticmethod
+  def join(signals: Sequence["Signals"]) -> "Signals":
+    """Of different layers that count as one: means, and all that they tell."""
+    mean = lambda values: jnp.stack(list(values)).mean()
+    return Signals(
+      mean(s.share for s in signals),
+      mean(s.penalty for s in signals),
+      tuple(load for s in signals for load in s.load),
+      tuple(choices for s in signals for choices in s.choices),
+    )
 
 
 def flops(f: Callable[..., Any], *args: Any) -> float:

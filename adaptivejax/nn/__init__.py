@@ -11,6 +11,12 @@ from adaptivejax.nn.confidence import (
   exit_confidence,
 )
 from adaptivejax.nn.exit import early_exit
+from adaptivejax.nn.experts import (
+  MixtureOfExperts,
+  Routing,
+  apply_experts,
+  stacked,
+)
 from adaptivejax.nn.functional import functional
 from adaptivejax.nn.mlp import Mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
@@ -38,14 +44,17 @@ __all__ = [
   "Group",
   "LayerNorm",
   "MetaClassifier",
+  "MixtureOfExperts",
   "Mlp",
   "Policy",
   "RMSNorm",
   "Router",
+  "Routing",
   "Setting",
   "StackOutput",
   "Step",
   "adjust",
+  "apply_experts",
   "by_plan",
   "early_exit",
   "every_layer",
@@ -54,4 +63,5 @@ __all__ = [
   "plain",
   "present",
   "run_layers",
+  "stacked",
 ]

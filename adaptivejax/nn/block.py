@@ -109,8 +109,7 @@ class Group(Layer):
       x, cache, spent, signal = layer(x, positions, cache, index, live, inner)
       cost, index = cost + spent, index + layer.depth
       signals.append(signal)
-    mean = jax.tree.map(lambda *a: jnp.stack(a).mean(), *signals)
-    return x, cache, cost, mean
+    return x, cache, cost, Signals.join(signals)
 
 
 def only(live, x):

@@ -77,7 +77,7 @@ def by_plan(
   steps = jnp.arange(total, dtype=jnp.int32), layers, keys, *plan.T
   (x, cache), (cost, signals) = lax.scan(body, (x, cache), steps)
   depth = jnp.full(x.shape[:2], plan.sum(dtype=jnp.float32) / 2)
-  signals = jax.tree.map(jnp.mean, signals)
+  signals = signals.mean()
   return StackOutput(x, cache, cost.total(), signals, depth, cost.share)
 
 

@@ -115,7 +115,7 @@ def every_layer(layers, x, positions, cache=None, *, readout, key=None):
 
   steps = layers, jnp.arange(count, dtype=jnp.int32), keys
   (x, cache), (hidden, cost, signals) = lax.scan(body, (x, cache), steps)
-  mean = jax.tree.map(jnp.mean, signals)
+  mean = signals.mean()
   depth = jnp.full(x.shape[:2], count * layers.depth, jnp.float32)
   return StackOutput(x, cache, cost.total(), mean, depth, cost.share, hidden)
 
@@ -162,7 +162,7 @@ def present(layers, x, positions, cache=None, *, readout, key=None):
 
   steps = layers, jnp.arange(count, dtype=jnp.int32), keys
   (x, cache), (cost, signals) = lax.scan(body, (x, cache), steps)
-  mean = jax.tree.map(jnp.mean, signals)
+  mean = signals.mean()
   depth = count * layers.depth * live.astype(jnp.float32)
   return StackOutput(x, cache, cost.total(), mean, depth, cost.share)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adaptivejax.core import buckets, depth, plans
+from adaptivejax.core import buckets, depth, experts, plans
 from adaptivejax.models import (
   DecoderConfig,
 )
@@ -145,6 +145,7 @@ def _asked_always(due, halt):
 
 
 EXECUTORS = {
+  "expert_apply": (experts.expert_apply, experts.expert_apply_dense),
   "bucketed": (buckets.bucketed, buckets.masked),
   "depth_loop": (depth.depth_loop, depth.depth_scan),
   "only_after": (depth.only_after, _asked_always),

@@ -105,7 +105,7 @@ def layer_dropout(
     x,
     cache,
     cost.total(),
-    jax.tree.map(jnp.mean, signals),
+    signals.mean(),
     layers.depth * depth.astype(jnp.float32),
     cost.share,
     hidden,

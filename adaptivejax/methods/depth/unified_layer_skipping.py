@@ -91,5 +91,5 @@ def unified_skip(
   cost = cost.total()
   cost = cost._replace(full=cost.full * total / count)
   depth = jnp.full(x.shape[:2], count * layers.depth, jnp.float32)
-  signals = jax.tree.map(jnp.mean, signals)
+  signals = signals.mean()
   return StackOutput(x, cache, cost, signals, depth, shares)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which expert gets which item: assignments sorted by expert, and capacity.
+
+A router says for each item which experts it wants and with what weight.
+`dispatch` sorts these choices by expert, dropless: no expert has a limit.  A
+capacity is a selection on top of it (`within_capacity`), and therefore data:
+the choices that an expert has no room for are marked as no choice.
+
+Axes: N items, K choices per item, E experts, M = N K slots.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+NOBODY = -1
+"""The expert of a choice that is none."""
+
+
+class Dispatch(NamedTuple):
+  """Slots sorted by expert: slot m runs item `item[m]`.
+
+  The first `sizes[0]` slots are expert 0's, the next `sizes[1]` expert 1's; the
+  slots past `sizes.sum()` are nobody's, whatever they hold.
+
+  Attributes:
+    item: i32[M], within 0..N-1.
+    weight: of what the expert makes of it, f[M].
+    sizes: slots of each expert, i32[E].
+  """
+
+  item: Array
+  weight: Array
+  sizes: Array
+
+  @property
+  def valid(self) -> Bool[Array, " M"]:
+    """Slots that are somebody's."""
+    return jnp.arange(self.item.shape[0]) < self.sizes.sum()
+
+  @property
+  def expert(self) -> Int[Array, " M"]:
+    """The expert of each slot; E - 1 past the last."""
+    m, ends = self.item.shape[0], jnp.cumsum(self.sizes)
+    begins = jnp.zeros(m + 1, jnp.int32).at[ends[:-1]].add(1)
+    return jnp.cumsum(begins[:m], dtype=jnp.int32)
+
+
+def dispatch(
+  experts: Int[Array, "..."], weights: Float[Array, "..."], count: int
+) -> Dispatch:
+  """Sorts the choices of all items by expert, items in order within each.
+
+  Args:
+    experts: chosen experts, distinct within an item, i32[*N, K]; NOBODY (-1) is
+      no choice (dynamic).
+    weights: of the choices, f[*N, K]; they carry the router's gradient.
+    count: E (static).
+
+  Returns:
+    The dispatch of N K slots; all leading axes are item axes.
+  """
+  if experts.shape != weights.shape or experts.ndim < 2:
+    raise ValueError(
+      "`experts` and `weights` must both be [*items, choices]; got"
+      f" {experts.shape} and {weights.shape}."
+    )
+  check_count(count, experts.shape[-1])
+  flat = experts.reshape(-1)
+  flat = jnp.where((flat >= 0) & (flat < count), flat, count)
+  order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+  weight = weights.reshape(-1).at[order].get(mode="promise_in_bounds")
+  return Dispatch(order // experts.shape[-1], weight, load(experts, count))
+
+
+def load(experts: Int[Array, "..."], count: int) -> Int[Array, " E"]:
+  """Choices that each of `count` experts got: what balance rules look at."""
+  each = jnp.arange(count, dtype=jnp.int32)
+  return (experts.reshape(-1, 1) == each).sum(0, dtype=jnp.int32)
+
+
+def no_drop_capacity(experts: Int[Array, "..."], count: int) -> Int[Array, ""]:
+  """The least capacity that drops nothing: the load of the fullest expert.
+
+  It never exceeds the number of items, since an item's choices are distinct:
+  that is the bound that is known before the router has spoken.
+  """
+  return load(experts, count).max()
+
+
+def within_capacity(
+  experts: Int[Array, "*N K"],
+  count: int,
+  capacity: Int[Array, ""] | int,
+  priority: Float[Array, "*N"] | None = None,
+) -> Bool[Array, "*N K"]:
+  """The choices that are served if each expert takes at most `capacity`.
+
+  First choices come before second ones (GShard, 2020); among equals the items
+  of higher `priority` come first (batch-prioritized routing, Riquelme et al.,
+  2021), or else, and at ties, the earlier ones.
+
+  Args:
+    experts: as for `dispatch`.
+    count: E (static).
+    capacity: choices that each expert takes, at least 0 (dynamic).
+    priority: of each item, such as its largest gate.
+
+  Returns:
+    True for what is served; False where nothing was chosen.
+  """
+  *lead, k = experts.shape
+  flat = experts.reshape(-1, k)
+  n = flat.shape[0]
+  turn = jnp.arange(n, dtype=jnp.int32)
+  if priority is not None:
+    first = -priority.reshape(-1).astype(jnp.float32)
+    turn = turn.at[jnp.argsort(first, stable=True)].set(turn)
+  queue = jnp.zeros((k, n), jnp.int32).at[:, turn].set(flat.T).reshape(-1)
+  queue = jnp.where((queue >= 0) & (queue < count), queue, count)
+  order = jnp.argsort(queue, stable=True)
+  sizes = load(queue, count + 1)
+  begin = jnp.cumsum(sizes) - sizes
+  rank = jnp.zeros(n * k, jnp.int32).at[order].set(jnp.arange(n * k))
+  rank = rank - begin[queue]
+  served = (rank < capacity) & (queue < count)
+  return served.reshape(k, n)[:, turn].T.reshape(*lead, k)
+
+
+def check_count(count: int, choices: int) -> None:
+  """Raises ValueError unless `choices` different ones of `count` exist."""
+  if count < 1 or not 1 <= choices <= count:
+    raise ValueError(
+      f"{choices} different choices cannot be made among {count} experts: the"
+      " experts chosen must be at least 1 and at most as many as there are."
+    )

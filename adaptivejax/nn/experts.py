@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures of experts: a router, stacked feed-forward layers, one dispatch.
+
+A *router* is a module called as `router(x, live, key)` that returns a
+`Routing`; a method of this family is such a rule and its losses.  Items that
+are not live reach it as zeros, and whatever it says of them is ignored.
+
+Axes: D features, E experts, K choices per item.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from adaptivejax.core.cost import Cost, Signals, flops
+from adaptivejax.core.dispatch import NOBODY, dispatch, load
+from adaptivejax.core.experts import expert_apply
+from adaptivejax.nn.block import only
+from adaptivejax.nn.mlp import Mlp
+
+
+class Routing(NamedTuple):
+  """What a router decided.
+
+  Attributes:
+    experts: of each item, distinct; NOBODY (-1) for no choice, i32[*N, K].
+    weights: of the choices, f[*N, K].
+    penalty: the rule's auxiliary loss, f32[].
+    dropped: choices that were asked for and not served, f32[].
+  """
+
+  experts: Array
+  weights: Array
+  penalty: Array
+  dropped: Array
+
+
+def stacked(make: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:
+  """`count` modules of the same shape as one, parameters stacked in front."""
+  if count < 1:
+    raise ValueError(f"there must be at least 1 expert; got {count=}.")
+  return jax.tree.map(
+    lambda *a: jnp.stack(a), *[make(rngs) for _ in range(count)]
+  )
+
+
+class MixtureOfExperts(nnx.Module):
+  """A feed-forward module of routed experts; called like `nn.Mlp`.
+
+  Args:
+    router: the rule.
+    experts: an `Mlp` whose parameters are stacked over E (`stacked`).
+    shared: runs on every item besides, if given.
+  """
+
+  def __init__(
+    self, router: nnx.Module, experts: Mlp, shared: Mlp | None = None
+  ):
+    self.router = router
+    self.experts = experts
+    self.shared = shared
+
+  @property
+  def count(self) -> int:
+    """E, the experts."""
+    return self.experts.down.kernel.shape[0]
+
+  def __call__(
+    self,
+    x: Float[Array, "*N D"],
+    live: Bool[Array, "*N"] | None = None,
+    key: Key[Array, ""] | None = None,
+  ) -> tuple[Float[Array, "*N D"], Cost, Signals]:
+    x = only(live, x)
+    routing = self.router(x, live, key)
+    y, cost, signals = apply_experts(self.experts, x, routing, live)
+    asked = flops(lambda r, x: r(x, live, key), self.router, x)
+    cost = cost._replace(spent=cost.spent + asked)
+    if self.shared is not None:
+      more, spent, _ = self.shared(x, live)
+      y, cost = y + more, cost + spent
+    return y, cost, signals
+
+
+def apply_experts(
+  experts: Mlp,
+  x: Float[Array, "*N D"],
+  routing: Routing,
+  live: Bool[Array, "*N"] | None,
+) -> tuple[Float[Array, "*N D"], Cost, Signals]:
+  """What the experts make of each item, weighted; zero for items without."""
+  count = experts.down.kernel.shape[0]
+  chosen = routing.experts
+  if live is not None:
+    chosen = jnp.where(live[..., None], chosen, NOBODY)
+  flat = x.reshape(-1, x.shape[-1])
+  plan = dispatch(chosen, routing.weights, count)
+  y, cost = expert_apply(lambda r, m: m.rows(r), flat, plan, experts)
+  cost = cost._replace(dropped=cost.dropped + routing.dropped)
+  choices = (chosen >= 0).sum(-1, dtype=jnp.float32)
+  signals = Signals(
+    choices.mean() / count,
+    routing.penalty,
+    (load(chosen, count).astype(jnp.float32),),
+    (choices,),
+  )
+  return y.reshape(x.shape), cost, signals

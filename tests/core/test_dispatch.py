@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dispatch and capacity against a queue of choices, one after the other."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptivejax.core.dispatch import (
+  NOBODY,
+  dispatch,
+  load,
+  no_drop_capacity,
+  within_capacity,
+)
+
+
+@st.composite
+def choices(draw):
+  """`(experts [N, K], count)`: distinct within an item, or nobody."""
+  count = draw(st.integers(1, 6))
+  n, k = draw(st.integers(1, 12)), draw(st.integers(1, count))
+  rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+  picks = [rng.permutation(count)[:k] for _ in range(n)]
+  absent = rng.random((n, k)) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+  return np.where(absent, NOBODY, picks).astype(np.int32), count
+
+
+@given(choices())
+def test_slots_are_the_choices_sorted_by_expert(case):
+  experts, count = case
+  weights = np.arange(experts.size, dtype=np.float32).reshape(experts.shape)
+  plan = dispatch(jnp.asarray(experts), jnp.asarray(weights), count)
+  wanted = [
+    (e, n, weights[n, k])
+    for e in range(count)
+    for n in range(len(experts))
+    for k in range(experts.shape[1])
+    if experts[n, k] == e
+  ]
+  total = int(plan.sizes.sum())
+  made = zip(plan.expert[:total], plan.item[:total], plan.weight[:total])
+  assert [(int(e), int(n), float(w)) for e, n, w in made] == wanted
+  assert np.array_equal(plan.valid, np.arange(experts.size) < total)
+  assert (plan.item >= 0).all() and (plan.item < len(experts)).all()
+  assert np.array_equal(plan.sizes, load(jnp.asarray(experts), count))
+
+
+@given(choices(), st.integers(0, 8), st.booleans(), st.integers(0, 99))
+def test_capacity_serves_the_first_in_the_queue(case, capacity, ranked, seed):
+  experts, count = case
+  n, k = experts.shape
+  priority = np.random.default_rng(seed).integers(0, 4, n).astype(np.float32)
+  turn = sorted(range(n), key=lambda i: -priority[i]) if ranked else range(n)
+  taken, wanted = [0] * count, np.zeros((n, k), bool)
+  for j in range(k):
+    for i in turn:
+      e = experts[i, j]
+      if e != NOBODY and taken[e] < capacity:
+        taken[e] += 1
+        wanted[i, j] = True
+  served = within_capacity(
+    jnp.asarray(experts),
+    count,
+    capacity,
+    jnp.asarray(priority) if ranked else None,
+  )
+  assert np.array_equal(served, wanted)
+
+
+@given(choices())
+def test_the_no_drop_capacity_is_the_least_that_drops_nothing(case):
+  experts, count = case
+  experts = jnp.asarray(experts)
+  enough = no_drop_capacity(experts, count)
+  assert enough <= len(experts)
+  drops = lambda c: (
+    int((experts >= 0).sum()) - int(within_capacity(experts, count, c).sum())
+  )
+  assert drops(enough) == 0
+  assert enough == 0 or drops(enough - 1) > 0
+
+
+def test_leading_axes_are_item_axes():
+  experts = jnp.array([[[0, 1], [1, 0]], [[1, 2], [2, 0]]])
+  flat = experts.reshape(4, 2)
+  both = within_capacity(experts, 3, 1), within_capacity(flat, 3, 1)
+  assert np.array_equal(both[0].reshape(4, 2), both[1])
+  plans = [dispatch(e, jnp.ones(e.shape), 3) for e in (experts, flat)]
+  for a, b in zip(*plans):
+    assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+  ("experts", "weights", "count", "says"),
+  [
+    (jnp.zeros((2, 3), int), jnp.zeros((2, 3)), 2, "3 different choices"),
+    (jnp.zeros((2, 1), int), jnp.zeros((2, 1)), 0, "among 0 experts"),
+    (jnp.zeros((2, 1), int), jnp.zeros((2, 2)), 4, "items, choices"),
+    (jnp.zeros(2, int), jnp.zeros(2), 4, "items, choices"),
+  ],
+)
+def test_bad_input(experts, weights, count, says):
+  with pytest.raises(ValueError, match=says):
+    dispatch(experts, weights, count)
