@@ -36,7 +36,9 @@ def only_live(
   experts: Int[Array, "*N K"], live: Bool[Array, "*N"] | None
 ) -> Int[Array, "*N K"]:
   """No choice where an item is not live."""
-  return experts if live is None else jnp.where(live[..., None], experts, NOBODY)
+  return (
+    experts if live is None else jnp.where(live[..., None], experts, NOBODY)
+  )
 
 
 def fewer_choices(
@@ -63,19 +65,17 @@ def renormalise(weights: Float[Array, "*N K"]) -> Float[Array, "*N K"]:
 
 
 def serve(
-  experts: Int[Array, "*B T K"],
+  wanted: Int[Array, "*B T K"],
   count: int,
-  capacity: Int[Array, ""] | int,
-) -> Int[Array, "*B T K"]:
-  """The choices within the capacity of each expert, per sequence."""
+  capacity: Int[Array, ""] | Int[Array, " E"] | int,
+) -> tuple[Int[Array, "*B T K"], Float[Array, ""]]:
+  """The choices within the capacity of each expert, per sequence.
+
+  Returns:
+    `(experts, dropped)`: the choices, and how many found no room.
+  """
   within = lambda e: within_capacity(e, count, capacity)
-  flat = experts.reshape(-1, *experts.shape[-2:])
-  return jnp.where(jax.vmap(within)(flat).reshape(experts.shape), experts, NOBODY)
-
-
-def dropped(
-  wanted: Int[Array, "*N K"], served: Int[Array, "*N K"]
-) -> Float[Array, ""]:
-  """Choices that were wanted and not served."""
-  lost = (wanted >= 0) & (served < 0)
-  return lost.sum(dtype=jnp.float32)
+  flat = wanted.reshape(-1, *wanted.shape[-2:])
+  served = jax.vmap(within)(flat).reshape(wanted.shape)
+  dropped = ((wanted >= 0) & ~served).sum(dtype=jnp.float32)
+  return jnp.where(served, wanted, NOBODY), dropped

@@ -14,15 +14,13 @@ The bias has no part in the weights, hence no gradient of the task.  After each
 step b_i falls by a fixed rate where expert i had more than the mean load, and
 rises where it had less: here that is sign descent on the gradient of a penalty
 of value 0 (`core.losses.excess_load`), such as `optax.sign_sgd(1e-3)` on it.
-A sequence-wise loss keeps single sequences from extremes (eqs. 17-20):
-
-    balance sum_i f_i P_i,  f_i = E / (K T) |{t: i chosen}|,  P_i = mean of s_i
-    over its sum, per sequence.
+In each sequence sum_i f_i P_i is kept low besides (eqs. 17-20), f_i = E / K
+times the share of its tokens that chose i, P_i their mean s_i / sum_j s_j.
 
 Primitive: `expert_apply`; the shared expert is that of `nn.MixtureOfExperts`.
-Departs: P's denominator holds the shares of live tokens only.  The load behind
-the bias is per token of the call, which changes no sign.  A `Setting` leaves
-out that many of the K choices; it is ours.
+Departs: f_i counts the choices made, the bias included.  The load behind the
+bias is per token of the call, which changes no sign.  A `Setting` leaves out
+that many of the K choices; it is ours.
 Axes: T tokens, D features, E experts, G groups, K choices.
 """
 
@@ -53,10 +51,8 @@ class DeepSeekRouter(nnx.Module):
     features: D.
     experts: E.
     top_k: K.
-    groups: G, of E / G experts each.
-    kept_groups: of which a token chooses.
-    scale: of the weights.
-    balance: weight of the sequence-wise loss.
+    groups, kept_groups: G, and those of them that a token chooses from.
+    scale, balance: factors on the weights and on the sequence-wise loss.
     rngs: for the parameters.
   """
 
@@ -72,26 +68,17 @@ class DeepSeekRouter(nnx.Module):
     balance: float = 1e-4,
     rngs: nnx.Rngs,
   ):
-    check_count(experts, top_k)
     if groups < 1 or experts % groups or not 1 <= kept_groups <= groups:
       raise ValueError(
-        f"{groups=} must divide the {experts} experts, and {kept_groups=} be"
-        " some of them."
+        f"{groups=} must divide {experts=}, and {kept_groups=} be among them."
       )
-    if top_k > kept_groups * experts // groups:
-      raise ValueError(
-        f"{top_k=} experts cannot be chosen in {kept_groups=} groups of"
-        f" {experts // groups}: keep more groups."
-      )
+    check_count(kept_groups * experts // groups, top_k)
     self.gate = linear(features, experts, rngs=rngs)
     self.bias = nnx.Param(jnp.zeros(experts))
     self.fewer = Setting(jnp.zeros(()))
     self.count = experts
-    self.top_k = top_k
-    self.groups = groups
-    self.kept_groups = kept_groups
-    self.scale = scale
-    self.balance = balance
+    self.top_k, self.groups, self.kept_groups = top_k, groups, kept_groups
+    self.scale, self.balance = scale, balance
 
   def choose(self, scores: Float[Array, "*N E"]) -> Int[Array, "*N K"]:
     """The choices, the best first; scores are unbiased."""
@@ -108,23 +95,19 @@ class DeepSeekRouter(nnx.Module):
     live: Bool[Array, "*N"] | None = None,
     key: Key[Array, ""] | None = None,
   ) -> Routing:
+    del key
     scores = jax.nn.sigmoid(router_logits(self.gate, x))
     experts = only_live(self.choose(scores), live)
     experts = fewer_choices(experts, self.fewer.get_value())
     weights = self.scale * renormalise(weights_of(scores, experts))
-    none = penalty = jnp.float32(0)
-    if key is not None:
-      penalty = self._penalty(scores, experts, live)
-    return Routing(experts, weights, penalty, none)
+    penalty = self._penalty(scores, experts, live)
+    return Routing(experts, weights, penalty, jnp.float32(0))
 
   def _penalty(self, scores, experts, live) -> Float[Array, ""]:
     live = jnp.ones(experts.shape[:-1], bool) if live is None else live
+    rows = lambda a: a.reshape(-1, live.shape[-1], *a.shape[live.ndim :])
     share = scores / scores.sum(-1, keepdims=True)
-    tokens = live.shape[-1]
-    split = lambda a: a.reshape(-1, tokens, a.shape[-1])
-    each = jax.vmap(load_balance)(
-      split(share), split(experts), live.reshape(-1, tokens)
-    )
+    each = jax.vmap(load_balance)(rows(share), rows(experts), rows(live))
     taken = load(experts, self.count) / live.size
     excess = excess_load(self.bias.get_value(), taken - taken.mean())
     return self.balance * each.mean() / self.top_k + excess

@@ -72,13 +72,13 @@ class TopPRouter(nnx.Module):
     live: Bool[Array, "*N"] | None = None,
     key: Key[Array, ""] | None = None,
   ) -> Routing:
+    del key
     logits = router_logits(self.gate, x)
     probability = jax.nn.softmax(logits)
     taken = top_p(probability, self.p - self.lowered.get_value())
     experts = jnp.where(taken, jnp.arange(self.count), NOBODY)
     experts = only_live(experts, live)
-    none = penalty = jnp.float32(0)
-    if key is not None:
-      penalty = self.balance * load_balance(probability, experts, live)
-      penalty += self.entropy * router_entropy(logits, live)
-    return Routing(experts, weights_of(probability, experts), penalty, none)
+    penalty = self.balance * load_balance(probability, experts, live)
+    penalty += self.entropy * router_entropy(logits, live)
+    weights = weights_of(probability, experts)
+    return Routing(experts, weights, penalty, jnp.float32(0))

@@ -75,13 +75,12 @@ class MixtralRouter(nnx.Module):
     live: Bool[Array, "*N"] | None = None,
     key: Key[Array, ""] | None = None,
   ) -> Routing:
+    del key
     p = jax.nn.softmax(router_logits(self.gate, x))
     experts = only_live(best(p, self.top_k), live)
     experts = fewer_choices(experts, self.fewer.get_value())
     weights = weights_of(p, experts)
     if self.renormalised:
       weights = renormalise(weights)
-    none = penalty = jnp.float32(0)
-    if key is not None:
-      penalty = self.balance * load_balance(p, experts, live)
-    return Routing(experts, weights, penalty, none)
+    penalty = self.balance * load_balance(p, experts, live)
+    return Routing(experts, weights, penalty, jnp.float32(0))

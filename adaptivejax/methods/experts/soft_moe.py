@@ -10,7 +10,8 @@ With unit vectors, and a learned scale a, slot (e, p) and token t match by
 and a slot is a mean of the tokens, a token one of the slots (eqs. 1-3, and
 sec. 2.3 for the unit vectors):
 
-    s_ep = sum_t softmax_t(l)_tep x_t,   y_t = sum_ep softmax_ep(l)_tep E_e(s_ep)
+    s_ep = sum_t softmax_t(l)_tep x_t
+    y_t  = sum_ep softmax_ep(l)_tep E_e(s_ep)
 
 The work is that of E P rows whatever T is.  Nothing is dropped, nothing needs
 balancing, and everything has a gradient.  A slot sees the whole sequence: a
@@ -94,7 +95,9 @@ class SoftMoE(nnx.Module):
     there = live[..., None, None]
     gather = jax.nn.softmax(jnp.where(there, match, -1e30), axis=-3)
     spread = jax.nn.softmax(match, axis=(-2, -1))
-    gather, spread = (jnp.where(there, a, 0).astype(x.dtype) for a in (gather, spread))
+    gather, spread = (
+      jnp.where(there, a, 0).astype(x.dtype) for a in (gather, spread)
+    )
     slots = jnp.einsum("...tep,...td->e...pd", gather, x)
     made = jax.vmap(Mlp.rows)(self.experts, slots)
     return jnp.einsum("...tep,e...pd->...td", spread, made)

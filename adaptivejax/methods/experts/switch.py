@@ -34,7 +34,6 @@ from adaptivejax.core.select import best
 from adaptivejax.nn.experts import Routing
 from adaptivejax.nn.linear import linear
 from adaptivejax.nn.routing import (
-  dropped,
   only_live,
   router_logits,
   serve,
@@ -102,10 +101,8 @@ class SwitchRouter(nnx.Module):
     p = jax.nn.softmax(logits)
     wanted = only_live(best(p, 1), live)
     room = self.capacity(x.shape[-2], key is not None)
-    experts = serve(wanted, self.count, room)
-    penalty = jnp.float32(0)
-    if key is not None:
-      penalty = self.balance * load_balance(p, wanted, live)
-      penalty += self.z * router_z(logits, live)
+    experts, dropped = serve(wanted, self.count, room)
+    penalty = self.balance * load_balance(p, wanted, live)
+    penalty += self.z * router_z(logits, live)
     weights = weights_of(p, experts)
-    return Routing(experts, weights, penalty, dropped(wanted, experts))
+    return Routing(experts, weights, penalty, dropped)
