@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.batching import loop, looped, with_rule
 from adaptivejax.core.chunks import Leaves, where
 from adaptivejax.core.cost import Cost, jaxpr_flops
-from adaptivejax.core.covers import Cover, coins
+from adaptivejax.core.covers import Cover, cheapest
 from adaptivejax.core.dispatch import Dispatch
+from adaptivejax.core.groups import GroupChunk, run_groups
 from adaptivejax.core.rowwise import (
   RowFunction,
   differentiable,
@@ -122,10 +123,18 @@ def grouped_matmul(
   return expert_apply(lambda r, w: r @ w, x, plan, w)[0]
 
 
-def expert_cover(slots: int, experts: int) -> Cover:
-  """The chunk sizes for `slots` shared by `experts`."""
-  del experts
-  return coins(*(size for size in (512, 128, 32, 8) if size < 8 * slots))
+CHUNKS = (512, 128, 40, 24, 8)
+"""Chunk sizes: five bodies that serve groups of 8 to many rows alike."""
+
+PRICE = 25
+"""Rows that reading an expert's weights costs, on CPU (see benchmarks)."""
+
+
+def expert_cover(items: int) -> Cover:
+  """The chunk sizes that `expert_apply` uses for up to `items` per expert."""
+  fit = [size for size in CHUNKS if size < items]
+  above = [size for size in CHUNKS if size >= items]
+  return cheapest(*above[-1:], *fit, price=PRICE)
 
 
 class _Call(NamedTuple):
@@ -142,8 +151,7 @@ def _trace(f, x, plan: Dispatch, params, cover) -> _Call:
   count = plan.sizes.shape[0]
   leaves = jax.tree.leaves(params)
   _check(x, plan, leaves, count)
-  slots = plan.item.shape[0]
-  cover = cover or expert_cover(slots, count)
+  cover = cover or expert_cover(x.shape[0])
   predicate = varying_axes(plan.item, plan.sizes)
   axes = predicate | varying_axes(x, plan.weight)
   x, params = vary(x, axes), vary(params, axes | varying_axes(params))
@@ -182,54 +190,7 @@ def _price(call: _Call, plan: Dispatch, slots: Array) -> Cost:
   return Cost(slots * row, zero + full, items, slots, zero)
 
 
-class _Chunk(NamedTuple):
-  """`size` slots of one expert; the first `count` are its own."""
-
-  expert: Int[Array, ""]
-  begin: Int[Array, ""]
-  place: Int[Array, " C"]
-  live: Bool[Array, " C"]
-
-  def take(self, a: Array) -> Array:
-    """The slots of this chunk; padding repeats the last of its own."""
-    return a.at[self.begin + self.place].get(mode="promise_in_bounds")
-
-  def params(self, theta: Leaves, shared: int) -> Leaves:
-    """The parameters of this chunk's expert, and what all share."""
-    count = len(theta) - shared
-    pick = lambda a: lax.dynamic_index_in_dim(a, self.expert, keepdims=False)
-    return [pick(a) for a in theta[:count]] + theta[count:]
-
-
-def _run(cover: Cover, sizes: Array, step: Callable, state: Any):
-  """Runs `step(chunk, state)` over all chunks; returns the state and slots."""
-  first = jnp.cumsum(sizes) - sizes
-  trips = jax.vmap(cover.trips)(sizes)  # [E, R]
-  done, slots = jnp.zeros_like(sizes), jnp.zeros((), jnp.float32)
-  for r, size in enumerate(cover.sizes):
-    ends = jnp.cumsum(trips[:, r])
-
-    def body(i, state, size=size, ends=ends, done=done, rounds=trips[:, r]):
-      e = (ends <= i).sum(dtype=jnp.int32)
-      before = done[e] + (i - ends[e] + rounds[e]) * size
-      count = jnp.minimum(sizes[e] - before, size)
-      place = jnp.arange(size, dtype=jnp.int32)
-      live = place < count
-      place = jnp.minimum(place, count - 1)
-      return step(_Chunk(e, first[e] + before, place, live), state)
-
-    state = lax.cond(  # see `run_cover`
-      ends[-1] > 0,
-      lambda s, n=ends[-1], body=body: lax.fori_loop(0, n, body, s),
-      lambda s: s,
-      state,
-    )
-    done += trips[:, r] * size
-    slots += (ends[-1] * size).astype(jnp.float32)
-  return state, slots
-
-
-def _wide(weight: Array, rows: Array) -> Array:
+def _by_row(weight: Array, rows: Array) -> Array:
   return weight.reshape(-1, *[1] * (rows.ndim - 1)).astype(rows.dtype)
 
 
@@ -237,74 +198,134 @@ def _executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
   """`(theta, x, weight, item, sizes) -> (y, slots)`, gradient and batching."""
   (out,) = f.out_avals
   wide = jnp.promote_types(out.dtype, jnp.float32)  # a sum over experts
+  row_form = jax.checkpoint(
+    lambda rows, theta: f.apply([rows], theta)[0],
+    policy=jax.checkpoint_policies.dots_saveable,
+  )
 
   def zeros(shape, dtype, axes):
     return vary(jnp.zeros(shape, dtype), axes)
 
+  def of_chunk(chunk, theta):
+    """The parameters of the chunk's expert, and what all share."""
+    own = len(theta) - shared
+    return [chunk.of_group(a) for a in theta[:own]] + theta[own:]
+
+  def linearize(rows, theta, axes):
+    """`(y, pull, kept, join)`: the matrix products that `pull` depends on.
+
+    `join(kept)` is `pull` on products that were stored before: then what `pull`
+    was made of is dead code, and nothing is computed twice.
+    """
+
+    def apply(rows, moving):
+      return vary(row_form(rows, merge(moving, theta)), axes)
+
+    moving = differentiable(theta)
+    y, pull = jax.vjp(apply, rows, moving)
+    leaves, tree = jax.tree.flatten(pull)
+    given = {id(a) for a in (rows, *theta)}
+    places = [
+      i
+      for i, a in enumerate(leaves)
+      if id(a) not in given and a.shape[:1] == rows.shape[:1]
+    ]
+
+    def join(kept):
+      filled = list(leaves)
+      for i, a in zip(places, kept, strict=True):
+        filled[i] = a
+      return jax.tree.unflatten(tree, filled)
+
+    return y, [leaves[i] for i in places], join
+
+  def rows_of(chunk, x, item):
+    return x.at[chunk.take(item)].get(mode="promise_in_bounds")
+
+  def add_rows(chunk, y, item, rows):
+    to = jnp.where(chunk.live, chunk.take(item), y.shape[0])
+    return y.at[to].add(rows.astype(y.dtype), mode="drop")
+
   def value(theta, x, weight, item, sizes):
-    n = x.shape[0]
     axes = f.out_axes | varying_axes(x, weight, item, sizes)
 
     def step(chunk, y):
-      i = chunk.take(item)
-      rows = x.at[i].get(mode="promise_in_bounds")
-      (new,) = f.apply([rows], chunk.params(theta, shared))
-      new = new.astype(wide)
-      new = new * _wide(chunk.take(weight), new)
-      to = jnp.where(chunk.live, i, n)
-      return y.at[to].add(vary(new, axes), mode="drop")
+      (new,) = f.apply([rows_of(chunk, x, item)], of_chunk(chunk, theta))
+      new = vary(new.astype(wide), axes)
+      return add_rows(chunk, y, item, new * _by_row(chunk.take(weight), new))
 
-    y, slots = _run(cover, sizes, step, zeros((n, *out.shape[1:]), wide, axes))
+    start = zeros((x.shape[0], *out.shape[1:]), wide, axes)
+    y, slots = run_groups(cover, sizes, step, start)
     return y.astype(out.dtype), slots
 
-  def backward(theta, x, weight, item, sizes, dy):
-    n = x.shape[0]
+  def forward(theta, x, weight, item, sizes):
+    """`value`, and what the backward pass would else compute again."""
+    axes = f.out_axes | varying_axes(x, weight, item, sizes, theta)
+
+    def products(chunk):
+      rows, given = rows_of(chunk, x, item), of_chunk(chunk, theta)
+      new, kept, _ = linearize(rows, given, axes)
+      return [new, *kept]
+
+    def step(chunk, state):
+      y, store = state
+      made = products(chunk)
+      new = made[0].astype(wide)
+      y = add_rows(chunk, y, item, new * _by_row(chunk.take(weight), new))
+      return y, [chunk.put(a, vary(b, axes)) for a, b in zip(store, made)]
+
+    size = min(cover.sizes)
+    some = GroupChunk(jnp.int32(0), jnp.int32(0), jnp.ones(size, bool))
+    shapes = jax.eval_shape(lambda: products(some))
+    m = item.shape[0]
+    store = [zeros((m, *a.shape[1:]), a.dtype, axes) for a in shapes]
+    start = zeros((x.shape[0], *out.shape[1:]), wide, axes), store
+    (y, store), slots = run_groups(cover, sizes, step, start)
+    return y.astype(out.dtype), slots, store
+
+  def backward(theta, x, weight, item, sizes, store, dy):
     axes = varying_axes(x, weight, item, sizes, dy, theta)
+    own = len(theta) - shared
     moving = [jnp.issubdtype(a.dtype, jnp.inexact) for a in theta]
-    experts = len(theta) - shared
+    of_group = [i < own for i, m in enumerate(moving) if m]
+    wider = lambda a: jnp.promote_types(a.dtype, jnp.float32)
 
     def step(chunk, state):
       dx, dweight, dtheta = state
-      i = chunk.take(item)
-      rows = x.at[i].get(mode="promise_in_bounds")
-      given = chunk.params(theta, shared)
-
-      def apply(rows, params):
-        (y,) = f.apply([rows], merge(params, given))
-        return vary(y, axes)
-
-      y, pull = jax.vjp(apply, rows, differentiable(given))
-      cot = dy.at[i].get(mode="promise_in_bounds").astype(wide)
+      rows, given = rows_of(chunk, x, item), of_chunk(chunk, theta)
+      *_, join = linearize(rows, given, axes)
+      y, *kept = (chunk.take(a) for a in store)
+      cot = rows_of(chunk, dy, item).astype(wide)
       cot = where(chunk.live, cot, jnp.zeros_like(cot))
-      scaled = cot * _wide(chunk.take(weight), cot)
-      drows, d = pull(scaled.astype(y.dtype))
-      dw = (cot * y.astype(wide)).reshape(cot.shape[0], -1).sum(1)
-      to = jnp.where(chunk.live, i, n)
-      at = jnp.where(chunk.live, chunk.begin + chunk.place, item.shape[0])
-      dx = dx.at[to].add(drows.astype(dx.dtype), mode="drop")
-      dweight = dweight.at[at].set(dw, mode="drop")
-      add = lambda a, b, own: a.at[chunk.expert].add(b) if own else a + b
-      own = [k < experts for k, m in enumerate(moving) if m]
-      dtheta = [add(a, b.astype(a.dtype), o) for a, b, o in zip(dtheta, d, own)]
-      return dx, dweight, dtheta
+      scaled = cot * _by_row(chunk.take(weight), cot)
+      drows, dtheta_one = join(kept)(scaled.astype(y.dtype))
+      gain = (cot * y.astype(wide)).reshape(cot.shape[0], -1).sum(1)
+      add = lambda a, b, own: a.at[chunk.group].add(b) if own else a + b
+      return (
+        add_rows(chunk, dx, item, drows),
+        chunk.put(dweight, gain),
+        [
+          add(a, b.astype(a.dtype), o)
+          for a, b, o in zip(dtheta, dtheta_one, of_group, strict=True)
+        ],
+      )
 
-    state = (
-      zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32), axes),
+    start = (
+      zeros(x.shape, wider(x), axes),
       zeros(weight.shape, wide, axes),
-      [
-        zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32), axes)
-        for a in differentiable(theta)
-      ],
+      [zeros(a.shape, wider(a), axes) for a in differentiable(theta)],
     )
-    (dx, dweight, dtheta), _ = _run(cover, sizes, step, state)
+    (dx, dweight, dtheta), _ = run_groups(cover, sizes, step, start)
     narrow = [d.astype(a.dtype) for d, a in zip(dtheta, differentiable(theta))]
     return narrow, dx.astype(x.dtype), dweight.astype(weight.dtype)
 
-  value, backward = _folded(value), looped(backward)
+  value = _folded(value)
+  forward, backward = looped(forward), looped(backward)
   run = jax.custom_vjp(value)
 
   def run_forward(*args):
-    return value(*args), args
+    y, slots, store = forward(*args)
+    return (y, slots), (*args, store)
 
   def run_backward(residuals, cotangents):
     dtheta, dx, dweight = backward(*residuals, cotangents[0])
