@@ -35,12 +35,7 @@ from adaptivejax.nn.block import only
 from adaptivejax.nn.experts import Routing, apply_experts
 from adaptivejax.nn.linear import linear
 from adaptivejax.nn.mlp import Mlp
-from adaptivejax.nn.routing import (
-  only_live,
-  router_logits,
-  serve,
-  weights_of,
-)
+from adaptivejax.nn.routing import only_live, router_logits, serve, weights_of
 from adaptivejax.nn.setting import Setting
 from adaptivejax.nn.zero_computation import ZeroComputationExperts
 
