@@ -52,7 +52,10 @@ def top_k(
 
 
 def best(scores: Float[Array, "... N"], k: int) -> Int[Array, "... K"]:
-  """The `k` items of highest score (static), the best first, as a list."""
+  """The `k` items of highest score (static) as a list, the best first.
+
+  There are always k: NaN counts as -inf.
+  """
   n = scores.shape[-1]
   if not 1 <= k <= n:
     raise ValueError(f"{k=} must be at least 1 and at most the {n} items.")
