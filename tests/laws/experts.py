@@ -29,7 +29,15 @@ E = 8
 
 
 def _sequence(batch):
-  return gaussian(batch, T, D)
+  return gaussian(batch, T, D).at[..., 0].set(2)
+
+
+def _uneven(router):
+  """Feature 0, which is constant, makes some experts rare."""
+  kernel = router.gate.kernel
+  ramp = jnp.linspace(1, -1, kernel.shape[1])
+  kernel.set_value(kernel.get_value().at[0].set(ramp))
+  return router
 
 
 def _experts(rngs, count=E):
@@ -39,7 +47,7 @@ def _experts(rngs, count=E):
 
 def _routed(router, shared=False, **settings):
   def build(rngs):
-    rule = router(D, E, rngs=rngs, **settings)
+    rule = _uneven(router(D, E, rngs=rngs, **settings))
     more = small_mlp(rngs) if shared else None
     return MixtureOfExperts(rule, _experts(rngs), more)
 
@@ -103,9 +111,14 @@ def _dead_experts(budget, route=lambda m, x: m.router(x)):
 
 
 def _asking(module, x):
-  """The router, and what rounds up a group of 8 experts' rows."""
+  """The router, and what rounds up the rows of each expert."""
   router = getattr(module, "router", module)
-  return flops(lambda m, x: m.gate(x), router, x)
+  rounding = flops(
+    jax.vmap(Mlp.rows),
+    module.experts,
+    jnp.zeros((module.experts.down.kernel.shape[0], 8, D)),
+  )
+  return flops(lambda m, x: m.gate(x), router, x) + rounding
 
 
 def _others(module, x):
@@ -125,7 +138,7 @@ def _only_ffn(module, x):
 
 
 def _plus_plus(rngs):
-  return MoEPlusPlus(_experts(rngs, 4), D, top_k=4, rngs=rngs)
+  return _uneven(MoEPlusPlus(_experts(rngs, 4), D, top_k=4, rngs=rngs))
 
 
 def _plus_plus_asking(module, x):
@@ -219,7 +232,7 @@ EXPERTS = [
   Case(
     "dynamic_top_p",
     "experts.dynamic_top_p",
-    _routed(TopPRouter),
+    _routed(TopPRouter, p=0.9),
     _sequence,
     _call,
     full=ALL,
@@ -258,7 +271,7 @@ EXPERTS = [
     place=adjust,
     dense=_dense(_only_ffn),
     least=_others,
-    poison=_dead_experts(3.0, lambda m, x: m.route(x)),
+    poison=_dead_experts(5.0, lambda m, x: m.route(x)),
     overhead=_plus_plus_asking,
   ),
   Case(
