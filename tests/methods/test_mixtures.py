@@ -14,7 +14,9 @@ from adaptivejax.methods.experts import (
   SwitchRouter,
   TopPRouter,
 )
+from adaptivejax.models import DecoderLM, decoder_block
 from adaptivejax.nn import MixtureOfExperts, Mlp, stacked
+from tests.methods.host import CONFIG, PROMPT, TOKENS, decode, shaken
 from tests.methods.mixtures import (
   KEY,
   LIVE,
@@ -197,6 +199,23 @@ def test_refuses_nan_and_other_counts(name):
 def test_refuses_more_choices_than_experts(router, settings):
   with pytest.raises(ValueError, match="experts"):
     router(D, **settings, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", ["switch", "deepseek"])
+def test_a_decoder_says_the_same_token_by_token(name):
+  router, settings = ROUTERS[name]
+
+  def layer(rngs):
+    rule = router(D, E, rngs=rngs, **settings)
+    return decoder_block(CONFIG, rngs, MixtureOfExperts(rule, experts()))
+
+  model = shaken(DecoderLM(CONFIG, layer=layer, rngs=nnx.Rngs(0)))
+  whole = jax.jit(lambda model, tokens: model(tokens))(model, TOKENS)
+  logits, _, cost, _ = decode(model, TOKENS)
+  close(logits, whole.logits[:, PROMPT:])
+  assert cost.dropped == 0
+  (load,) = whole.signals.load
+  assert load.shape == (CONFIG.layers, E)
 
 
 def test_one_expert_is_the_layer_itself():
