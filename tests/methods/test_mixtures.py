@@ -160,6 +160,18 @@ def test_nobody_may_be_live(name):
 
 
 @every
+def test_a_router_computes_in_f32(name):
+  """Also of parameters and items of 16 bits, whose products it rounds once."""
+  narrow = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
+  wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+  router = narrow(made(name).router)
+  got, want = router(narrow(X)), wide(router)(wide(narrow(X)))
+  np.testing.assert_array_equal(got.experts, want.experts)
+  assert got.weights.dtype == jnp.float32
+  np.testing.assert_allclose(got.weights, want.weights, rtol=1e-6)
+
+
+@every
 def test_the_task_reaches_the_router_and_the_experts(name):
   grads = jax.jit(jax.grad(lambda m: jnp.sin(m(X, None, KEY)[0]).sum()))(
     made(name)
