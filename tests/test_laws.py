@@ -20,6 +20,7 @@ from adaptivejax.linen import ToLinen, variables_of
 from tests.laws import (
   CASES,
   EXITS,
+  EXPERTS,
   LAWS,
   LAYERS,
   MODELS,
@@ -257,8 +258,8 @@ def test_the_cost_is_that_of_the_decision(case):
 
 @pytest.mark.parametrize(
   "cases",
-  [PRIMITIVES, LAYERS, MODELS, EXITS, POLICIES],
-  ids=["primitives", "layers", "models", "exits", "policies"],
+  [PRIMITIVES, LAYERS, EXPERTS, MODELS, EXITS, POLICIES],
+  ids=["primitives", "layers", "experts", "models", "exits", "policies"],
 )
 def test_eight_devices_agree_with_one(cases):
   """In a process of its own: a mistake here is a deadlock."""

@@ -13,16 +13,18 @@ from tests.laws.case import (
   parameters,
 )
 from tests.laws.exits import EXITS
+from tests.laws.experts import EXPERTS
 from tests.laws.layers import LAYERS
 from tests.laws.models import MODELS
 from tests.laws.policies import POLICIES
 from tests.laws.primitives import PRIMITIVES
 
-CASES = [*PRIMITIVES, *LAYERS, *MODELS, *EXITS, *POLICIES]
+CASES = [*PRIMITIVES, *LAYERS, *EXPERTS, *MODELS, *EXITS, *POLICIES]
 
 __all__ = [
   "CASES",
   "EXITS",
+  "EXPERTS",
   "LAWS",
   "LAYERS",
   "MODELS",
