@@ -140,6 +140,7 @@ def _asked_always(due, halt):
 
 
 EXECUTORS = {
+  "expert_apply": (experts.expert_apply, experts.expert_apply_dense),
   "bucketed": (buckets.bucketed, buckets.masked),
   "depth_loop": (depth.depth_loop, depth.depth_scan),
   "only_after": (depth.only_after, _asked_always),
