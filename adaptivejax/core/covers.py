@@ -8,6 +8,7 @@ runs for a given count; the chunks follow one another over the compacted rows.
   the top rung as often as needed.
 * `tiles`: `ceil(count / tile)` equal chunks; one body to compile.
 * `coins`: falling sizes, each as often as it fits, like paying with coins.
+* `cheapest`: the combination of sizes that costs least, by a table.
 
 The rule (`default_cover`): coins of N/4, N/10, N/20 and N/80 rows, in whole
 multiples of 8, below one of min(N, 512).  A chunk has a fixed price, reading
@@ -22,6 +23,7 @@ from numbers import Integral
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 MIN_CHUNK = 8
@@ -93,6 +95,33 @@ def coins(*sizes: int) -> Cover:
       rounds.append(paid)
       left = jnp.maximum(left - paid * size, 0)
     return jnp.stack(rounds)
+
+  return Cover(sizes, trips)
+
+
+def cheapest(*sizes: int, price: int) -> Cover:
+  """Falling `sizes`, combined so that rows plus `price` per chunk are fewest.
+
+  Args:
+    sizes: chunk sizes, falling.
+    price: rows that a chunk costs besides its own, to read the weights.
+  """
+  if not _rising(sizes[::-1]):
+    raise ValueError(f"`sizes` must fall to at least 1 row; got {sizes}.")
+  cost, change = [0.0], [[0] * len(sizes)]
+  for count in range(1, 2 * sizes[0] + 1):  # beyond, the largest is best
+    paid = [cost[max(0, count - size)] + size + price for size in sizes]
+    best = paid.index(min(paid))
+    rounds = list(change[max(0, count - sizes[best])])
+    rounds[best] += 1
+    cost.append(paid[best])
+    change.append(rounds)
+  table = np.asarray(change, np.int32)
+
+  def trips(count):
+    whole = jnp.maximum(count - sizes[0], 0) // sizes[0]
+    rounds = jnp.asarray(table)[count - whole * sizes[0]]
+    return rounds.at[0].add(whole)
 
   return Cover(sizes, trips)
 

@@ -10,9 +10,9 @@ gathers its rows, runs `f` on them with its expert's parameters, and adds its
 weighted rows to y, so that nothing of the size of all slots is ever stored.
 
 It keeps the laws as `bucketed` does: padding repeats a row of the same expert;
-the backward pass saves the inputs only; `vmap` folds the batch into the items;
-in `shard_map` every device runs its own chunks.  On a TPU, `together` may say
-how to compute all slots at once, by a kernel.
+`vmap` folds the batch into the items; in `shard_map` every device runs its own
+chunks.  Unlike there, the backward pass keeps the matrix products of every slot
+(`core.expert_executor`): all slots are used, so nothing is kept in vain.
 
 Axes: N items, M slots, E experts, C rows of one chunk, R chunk sizes.
 """
@@ -23,19 +23,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from adaptivejax.core.batching import loop, looped, with_rule
 from adaptivejax.core.chunks import Leaves, where
 from adaptivejax.core.cost import Cost, jaxpr_flops
-from adaptivejax.core.covers import Cover, coins
+from adaptivejax.core.covers import Cover, cheapest
 from adaptivejax.core.dispatch import Dispatch
+from adaptivejax.core.expert_executor import by_row, executor
 from adaptivejax.core.rowwise import (
   RowFunction,
-  differentiable,
-  merge,
   trace_rows,
-  with_none,
 )
 from adaptivejax.core.varying import vary, varying_axes
 
@@ -68,7 +65,7 @@ def expert_apply(
       notes on `jit`, forward mode and sharding hold here too.
   """
   call = _trace(f, x, plan, params, cover)
-  run = _executor(call.f, call.cover, call.shared)
+  run = executor(call.f, call.cover, call.shared)
   y, slots = run(call.theta, call.x, plan.weight, plan.item, plan.sizes)
   return y, _price(call, plan, slots)
 
@@ -98,7 +95,7 @@ def expert_apply_dense(
       lambda a: jnp.where(mask.any(), a, jnp.zeros_like(a)), params
     )
     out = f(rows, params).astype(jnp.float32)
-    return where(mask, out * _wide(weight, out), jnp.zeros_like(out))
+    return where(mask, out * by_row(weight, out), jnp.zeros_like(out))
 
   parts = lax.map(one, (params, gate.T, asked.T))
   slots = jnp.full_like(plan.sizes, n * count, jnp.float32, shape=())
@@ -122,10 +119,18 @@ def grouped_matmul(
   return expert_apply(lambda r, w: r @ w, x, plan, w)[0]
 
 
-def expert_cover(slots: int, experts: int) -> Cover:
-  """The chunk sizes for `slots` shared by `experts`."""
-  del experts
-  return coins(*(size for size in (512, 128, 32, 8) if size < 8 * slots))
+CHUNKS = (512, 128, 40, 24, 8)
+"""Chunk sizes: five bodies that serve groups of 8 to many rows alike."""
+
+PRICE = 25
+"""Rows that reading an expert's weights costs, on CPU (see benchmarks)."""
+
+
+def expert_cover(items: int) -> Cover:
+  """The chunk sizes that `expert_apply` uses for up to `items` per expert."""
+  fit = [size for size in CHUNKS if size < items]
+  above = [size for size in CHUNKS if size >= items]
+  return cheapest(*above[-1:], *fit, price=PRICE)
 
 
 class _Call(NamedTuple):
@@ -142,8 +147,7 @@ def _trace(f, x, plan: Dispatch, params, cover) -> _Call:
   count = plan.sizes.shape[0]
   leaves = jax.tree.leaves(params)
   _check(x, plan, leaves, count)
-  slots = plan.item.shape[0]
-  cover = cover or expert_cover(slots, count)
+  cover = cover or expert_cover(x.shape[0])
   predicate = varying_axes(plan.item, plan.sizes)
   axes = predicate | varying_axes(x, plan.weight)
   x, params = vary(x, axes), vary(params, axes | varying_axes(params))
@@ -180,165 +184,3 @@ def _price(call: _Call, plan: Dispatch, slots: Array) -> Cost:
   items = plan.sizes.sum().astype(jnp.float32)
   zero = jnp.zeros_like(slots)
   return Cost(slots * row, zero + full, items, slots, zero)
-
-
-class _Chunk(NamedTuple):
-  """`size` slots of one expert; the first `count` are its own."""
-
-  expert: Int[Array, ""]
-  begin: Int[Array, ""]
-  place: Int[Array, " C"]
-  live: Bool[Array, " C"]
-
-  def take(self, a: Array) -> Array:
-    """The slots of this chunk; padding repeats the last of its own."""
-    return a.at[self.begin + self.place].get(mode="promise_in_bounds")
-
-  def params(self, theta: Leaves, shared: int) -> Leaves:
-    """The parameters of this chunk's expert, and what all share."""
-    count = len(theta) - shared
-    pick = lambda a: lax.dynamic_index_in_dim(a, self.expert, keepdims=False)
-    return [pick(a) for a in theta[:count]] + theta[count:]
-
-
-def _run(cover: Cover, sizes: Array, step: Callable, state: Any):
-  """Runs `step(chunk, state)` over all chunks; returns the state and slots."""
-  first = jnp.cumsum(sizes) - sizes
-  trips = jax.vmap(cover.trips)(sizes)  # [E, R]
-  done, slots = jnp.zeros_like(sizes), jnp.zeros((), jnp.float32)
-  for r, size in enumerate(cover.sizes):
-    ends = jnp.cumsum(trips[:, r])
-
-    def body(i, state, size=size, ends=ends, done=done, rounds=trips[:, r]):
-      e = (ends <= i).sum(dtype=jnp.int32)
-      before = done[e] + (i - ends[e] + rounds[e]) * size
-      count = jnp.minimum(sizes[e] - before, size)
-      place = jnp.arange(size, dtype=jnp.int32)
-      live = place < count
-      place = jnp.minimum(place, count - 1)
-      return step(_Chunk(e, first[e] + before, place, live), state)
-
-    state = lax.cond(  # see `run_cover`
-      ends[-1] > 0,
-      lambda s, n=ends[-1], body=body: lax.fori_loop(0, n, body, s),
-      lambda s: s,
-      state,
-    )
-    done += trips[:, r] * size
-    slots += (ends[-1] * size).astype(jnp.float32)
-  return state, slots
-
-
-def _wide(weight: Array, rows: Array) -> Array:
-  return weight.reshape(-1, *[1] * (rows.ndim - 1)).astype(rows.dtype)
-
-
-def _executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
-  """`(theta, x, weight, item, sizes) -> (y, slots)`, gradient and batching."""
-  (out,) = f.out_avals
-  wide = jnp.promote_types(out.dtype, jnp.float32)  # a sum over experts
-
-  def zeros(shape, dtype, axes):
-    return vary(jnp.zeros(shape, dtype), axes)
-
-  def value(theta, x, weight, item, sizes):
-    n = x.shape[0]
-    axes = f.out_axes | varying_axes(x, weight, item, sizes)
-
-    def step(chunk, y):
-      i = chunk.take(item)
-      rows = x.at[i].get(mode="promise_in_bounds")
-      (new,) = f.apply([rows], chunk.params(theta, shared))
-      new = new.astype(wide)
-      new = new * _wide(chunk.take(weight), new)
-      to = jnp.where(chunk.live, i, n)
-      return y.at[to].add(vary(new, axes), mode="drop")
-
-    y, slots = _run(cover, sizes, step, zeros((n, *out.shape[1:]), wide, axes))
-    return y.astype(out.dtype), slots
-
-  def backward(theta, x, weight, item, sizes, dy):
-    n = x.shape[0]
-    axes = varying_axes(x, weight, item, sizes, dy, theta)
-    moving = [jnp.issubdtype(a.dtype, jnp.inexact) for a in theta]
-    experts = len(theta) - shared
-
-    def step(chunk, state):
-      dx, dweight, dtheta = state
-      i = chunk.take(item)
-      rows = x.at[i].get(mode="promise_in_bounds")
-      given = chunk.params(theta, shared)
-
-      def apply(rows, params):
-        (y,) = f.apply([rows], merge(params, given))
-        return vary(y, axes)
-
-      y, pull = jax.vjp(apply, rows, differentiable(given))
-      cot = dy.at[i].get(mode="promise_in_bounds").astype(wide)
-      cot = where(chunk.live, cot, jnp.zeros_like(cot))
-      scaled = cot * _wide(chunk.take(weight), cot)
-      drows, d = pull(scaled.astype(y.dtype))
-      dw = (cot * y.astype(wide)).reshape(cot.shape[0], -1).sum(1)
-      to = jnp.where(chunk.live, i, n)
-      at = jnp.where(chunk.live, chunk.begin + chunk.place, item.shape[0])
-      dx = dx.at[to].add(drows.astype(dx.dtype), mode="drop")
-      dweight = dweight.at[at].set(dw, mode="drop")
-      add = lambda a, b, own: a.at[chunk.expert].add(b) if own else a + b
-      own = [k < experts for k, m in enumerate(moving) if m]
-      dtheta = [add(a, b.astype(a.dtype), o) for a, b, o in zip(dtheta, d, own)]
-      return dx, dweight, dtheta
-
-    state = (
-      zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32), axes),
-      zeros(weight.shape, wide, axes),
-      [
-        zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32), axes)
-        for a in differentiable(theta)
-      ],
-    )
-    (dx, dweight, dtheta), _ = _run(cover, sizes, step, state)
-    narrow = [d.astype(a.dtype) for d, a in zip(dtheta, differentiable(theta))]
-    return narrow, dx.astype(x.dtype), dweight.astype(weight.dtype)
-
-  value, backward = _folded(value), looped(backward)
-  run = jax.custom_vjp(value)
-
-  def run_forward(*args):
-    return value(*args), args
-
-  def run_backward(residuals, cotangents):
-    dtheta, dx, dweight = backward(*residuals, cotangents[0])
-    return with_none(dtheta, residuals[0]), dx, dweight, None, None
-
-  run.defvjp(run_forward, run_backward)
-  return run
-
-
-def _folded(value: Callable) -> Callable:
-  """Under `vmap`, a batch of items; where parameters are batched, it loops."""
-
-  def rule(op, batch, batched, theta, x, weight, item, sizes):
-    if any(batched[0]):
-      return loop(op, batch, batched, theta, x, weight, item, sizes)
-    spread = lambda a, b: a if b else jnp.broadcast_to(a, (batch, *a.shape))
-    x, weight, item, sizes = map(
-      spread, (x, weight, item, sizes), tuple(batched[1:])
-    )
-    n, count = x.shape[1], sizes.shape[1]
-    whole = jax.vmap(lambda *a: Dispatch(*a))(item, weight, sizes)
-    valid = jax.vmap(lambda p: p.valid)(whole)
-    expert = jax.vmap(lambda p: p.expert)(whole)
-    order = jnp.argsort(jnp.where(valid, expert, count).reshape(-1))
-    offset = jnp.arange(batch, dtype=jnp.int32)[:, None] * n
-    sort = lambda a: a.reshape(-1)[order]
-    y, slots = op(
-      theta,
-      x.reshape(batch * n, *x.shape[2:]),
-      sort(weight),
-      sort(item + offset),
-      sizes.sum(0),
-    )
-    y = y.reshape(batch, n, *y.shape[1:])
-    return (y, jnp.broadcast_to(slots / batch, (batch,))), (True, True)
-
-  return with_rule(value, rule)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How `expert_apply` runs: its chunks, its gradient and its batching rule.
+
+Forward, a chunk gathers the rows of its slots, runs them with its expert's
+parameters, and adds them, weighted, to the items' sum.  Under differentiation
+it also keeps, slot by slot, what it made and the matrix products inside, which
+is all that is dear to compute again; the backward pass is one more such run.
+
+Axes: N items, M slots, E experts, C slots of one chunk.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from adaptivejax.core.batching import loop, looped, with_rule
+from adaptivejax.core.chunks import where
+from adaptivejax.core.covers import Cover
+from adaptivejax.core.dispatch import Dispatch
+from adaptivejax.core.groups import GroupChunk, run_groups
+from adaptivejax.core.rowwise import (
+  RowFunction,
+  differentiable,
+  merge,
+  with_none,
+)
+from adaptivejax.core.varying import vary, varying_axes
+
+
+def by_row(weight: Array, rows: Array) -> Array:
+  """`weight` against the rows it is of."""
+  return weight.reshape(-1, *[1] * (rows.ndim - 1)).astype(rows.dtype)
+
+
+def executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
+  """`(theta, x, weight, item, sizes) -> (y, slots)`, gradient and batching."""
+  (out,) = f.out_avals
+  wide = jnp.promote_types(out.dtype, jnp.float32)  # a sum over experts
+  row_form = jax.checkpoint(
+    lambda rows, theta: f.apply([rows], theta)[0],
+    policy=jax.checkpoint_policies.dots_saveable,
+  )
+
+  def zeros(shape, dtype, axes):
+    return vary(jnp.zeros(shape, dtype), axes)
+
+  def of_chunk(chunk, theta):
+    """The parameters of the chunk's expert, and what all share."""
+    own = len(theta) - shared
+    return [chunk.of_group(a) for a in theta[:own]] + theta[own:]
+
+  def linearize(rows, theta, axes):
+    """`(y, pull, kept, join)`: the matrix products that `pull` depends on.
+
+    `join(kept)` is `pull` on products that were stored before: then what `pull`
+    was made of is dead code, and nothing is computed twice.
+    """
+
+    def apply(rows, moving):
+      return vary(row_form(rows, merge(moving, theta)), axes)
+
+    moving = differentiable(theta)
+    y, pull = jax.vjp(apply, rows, moving)
+    leaves, tree = jax.tree.flatten(pull)
+    given = {id(a) for a in (rows, *theta)}
+    places = [
+      i
+      for i, a in enumerate(leaves)
+      if id(a) not in given and a.shape[:1] == rows.shape[:1]
+    ]
+
+    def join(kept):
+      filled = list(leaves)
+      for i, a in zip(places, kept, strict=True):
+        filled[i] = a
+      return jax.tree.unflatten(tree, filled)
+
+    return y, [leaves[i] for i in places], join
+
+  def rows_of(chunk, x, item):
+    return x.at[chunk.take(item)].get(mode="promise_in_bounds")
+
+  def add_rows(chunk, y, item, rows):
+    to = jnp.where(chunk.live, chunk.take(item), y.shape[0])
+    return y.at[to].add(rows.astype(y.dtype), mode="drop")
+
+  def value(theta, x, weight, item, sizes):
+    axes = f.out_axes | varying_axes(x, weight, item, sizes)
+
+    def step(chunk, y):
+      (new,) = f.apply([rows_of(chunk, x, item)], of_chunk(chunk, theta))
+      new = vary(new.astype(wide), axes)
+      return add_rows(chunk, y, item, new * by_row(chunk.take(weight), new))
+
+    start = zeros((x.shape[0], *out.shape[1:]), wide, axes)
+    y, slots = run_groups(cover, sizes, step, start)
+    return y.astype(out.dtype), slots
+
+  def forward(theta, x, weight, item, sizes):
+    """`value`, and what the backward pass would else compute again."""
+    axes = f.out_axes | varying_axes(x, weight, item, sizes, theta)
+
+    def products(chunk):
+      rows, given = rows_of(chunk, x, item), of_chunk(chunk, theta)
+      new, kept, _ = linearize(rows, given, axes)
+      return [new, *kept]
+
+    def step(chunk, state):
+      y, store = state
+      made = products(chunk)
+      new = made[0].astype(wide)
+      y = add_rows(chunk, y, item, new * by_row(chunk.take(weight), new))
+      return y, [chunk.put(a, vary(b, axes)) for a, b in zip(store, made)]
+
+    size = min(cover.sizes)
+    some = GroupChunk(jnp.int32(0), jnp.int32(0), jnp.ones(size, bool))
+    shapes = jax.eval_shape(lambda: products(some))
+    m = item.shape[0]
+    store = [zeros((m, *a.shape[1:]), a.dtype, axes) for a in shapes]
+    start = zeros((x.shape[0], *out.shape[1:]), wide, axes), store
+    (y, store), slots = run_groups(cover, sizes, step, start)
+    return y.astype(out.dtype), slots, store
+
+  def backward(theta, x, weight, item, sizes, store, dy):
+    axes = varying_axes(x, weight, item, sizes, dy, theta)
+    own = len(theta) - shared
+    moving = [jnp.issubdtype(a.dtype, jnp.inexact) for a in theta]
+    of_group = [i < own for i, m in enumerate(moving) if m]
+    wider = lambda a: jnp.promote_types(a.dtype, jnp.float32)
+
+    def step(chunk, state):
+      dx, dweight, dtheta = state
+      rows, given = rows_of(chunk, x, item), of_chunk(chunk, theta)
+      *_, join = linearize(rows, given, axes)
+      y, *kept = (chunk.take(a) for a in store)
+      cot = rows_of(chunk, dy, item).astype(wide)
+      cot = where(chunk.live, cot, jnp.zeros_like(cot))
+      scaled = cot * by_row(chunk.take(weight), cot)
+      drows, dtheta_one = join(kept)(scaled.astype(y.dtype))
+      gain = (cot * y.astype(wide)).reshape(cot.shape[0], -1).sum(1)
+      add = lambda a, b, own: a.at[chunk.group].add(b) if own else a + b
+      return (
+        add_rows(chunk, dx, item, drows),
+        chunk.put(dweight, gain),
+        [
+          add(a, b.astype(a.dtype), o)
+          for a, b, o in zip(dtheta, dtheta_one, of_group, strict=True)
+        ],
+      )
+
+    start = (
+      zeros(x.shape, wider(x), axes),
+      zeros(weight.shape, wide, axes),
+      [zeros(a.shape, wider(a), axes) for a in differentiable(theta)],
+    )
+    (dx, dweight, dtheta), _ = run_groups(cover, sizes, step, start)
+    narrow = [d.astype(a.dtype) for d, a in zip(dtheta, differentiable(theta))]
+    return narrow, dx.astype(x.dtype), dweight.astype(weight.dtype)
+
+  value = _folded(value)
+  forward, backward = looped(forward), looped(backward)
+  run = jax.custom_vjp(value)
+
+  def run_forward(*args):
+    y, slots, store = forward(*args)
+    return (y, slots), (*args, store)
+
+  def run_backward(residuals, cotangents):
+    dtheta, dx, dweight = backward(*residuals, cotangents[0])
+    return with_none(dtheta, residuals[0]), dx, dweight, None, None
+
+  run.defvjp(run_forward, run_backward)
+  return run
+
+
+def _folded(value: Callable) -> Callable:
+  """Under `vmap`, a batch of items; where parameters are batched, it loops."""
+
+  def rule(op, batch, batched, theta, x, weight, item, sizes):
+    if any(batched[0]):
+      return loop(op, batch, batched, theta, x, weight, item, sizes)
+    spread = lambda a, b: a if b else jnp.broadcast_to(a, (batch, *a.shape))
+    x, weight, item, sizes = map(
+      spread, (x, weight, item, sizes), tuple(batched[1:])
+    )
+    n, count = x.shape[1], sizes.shape[1]
+    whole = jax.vmap(lambda *a: Dispatch(*a))(item, weight, sizes)
+    valid = jax.vmap(lambda p: p.valid)(whole)
+    expert = jax.vmap(lambda p: p.expert)(whole)
+    order = jnp.argsort(jnp.where(valid, expert, count).reshape(-1))
+    offset = jnp.arange(batch, dtype=jnp.int32)[:, None] * n
+    sort = lambda a: a.reshape(-1)[order]
+    y, slots = op(
+      theta,
+      x.reshape(batch * n, *x.shape[2:]),
+      sort(weight),
+      sort(item + offset),
+      sizes.sum(0),
+    )
+    y = y.reshape(batch, n, *y.shape[1:])
+    return (y, jnp.broadcast_to(slots / batch, (batch,))), (True, True)
+
+  return with_rule(value, rule)
