@@ -14,6 +14,7 @@ from adaptivejax.nn.exit import early_exit
 from adaptivejax.nn.experts import (
   MixtureOfExperts,
   Routing,
+  Spread,
   apply_experts,
   stacked,
 )
@@ -24,6 +25,7 @@ from adaptivejax.nn.plan import by_plan
 from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.setting import Setting, adjust
+from adaptivejax.nn.spread import expert_specs, spread
 from adaptivejax.nn.stack import (
   FULL,
   StackOutput,
@@ -51,6 +53,7 @@ __all__ = [
   "Router",
   "Routing",
   "Setting",
+  "Spread",
   "StackOutput",
   "Step",
   "adjust",
@@ -59,9 +62,11 @@ __all__ = [
   "early_exit",
   "every_layer",
   "exit_confidence",
+  "expert_specs",
   "functional",
   "plain",
   "present",
   "run_layers",
+  "spread",
   "stacked",
 ]

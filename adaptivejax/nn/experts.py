@@ -4,20 +4,24 @@
 A *router* is a module called as `router(x, live, key)` that returns a
 `Routing`; a method of this family is such a rule and its losses.  Items that
 are not live reach it as zeros, and whatever it says of them is ignored.
+Experts may be spread over devices: see `nn.spread`.
 
 Axes: D features, E experts, K choices per item.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.dispatch import NOBODY, dispatch, load
+from adaptivejax.core.expert_parallel import expert_apply_parallel
 from adaptivejax.core.experts import expert_apply
 from adaptivejax.nn.block import only
 from adaptivejax.nn.mlp import Mlp
@@ -48,6 +52,18 @@ def stacked(make: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Spread:
+  """Where the experts of a layer are, which then runs inside `shard_map`."""
+
+  axis: str | tuple[str, ...]
+  """Mesh axes that experts and items are spread over."""
+  width: str | None = None
+  """Mesh axis over which the hidden features of each expert are split."""
+  chunks: int = 1
+  """Parts of an exchange, so that one may travel while another is computed."""
+
+
 class MixtureOfExperts(nnx.Module):
   """A feed-forward module of routed experts; called like `nn.Mlp`.
 
@@ -55,18 +71,27 @@ class MixtureOfExperts(nnx.Module):
     router: the rule.
     experts: an `Mlp` whose parameters are stacked over E (`stacked`).
     shared: runs on every item besides, if given.
+    over: where the experts are, if not all here (static; see `spread`).  What
+      the layer says of itself, cost, penalty and load, is then of the items of
+      this device.
   """
 
   def __init__(
-    self, router: nnx.Module, experts: Mlp, shared: Mlp | None = None
+    self,
+    router: nnx.Module,
+    experts: Mlp,
+    shared: Mlp | None = None,
+    *,
+    over: Spread | None = None,
   ):
     self.router = router
     self.experts = experts
     self.shared = shared
+    self.over = over
 
   @property
   def count(self) -> int:
-    """E, the experts."""
+    """E, the experts; inside `shard_map` those of this device."""
     return self.experts.down.kernel.shape[0]
 
   def __call__(
@@ -77,7 +102,7 @@ class MixtureOfExperts(nnx.Module):
   ) -> tuple[Float[Array, "*N D"], Cost, Signals]:
     x = only(live, x)
     routing = self.router(x, live, key)
-    y, cost, signals = apply_experts(self.experts, x, routing, live)
+    y, cost, signals = apply_experts(self.experts, x, routing, live, self.over)
     asked = flops(lambda r, x: r(x, live, key), self.router, x)
     cost = cost._replace(spent=cost.spent + asked)
     if self.shared is not None:
@@ -91,6 +116,7 @@ def apply_experts(
   x: Float[Array, "*N D"],
   routing: Routing,
   live: Bool[Array, "*N"] | None,
+  over: Spread | None = None,
 ) -> tuple[Float[Array, "*N D"], Cost, Signals]:
   """What the experts make of each item, weighted; zero for items without."""
   count = experts.down.kernel.shape[0]
@@ -98,8 +124,23 @@ def apply_experts(
   if live is not None:
     chosen = jnp.where(live[..., None], chosen, NOBODY)
   flat = x.reshape(-1, x.shape[-1])
-  plan = dispatch(chosen, routing.weights, count)
-  y, cost = expert_apply(lambda r, m: m.rows(r), flat, plan, experts)
+  rows = lambda r, m: m.rows(r)
+  if over is None:
+    plan = dispatch(chosen, routing.weights, count)
+    y, cost = expert_apply(rows, flat, plan, experts)
+  else:
+    count *= lax.axis_size(over.axis)
+    choices = chosen.shape[-1]
+    y, cost = expert_apply_parallel(
+      rows,
+      flat,
+      chosen.reshape(-1, choices),
+      routing.weights.reshape(-1, choices),
+      experts,
+      axis=over.axis,
+      width=over.width,
+      chunks=over.chunks,
+    )
   cost = cost._replace(dropped=cost.dropped + routing.dropped)
   choices = (chosen >= 0).sum(-1, dtype=jnp.float32)
   signals = Signals(
