@@ -25,7 +25,7 @@ from adaptivejax.nn.plan import by_plan
 from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.setting import Setting, adjust
-from adaptivejax.nn.spread import expert_specs, spread
+from adaptivejax.nn.spread import expert_specs, fastest, spread
 from adaptivejax.nn.stack import (
   FULL,
   StackOutput,
@@ -63,6 +63,7 @@ __all__ = [
   "every_layer",
   "exit_confidence",
   "expert_specs",
+  "fastest",
   "functional",
   "plain",
   "present",

@@ -56,8 +56,8 @@ def stacked(make: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:
 class Spread:
   """Where the experts of a layer are, which then runs inside `shard_map`."""
 
-  axis: str | tuple[str, ...]
-  """Mesh axes that experts and items are spread over."""
+  axis: str | tuple[str, ...] | None
+  """Mesh axes that experts and items are spread over; None: all are here."""
   width: str | None = None
   """Mesh axis over which the hidden features of each expert are split."""
   chunks: int = 1
@@ -125,9 +125,13 @@ def apply_experts(
     chosen = jnp.where(live[..., None], chosen, NOBODY)
   flat = x.reshape(-1, x.shape[-1])
   rows = lambda r, m: m.rows(r)
-  if over is None:
+  if over is None or over.axis is None:
     plan = dispatch(chosen, routing.weights, count)
     y, cost = expert_apply(rows, flat, plan, experts)
+    if over is not None and over.width is not None:
+      whole = lax.axis_size(over.width)
+      y = lax.psum(y, over.width)
+      cost = cost._replace(spent=cost.spent * whole, full=cost.full * whole)
   else:
     count *= lax.axis_size(over.axis)
     choices = chosen.shape[-1]

@@ -15,11 +15,15 @@ Items travel to their experts and back (`core.expert_parallel`) inside
 
 Under `jit` alone, a model that is not spread gives the right result with the
 same specs as `NamedSharding`s, but at a price: the compiler cannot see that
-items go where their experts are.  Every device gathers all items, fetches the
-weights of each chunk's expert, and computes every chunk.
+items go where their experts are.  Every device gets the weights of all experts
+and the items of every chunk, and computes all chunks.
+
+Which layout of equal programs is best depends on the load: `fastest` tries.
 """
 
 import math
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,7 +36,7 @@ from adaptivejax.nn.experts import MixtureOfExperts, Spread
 
 def spread(
   model: Any,
-  axis: str | tuple[str, ...],
+  axis: str | tuple[str, ...] | None,
   *,
   width: str | None = None,
   chunks: int = 1,
@@ -74,6 +78,29 @@ def expert_specs(model: Any, mesh: Mesh | AbstractMesh) -> Any:
     spec.experts = jax.tree.map(lambda a, into=into: into, mixture.experts)
     spec.experts.down = jax.tree.map(lambda a, s=out: s, mixture.experts.down)
   return specs
+
+
+def fastest(
+  programs: Mapping[str, Callable[..., Any]],
+  *args: Any,
+  rounds: int = 3,
+  clock: Callable[[], float] = time.perf_counter,
+) -> str:
+  """The name of the program that takes least time on `args`, of equal ones.
+
+  Each runs once, to compile, and then `rounds` times, in turns; the best of its
+  times counts.  Ask again where the load has changed.
+  """
+  if not programs or rounds < 1:
+    raise ValueError(f"there is nothing to compare: {programs=}, {rounds=}.")
+  best = dict.fromkeys(programs, math.inf)
+  for name in programs:
+    jax.block_until_ready(programs[name](*args))
+  for name in [*programs] * rounds:
+    start = clock()
+    jax.block_until_ready(programs[name](*args))
+    best[name] = min(best[name], clock() - start)
+  return min(best, key=best.__getitem__)
 
 
 def _mixtures(model: Any) -> list[MixtureOfExperts]:
