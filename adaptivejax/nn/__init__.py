@@ -21,6 +21,7 @@ from adaptivejax.nn.experts import (
 from adaptivejax.nn.functional import functional
 from adaptivejax.nn.mlp import Mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
+from adaptivejax.nn.placement import reorder_experts, routing_trace
 from adaptivejax.nn.plan import by_plan
 from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.router import Router
@@ -67,6 +68,8 @@ __all__ = [
   "functional",
   "plain",
   "present",
+  "reorder_experts",
+  "routing_trace",
   "run_layers",
   "spread",
   "stacked",

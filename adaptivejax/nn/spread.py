@@ -46,12 +46,12 @@ def spread(
   The parameters are the same: `expert_specs` says how to lay them out.
   """
   model = jax.tree.map(lambda a: a, model)  # a copy
-  mixtures = _mixtures(model)
-  if not mixtures:
+  found = mixtures(model)
+  if not found:
     raise ValueError(
       f"there is no `MixtureOfExperts` in this {type(model).__name__}."
     )
-  for mixture in mixtures:
+  for mixture in found:
     mixture.over = Spread(axis, width, chunks)
   return model
 
@@ -66,7 +66,7 @@ def expert_specs(model: Any, mesh: Mesh | AbstractMesh) -> Any:
     ValueError: a mesh axis is missing, or does not divide what is spread on it.
   """
   specs = jax.tree.map(lambda a: P(), model)
-  for mixture, spec in zip(_mixtures(model), _mixtures(specs), strict=True):
+  for mixture, spec in zip(mixtures(model), mixtures(specs), strict=True):
     if mixture.over is None:
       continue
     *layers, count, hidden, _ = mixture.experts.down.kernel.shape
@@ -103,7 +103,8 @@ def fastest(
   return min(best, key=best.__getitem__)
 
 
-def _mixtures(model: Any) -> list[MixtureOfExperts]:
+def mixtures(model: Any) -> list[MixtureOfExperts]:
+  """Every mixture of experts that the model holds."""
   return [
     module
     for _, module in nnx.iter_modules(model)
