@@ -23,6 +23,7 @@ from tests.laws import (
   LAWS,
   LAYERS,
   MODELS,
+  PARALLEL,
   POLICIES,
   PRIMITIVES,
   Case,
@@ -255,8 +256,8 @@ def test_the_cost_is_that_of_the_decision(case):
 @pytest.mark.parametrize("how", ["sharded", "shard_map"])
 @pytest.mark.parametrize(
   "cases",
-  [PRIMITIVES, LAYERS, MODELS, EXITS, POLICIES],
-  ids=["primitives", "layers", "models", "exits", "policies"],
+  [PRIMITIVES, LAYERS, PARALLEL, MODELS, EXITS, POLICIES],
+  ids=["primitives", "layers", "parallel", "models", "exits", "policies"],
 )
 def test_eight_devices_agree_with_one(how, cases):
   """In a process of its own: a mistake here is a deadlock."""

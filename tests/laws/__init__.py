@@ -15,10 +15,11 @@ from tests.laws.case import (
 from tests.laws.exits import EXITS
 from tests.laws.layers import LAYERS
 from tests.laws.models import MODELS
+from tests.laws.parallel import PARALLEL
 from tests.laws.policies import POLICIES
 from tests.laws.primitives import PRIMITIVES
 
-CASES = [*PRIMITIVES, *LAYERS, *MODELS, *EXITS, *POLICIES]
+CASES = [*PRIMITIVES, *LAYERS, *PARALLEL, *MODELS, *EXITS, *POLICIES]
 
 __all__ = [
   "CASES",
@@ -26,6 +27,7 @@ __all__ = [
   "LAWS",
   "LAYERS",
   "MODELS",
+  "PARALLEL",
   "POLICIES",
   "PRIMITIVES",
   "Case",
