@@ -10,6 +10,7 @@ Axes: D features, E experts, K choices per item.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.dispatch import NOBODY, dispatch, load
 from adaptivejax.core.expert_parallel import expert_apply_parallel
 from adaptivejax.core.experts import expert_apply
+from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.block import only
 from adaptivejax.nn.mlp import Mlp
 
@@ -120,31 +122,14 @@ def apply_experts(
 ) -> tuple[Float[Array, "*N D"], Cost, Signals]:
   """What the experts make of each item, weighted; zero for items without."""
   count = experts.down.kernel.shape[0]
+  if over is not None and over.axis is not None:
+    count *= lax.axis_size(over.axis)
   chosen = routing.experts
   if live is not None:
     chosen = jnp.where(live[..., None], chosen, NOBODY)
-  flat = x.reshape(-1, x.shape[-1])
-  rows = lambda r, m: m.rows(r)
-  if over is None or over.axis is None:
-    plan = dispatch(chosen, routing.weights, count)
-    y, cost = expert_apply(rows, flat, plan, experts)
-    if over is not None and over.width is not None:
-      whole = lax.axis_size(over.width)
-      y = lax.psum(y, over.width)
-      cost = cost._replace(spent=cost.spent * whole, full=cost.full * whole)
-  else:
-    count *= lax.axis_size(over.axis)
-    choices = chosen.shape[-1]
-    y, cost = expert_apply_parallel(
-      rows,
-      flat,
-      chosen.reshape(-1, choices),
-      routing.weights.reshape(-1, choices),
-      experts,
-      axis=over.axis,
-      width=over.width,
-      chunks=over.chunks,
-    )
+  flat = lambda a: a.reshape(-1, a.shape[-1])
+  run = _here if over is None else functools.partial(_there, over)
+  y, cost = run(experts, flat(x), flat(chosen), flat(routing.weights))
   cost = cost._replace(dropped=cost.dropped + routing.dropped)
   choices = (chosen >= 0).sum(-1, dtype=jnp.float32)
   signals = Signals(
@@ -154,3 +139,34 @@ def apply_experts(
     (choices,),
   )
   return y.reshape(x.shape), cost, signals
+
+
+def _here(experts: Mlp, x, chosen, weights) -> tuple[Array, Cost]:
+  """All experts are on this device."""
+  plan = dispatch(chosen, weights, experts.down.kernel.shape[0])
+  return expert_apply(lambda r, m: m.rows(r), x, plan, experts)
+
+
+def _there(
+  over: Spread, experts: Mlp, x, chosen, weights
+) -> tuple[Array, Cost]:
+  """Experts, or slices of them, are on several devices."""
+  if over.axis is not None:
+    return expert_apply_parallel(
+      lambda r, m: m.rows(r),
+      x,
+      chosen,
+      weights,
+      experts,
+      axis=over.axis,
+      width=over.width,
+      chunks=over.chunks,
+    )
+  # what is the same on all slices is summed over them outside of the loops
+  x, weights = vary((x, weights), varying_axes(experts))
+  y, cost = _here(experts, x, chosen, weights)
+  if over.width is None:
+    return y, cost
+  slices = lax.axis_size(over.width)
+  cost = cost._replace(spent=cost.spent * slices, full=cost.full * slices)
+  return lax.psum(y, over.width), cost

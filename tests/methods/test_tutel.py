@@ -290,6 +290,19 @@ x = jax.random.normal(jax.random.key(0), (T, D))
         out_specs=(rows, P(), P()),
       ))(model, x)
       np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5, err_msg=r)
+      if r == "width":  # of the others see test_spread
+        out = jax.shard_map(
+          lambda m, x: m(x)[0],
+          mesh=mesh,
+          in_specs=(expert_specs(model, mesh), rows),
+          out_specs=rows,
+        )
+        grad = lambda f: jax.tree.leaves(jax.jit(jax.grad(
+          lambda m, x: jnp.sin(f(m, x)).sum(), (0, 1)
+        ))(model, x))
+        wanted = grad(lambda m, x: MixtureOfExperts(m.router, m.experts)(x)[0])
+        for a, b in zip(grad(out), wanted, strict=True):
+          np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
       assert spent.items == cost.items == 2 * T, r
       np.testing.assert_allclose(spent.full, cost.full, rtol=0.1)
       parts = router(x).experts.reshape(shape[0] * shape[1], -1)
