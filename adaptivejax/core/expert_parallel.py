@@ -12,9 +12,9 @@ choices and their weights, and comes back as one weighted sum.
   from each device to each; a cover (`core.covers`) of the fullest destination
   says which sizes are exchanged, and how often.  The default is a ladder around
   the balanced load whose top repeats, so memory is bounded, too.
-* No deadlock: the fullest destination is `pmax`-ed over all devices that
-  decide, so each runs the same exchanges, backward as forward; operands are
-  made device-varying before (`core.varying`), so no other collective gets in.
+* No deadlock: the fullest destination is `pmax`-ed over all devices, so each
+  runs the same exchanges, backward as forward; operands are made device-varying
+  before (`core.varying`), so no other collective gets in.
 * Only real rows are computed: padding travels, marked as nobody's.
 * Under `vmap` a batch shares the exchanges of its fullest example.
 
@@ -74,7 +74,8 @@ def expert_apply_parallel(
     width: mesh axis over which the hidden width inside each expert is split;
       `f` then makes a part of the sum over it (static).
     chunks: independent parts that each exchange is cut into, so that one may
-      travel while another is computed (static).
+      travel while another is computed (static).  On TPU it does with
+      `xla_tpu_enable_async_all_to_all`, by the compiler's schedule for v5e.
     capacity: cover of the rows from one device to another (static);
       `exchange_cover` if not given.
     cover: chunk sizes for the rows of one expert, as for `expert_apply`.
@@ -109,8 +110,9 @@ def expert_apply_parallel(
 
   at = Layout(axis, groups, local, chunks, axes)
   queue = Queue.of(experts, at, max(capacity.sizes))
-  everyone = decide | ({axis} if isinstance(axis, str) else {*axis})
-  need = lax.pmax(queue.count.max(), tuple(sorted(everyone)))
+  everyone = jax.sharding.get_abstract_mesh().manual_axes
+  need = vary(queue.count.max(), frozenset(everyone) if own else own)
+  need = lax.pmax(need, everyone)
   trips = capacity.trips(_of_the_batch(need))
   run = executor(function, at, capacity, cover, len(leaves))
   y, slots = run(theta, x, weights, experts, queue, trips)

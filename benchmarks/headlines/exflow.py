@@ -3,8 +3,8 @@
 
 The affinity is of text of the training files, the hops are of held-out files;
 each of 2, 4 or 8 devices holds as many experts of every layer.  Chance is the
-same search on traces whose tokens were shuffled, layer by layer: what is left
-is what the search finds in unequal loads.
+same search on a trace whose bytes were shuffled, layer by layer: what it finds
+is in the loads, not in the affinity.
 """
 
 import jax
@@ -50,13 +50,13 @@ def measure(quick: bool) -> Headline:
       figures["logits_differ_by"] = _differ(model, by["placed"], texts(4))
   parts = "; ".join(
     f"{g} devices: {figures[f'hops_{g}']:.2f} in order,"
-    f" {figures[f'hops_{g}_chance']:.2f} by chance,"
-    f" {figures[f'hops_{g}_placed']:.2f} placed (-{cut:.0%})"
+    f" {figures[f'hops_{g}_chance']:.2f} placed by a shuffled trace,"
+    f" {figures[f'hops_{g}_placed']:.2f} by affinity (-{cut:.0%})"
     for g, cut in cuts.items()
   )
   text = (
     f"device changes of a byte on its way through {layers} layers of {EXPERTS}"
-    f" experts, {parts}; logits differ by {figures['logits_differ_by']:.0e}."
+    f" experts, {parts}; logits differ by {figures['logits_differ_by']:g}."
     " Hops are counted, no GPU is timed"
   )
   exact = figures["logits_differ_by"] == 0
