@@ -13,11 +13,10 @@ are as often as can be:
 with d = 1 between devices and 0 on one (or dearer between nodes).  A placement
 is a permutation of the experts, after which the model computes what it did.
 
-Here each layer in turn is placed best given its neighbours, an assignment
-problem, and the devices of all layers from one on are exchanged together,
-another, until nothing helps; from several starts.
+The search is a descent by linear assignments (`core.placement`), from several
+starts.
 
-Primitive: host search (`scipy.optimize.linear_sum_assignment`).
+Primitive: host search, `nn.reorder_experts`.
 Departs: the paper solves an integer programme.  Tokens that stay still go
 through the all-to-all, to their own device; context on every device, and with
 it one all-to-all in place of two, is not here.
@@ -28,8 +27,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 
+from adaptivejax.core.placement import shorten_ways, way_price
 from adaptivejax.nn.placement import reorder_experts
 
 
@@ -62,7 +61,7 @@ def hops(
     distance: price of a hop; 1 between any two devices if not given.
   """
   counts = affinity(trace, place.shape[1])
-  return _price(counts, place, _distances(place, distance)) / len(trace)
+  return way_price(counts, place, _distances(place, distance)) / len(trace)
 
 
 def in_order(layers: int, experts: int, devices: int) -> np.ndarray:
@@ -96,8 +95,8 @@ def placement(
   first = in_order(len(counts) + 1, counts.shape[1], devices)
   distance, rng = _distances(first, distance), np.random.default_rng(seed)
   drawn = [rng.permuted(first, axis=1) for _ in range(starts - 1)]
-  found = [_descend(counts, start, distance) for start in [first, *drawn]]
-  return min(found, key=lambda place: _price(counts, place, distance))
+  found = [shorten_ways(counts, start, distance) for start in [first, *drawn]]
+  return min(found, key=lambda place: way_price(counts, place, distance))
 
 
 def apply_placement(model: Any, place: Int[np.ndarray, "..."]) -> Any:
@@ -114,34 +113,3 @@ def _distances(place, distance) -> np.ndarray:
   if distance is None:
     return 1.0 - np.eye(int(place.max()) + 1)
   return np.asarray(distance, float)
-
-
-def _price(counts, place, distance) -> float:
-  pairs = zip(counts, place, place[1:])
-  return float(sum((n * distance[a][:, b]).sum() for n, a, b in pairs))
-
-
-def _descend(counts, place, distance) -> np.ndarray:
-  """Improves a placement until neither kind of assignment does."""
-  (layers, experts), devices = place.shape, len(distance)
-  slots, one = (
-    np.repeat(np.arange(devices), experts // devices),
-    np.eye(devices),
-  )
-  place, seen = place.copy(), np.inf
-  while (now := _price(counts, place, distance)) < seen:
-    seen = now
-    for l in range(layers):
-      price = np.zeros((experts, devices))
-      if l:
-        price += counts[l - 1].T @ distance[place[l - 1]]
-      if l + 1 < layers:
-        price += counts[l] @ distance[:, place[l + 1]].T
-      place[l] = slots[linear_sum_assignment(price[:, slots])[1]]
-    for l in range(1, layers):  # all layers from l on, together
-      flow = one[place[l - 1]].T @ counts[l - 1] @ one[place[l]]
-      name = linear_sum_assignment(flow.T @ distance)[1]
-      tried = np.concatenate([place[:l], name[place[l:]]])
-      if _price(counts, tried, distance) < _price(counts, place, distance):
-        place = tried
-  return place

@@ -15,16 +15,13 @@ earlier items before later ones, or, if prioritized, those of a larger best gate
 (Riquelme et al., 2021, https://arxiv.org/abs/2106.05974).  The gates of the K
 choices are made to sum to 1, before any is dropped.
 
-How experts and items lie on devices changes no result, only time (sec. 3): with
-`nn.spread` and `nn.expert_specs` it is `spread(model, "expert")` for experts
-apart, `spread(model, None, width="model")` for slices of every expert, both
-together, or neither, which is data parallel; `chunks` is the degree of
-pipelining.  `nn.fastest` picks by the clock.
+Where experts and items are changes no result, only time (sec. 3): `nn.spread`
+puts experts apart ("expert"), in slices (None, width="model"), or both; not
+spread, they are whole everywhere.  `chunks` pipelines, `nn.fastest` chooses.
 
 Primitive: `within_capacity`, `expert_apply_parallel`.
-Departs: another layout is another program, where Tutel switches at no cost.
-Here compute follows the load, so that a capacity above it costs nothing.  The
-two-dimensional all-to-all is left to the compiler.
+Departs: another layout is another program; Tutel switches at no cost.  Compute
+follows the load: capacity beyond it is free.  No two-dimensional all-to-all.
 Axes: D features, E experts, K choices per item.
 """
 
@@ -33,11 +30,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from adaptivejax.core.dispatch import (
-  NOBODY,
-  no_drop_capacity,
-  within_capacity,
-)
+from adaptivejax.core.dispatch import NOBODY, no_drop_capacity, within_capacity
 from adaptivejax.nn.experts import Routing
 from adaptivejax.nn.setting import Setting
 
