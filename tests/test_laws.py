@@ -24,6 +24,7 @@ from tests.laws import (
   LAWS,
   LAYERS,
   MODELS,
+  PARALLEL,
   POLICIES,
   PRIMITIVES,
   Case,
@@ -258,7 +259,7 @@ def test_the_cost_is_that_of_the_decision(case):
 
 @pytest.mark.parametrize(
   "cases",
-  [PRIMITIVES, LAYERS, EXPERTS, MODELS, EXITS, POLICIES],
+  [PRIMITIVES, LAYERS, [*EXPERTS, *PARALLEL], MODELS, EXITS, POLICIES],
   ids=["primitives", "layers", "experts", "models", "exits", "policies"],
 )
 def test_eight_devices_agree_with_one(cases):

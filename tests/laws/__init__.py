@@ -16,10 +16,19 @@ from tests.laws.exits import EXITS
 from tests.laws.experts import EXPERTS
 from tests.laws.layers import LAYERS
 from tests.laws.models import MODELS
+from tests.laws.parallel import PARALLEL
 from tests.laws.policies import POLICIES
 from tests.laws.primitives import PRIMITIVES
 
-CASES = [*PRIMITIVES, *LAYERS, *EXPERTS, *MODELS, *EXITS, *POLICIES]
+CASES = [
+  *PRIMITIVES,
+  *LAYERS,
+  *EXPERTS,
+  *PARALLEL,
+  *MODELS,
+  *EXITS,
+  *POLICIES,
+]
 
 __all__ = [
   "CASES",
@@ -28,6 +37,7 @@ __all__ = [
   "LAWS",
   "LAYERS",
   "MODELS",
+  "PARALLEL",
   "POLICIES",
   "PRIMITIVES",
   "Case",
