@@ -62,12 +62,9 @@ class Tile(NamedTuple):
   def shared_memory(self) -> int:
     """Bytes of shared memory."""
     step = (self.rows + self.columns) * self.depth
-    out = MULTIPLIERS * self.half * (2 * WHOLE + EDGE)
+    out = 2 * self.rows * SWIZZLE
     barriers = (2 * self.stages + 1) * 8
     return 2 * (self.stages * step + out) + barriers
-
-
-WHOLE, EDGE = 32, 64  # columns stored at a time, of whole and of cut halves
 
 
 class How(NamedTuple):
@@ -237,19 +234,19 @@ def _plan(sizes: Int[Array, " E"], m: int, rows: int) -> Plan:
 
 
 class Work(NamedTuple):
-  """One tile of a product, in the kernel: i32 scalars.
-
-  Rows `low:high` counted from `row`, a multiple of eight; `row` and `column`
-  are those of its corner in the product (in dw, of the contraction and dw).
-  """
+  """One tile of a product, in the kernel: i32 scalars."""
 
   group: Array
-  row: Array
-  column: Array
-  low: Array
+  low: Array  # the rows low:high of the group; those of the tile, or in dw all
   high: Array
-  steps: Array
-  feature: Array | int = 0  # dw only: first row of dw
+  across: Array  # which columns of the product, in tiles
+  down: Array  # dw only: which rows of dw, in tiles
+  steps: Array  # of its contraction
+
+
+def _block(row: Array) -> Array:
+  """The first row of the block of eight that holds `row`."""
+  return lax.div(row, jnp.int32(BLOCK)) * BLOCK
 
 
 def _walk(
@@ -278,8 +275,8 @@ def _walk(
   def loading():
     plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
 
-    def one(j, t):
-      work = item(j)
+    def one(j, carry):
+      (t, work), following = carry, item(j + 1)
 
       def step(s, t):
         @pl.when(t >= tile.stages)
@@ -289,9 +286,9 @@ def _walk(
         load(work, s, slot_of(t))
         return t + 1
 
-      return lax.fori_loop(0, work.steps, step, t)
+      return lax.fori_loop(0, work.steps, step, t), following
 
-    done = lax.fori_loop(0, mine, one, jnp.int32(0))
+    done, _ = lax.fori_loop(0, mine, one, (jnp.int32(0), item(0)))
 
     @pl.loop(jnp.maximum(done - tile.stages, 0), done)
     def drain(t):
@@ -301,8 +298,8 @@ def _walk(
   def multiplying():
     plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
 
-    def one(j, t):
-      work = item(j)
+    def one(j, carry):
+      (t, work), following = carry, item(j + 1)
 
       @pl.when(busy(work))
       def make():
@@ -339,9 +336,9 @@ def _walk(
           plgpu.barrier_wait(full.at[slot_of(t)])
           plgpu.barrier_arrive(free.at[slot_of(t)])
 
-      return t + work.steps
+      return t + work.steps, following
 
-    lax.fori_loop(0, mine, one, jnp.int32(0))
+    lax.fori_loop(0, mine, one, (jnp.int32(0), item(0)))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -369,19 +366,25 @@ def _forward(x: Array, w: Array, sizes: Array, how: How) -> Array:
       across = lax.div(i, count * band)
       i = i - across * count * band
       t = lax.div(i, band)
-      group, low, high = group_ref[t], low_ref[t], high_ref[t]
-      row = lax.div(low, BLOCK) * BLOCK
-      column = (across * band + i - t * band) * tile.columns
-      steps = jnp.where(group < len(sizes), k // tile.depth, 0)
-      return Work(group, row, column, low - row, high - row, steps)
+      group = group_ref[t]
+      return Work(
+        group=group,
+        low=low_ref[t],
+        high=high_ref[t],
+        across=across * band + i - t * band,
+        down=jnp.int32(0),
+        steps=jnp.where(group < len(sizes), k // tile.depth, 0),
+      )
 
     def load(work, step, slot):
       deep = pl.ds(step * tile.depth, tile.depth)
-      wide = pl.ds(work.column, tile.columns)
+      wide = pl.ds(work.across * tile.columns, tile.columns)
       across = (wide, deep) if how.transpose_w else (deep, wide)
       ready = scratch["full"].at[slot]
       plgpu.copy_gmem_to_smem(
-        x_ref.at[pl.ds(work.row, tile.rows), deep], x_smem.at[slot], ready
+        x_ref.at[pl.ds(_block(work.low), tile.rows), deep],
+        x_smem.at[slot],
+        ready,
       )
       plgpu.copy_gmem_to_smem(
         w_ref.at[work.group, *across], w_smem.at[slot], ready
@@ -396,26 +399,19 @@ def _forward(x: Array, w: Array, sizes: Array, how: How) -> Array:
       )
 
     def mine(work):
-      """The rows that this warp group stores, counted from its first."""
-      cut = lambda row: jnp.clip(row - warp_group * half, 0, half)
-      return cut(work.low), cut(work.high)
+      """The first row of this warp group, and which of its rows it stores."""
+      row = _block(work.low) + warp_group * half
+      return row, *(jnp.clip(r - row, 0, half) for r in (work.low, work.high))
 
     def busy(work):
-      low, high = mine(work)
+      _, low, high = mine(work)
       return low < high
 
     def store(work, y):
-      low, high = mine(work)
-      row = work.row + warp_group * half
-      y, whole = y.astype(x.dtype), high - low == half
-
-      @pl.when(whole)
-      def store_whole():
-        _store(y, y_ref, row, work.column, scratch["whole"])
-
-      @pl.when(jnp.logical_not(whole))
-      def store_edge():
-        _store_edge(y, y_ref, row, work.column, scratch["edge"], low, high)
+      row, low, high = mine(work)
+      column = work.across * tile.columns
+      y = y.astype(x.dtype)
+      _store(y, y_ref, row, column, scratch["out"], low, high)
 
     _walk(
       count * column_tiles, describe, load, multiply, store, busy, tile,
@@ -443,34 +439,29 @@ def _dw(x: Array, dy: Array, sizes: Array, how: How) -> Array:
     def describe(i):
       group = lax.div(i, down * across)
       i = i - group * down * across
-      feature = lax.div(i, across)
-      start, end = start_ref[group], end_ref[group]
-      row = lax.div(start, BLOCK) * BLOCK
-      steps = lax.div(end - row + tile.depth - 1, tile.depth)
+      row = lax.div(i, across)
+      low, high = start_ref[group], end_ref[group]
+      steps = lax.div(high - _block(low) + tile.depth - 1, tile.depth)
       return Work(
         group=group,
-        row=row,
-        column=(i - feature * across) * tile.columns,
-        low=start - row,
-        high=end - row,
-        steps=jnp.where(end > start, steps, 0),
-        feature=feature * tile.rows,
+        low=low,
+        high=high,
+        across=i - row * across,
+        down=row,
+        steps=jnp.where(high > low, steps, 0),
       )
 
     def load(work, step, slot):
-      deep = pl.ds(work.row + step * tile.depth, tile.depth)
+      deep = pl.ds(_block(work.low) + step * tile.depth, tile.depth)
+      tall = pl.ds(work.down * tile.rows, tile.rows)
+      wide = pl.ds(work.across * tile.columns, tile.columns)
       ready = scratch["full"].at[slot]
-      plgpu.copy_gmem_to_smem(
-        x_ref.at[deep, pl.ds(work.feature, tile.rows)], x_smem.at[slot], ready
-      )
-      plgpu.copy_gmem_to_smem(
-        dy_ref.at[deep, pl.ds(work.column, tile.columns)],
-        dy_smem.at[slot],
-        ready,
-      )
+      plgpu.copy_gmem_to_smem(x_ref.at[deep, tall], x_smem.at[slot], ready)
+      plgpu.copy_gmem_to_smem(dy_ref.at[deep, wide], dy_smem.at[slot], ready)
 
     def multiply(acc, work, step, slot):
-      low, high = work.low - step * tile.depth, work.high - step * tile.depth
+      first = _block(work.low) + step * tile.depth
+      low, high = work.low - first, work.high - first
 
       @pl.when((low > 0) | (high < tile.depth))
       def zero_the_rows_of_others():
@@ -482,8 +473,8 @@ def _dw(x: Array, dy: Array, sizes: Array, how: How) -> Array:
         keep = (row >= low) & (row < high)
         for smem, width in parts:
           for i in range(width // MULTIPLIERS // SWIZZLE):
-            first = warp_group * (width // MULTIPLIERS) + i * SWIZZLE
-            part = smem.at[slot, :, pl.ds(first, SWIZZLE)]
+            column = warp_group * (width // MULTIPLIERS) + i * SWIZZLE
+            part = smem.at[slot, :, pl.ds(column, SWIZZLE)]
             part[...] = jnp.where(keep, part[...], jnp.zeros((), x.dtype))
         plgpu.commit_smem()
         plgpu.barrier_arrive_and_wait(scratch["both"])
@@ -492,9 +483,9 @@ def _dw(x: Array, dy: Array, sizes: Array, how: How) -> Array:
       plgpu.wgmma(acc, a.transpose((1, 0)), dy_smem.at[slot])
 
     def store(work, dw):
-      row = work.feature + warp_group * half
-      to = dw_ref.at[work.group]
-      _store(dw.astype(x.dtype), to, row, work.column, scratch["whole"])
+      to, dw = dw_ref.at[work.group], dw.astype(x.dtype)
+      row = work.down * tile.rows + warp_group * half
+      _store(dw, to, row, work.across * tile.columns, scratch["out"])
 
     _walk(
       len(sizes) * down * across, describe, load, multiply, store,
@@ -512,43 +503,39 @@ def _whole_blocks(x: Array) -> Array:
   return jnp.pad(x, ((0, more), (0, 0))) if more else x
 
 
-def _store(y: Array, to: Any, row: Array, column: Array, smem: Any) -> None:
-  """Stores y, f[half, columns], through two small buffers of this warp group."""
-  half, columns = y.shape
-  mine = smem.at[lax.axis_index("wg")]
-  for i in range(columns // WHOLE):
-    part = mine.at[i % 2]
-    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-    part[...] = y[:, i * WHOLE : (i + 1) * WHOLE]
-    plgpu.commit_smem()
-    here = pl.ds(row, half), pl.ds(column + i * WHOLE, WHOLE)
-    plgpu.copy_smem_to_gmem(part, to.at[*here])
-
-
-def _store_edge(
-  y: Array, to: Any, row: Array, column: Array, smem: Any, low: Array, high: Array
+def _store(
+  y: Array,
+  to: Any,
+  row: Array,
+  column: Array,
+  smem: Any,
+  low: Array | int = 0,
+  high: Array | int | None = None,
 ) -> None:
-  """Stores rows `low:high` of y: copies of 32, 16, .. 1 rows, as needed.
+  """Stores rows `low:high` of y, f[half, columns], by two buffers in turn.
 
-  A copy has a static size.  This buffer is not made of blocks of eight rows, so
-  that a copy may start anywhere in it.
+  The size of a copy is static: as many of half, half/2, .. 1 rows as needed.
   """
   half, columns = y.shape
+  count = (half if high is None else high) - low
   mine = smem.at[lax.axis_index("wg")]
-  for i in range(columns // EDGE):
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    mine[...] = y[:, i * EDGE : (i + 1) * EDGE]
+  for i in range(columns // SWIZZLE):
+    part = mine.at[i % 2]
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    part[...] = y[:, i * SWIZZLE : (i + 1) * SWIZZLE]
     plgpu.commit_smem()
-    first, size = low, half // 2
+    first, size = low, half
     while size:
-      some = (high - low) & size
 
-      @pl.when(some != 0)
-      def copy(first=first, size=size, i=i):
-        here = pl.ds(row + first, size), pl.ds(column + i * EDGE, EDGE)
-        plgpu.copy_smem_to_gmem(mine.at[pl.ds(first, size)], to.at[*here])
+      @pl.when(count & size != 0)
+      def copy(first=first, size=size, part=part, i=i):
+        here = pl.ds(row + first, size), pl.ds(column + i * SWIZZLE, SWIZZLE)
+        plgpu.copy_smem_to_gmem(
+          part.at[pl.ds(first, size)], to.at[*here], commit_group=False
+        )
 
-      first, size = first + some, size // 2
+      first, size = first + (count & size), size // 2
+    plgpu.commit_smem_to_gmem_group()
 
 
 def _kernel(
@@ -563,14 +550,14 @@ def _kernel(
   `a`, `b`: shapes of the operands of one step in shared memory.
   """
   tile, dtype = how.tile, out.dtype
-  blocks = lambda features: (
-    plgpu.TilingTransform((BLOCK, features)),
-    plgpu.SwizzleTransform(2 * features),
+  shared = lambda block, *shape: plgpu.SMEM(
+    shape,
+    dtype,
+    transforms=(
+      plgpu.TilingTransform((block, SWIZZLE)),
+      plgpu.SwizzleTransform(2 * SWIZZLE),
+    ),
   )
-  ring = lambda shape: plgpu.SMEM(
-    (tile.stages, *shape), dtype, transforms=blocks(SWIZZLE)
-  )
-  whole = (MULTIPLIERS, 2, tile.half, WHOLE)
   return plgpu.kernel(
     body,
     out_type=out,
@@ -579,10 +566,9 @@ def _kernel(
     num_threads=MULTIPLIERS + 1,
     thread_name="wg",
     scratch_types={
-      "a": ring(a),
-      "b": ring(b),
-      "whole": plgpu.SMEM(whole, dtype, transforms=blocks(WHOLE)),
-      "edge": plgpu.SMEM((MULTIPLIERS, tile.half, EDGE), dtype),
+      "a": shared(BLOCK, tile.stages, *a),
+      "b": shared(BLOCK, tile.stages, *b),
+      "out": shared(1, MULTIPLIERS, 2, tile.half, SWIZZLE),
       "full": plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
       "free": plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=tile.stages),
       "both": plgpu.Barrier(num_arrivals=MULTIPLIERS),
