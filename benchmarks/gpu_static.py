@@ -298,6 +298,7 @@ def figures(code: Code, multipliers: int, masks: bool) -> dict[str, float]:
     "step: tensor": tensor,
     "step: issue": usual,
     "step: issue, of them wgmma": count(loop, "HGMMA"),
+    "step: issue, of them waits for wgmma": count(loop, "WARPGROUP.DEPBAR"),
     "step: issue of the loading warp group": loading,
     "step: issue / tensor": (usual + loading / multipliers) / tensor,
   }
