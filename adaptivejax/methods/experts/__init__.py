@@ -3,7 +3,6 @@
 
 from adaptivejax.methods.experts.deepseek import DeepSeekRouter
 from adaptivejax.methods.experts.dynamic_top_p import TopPRouter
-from adaptivejax.methods.experts.expert_choice import ExpertChoiceRouter
 from adaptivejax.methods.experts.exflow import (
   affinity,
   apply_placement,
@@ -11,6 +10,7 @@ from adaptivejax.methods.experts.exflow import (
   in_order,
   placement,
 )
+from adaptivejax.methods.experts.expert_choice import ExpertChoiceRouter
 from adaptivejax.methods.experts.mixtral import MixtralRouter
 from adaptivejax.methods.experts.mixture_of_experts_plus_plus import MoEPlusPlus
 from adaptivejax.methods.experts.soft_moe import SoftMoE
