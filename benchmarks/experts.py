@@ -200,9 +200,13 @@ def fewer_rows(bed: Bed, seconds: float) -> Iterator[Row]:
 def against_torch(bed: Bed, seconds: float) -> Iterator[Row]:
   """Eager Mixtral on as many threads; nothing where it is not installed."""
   try:
-    import torch
-    from transformers import MixtralConfig
-    from transformers.models.mixtral import modeling_mixtral
+    import torch  # pyrefly: ignore[missing-import]
+    from transformers import (  # pyrefly: ignore[missing-import]
+      MixtralConfig,
+    )
+    from transformers.models.mixtral import (  # pyrefly: ignore[missing-import]
+      modeling_mixtral,
+    )
   except ImportError:
     print(
       "torch: not installed, so not compared (pip install torch transformers)"
