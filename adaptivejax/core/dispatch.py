@@ -92,7 +92,7 @@ def no_drop_capacity(experts: Int[Array, "..."], count: int) -> Int[Array, ""]:
 def within_capacity(
   experts: Int[Array, "*N K"],
   count: int,
-  capacity: Int[Array, ""] | int,
+  capacity: Int[Array, ""] | Int[Array, " E"] | int,
   priority: Float[Array, "*N"] | None = None,
 ) -> Bool[Array, "*N K"]:
   """The choices that are served if each expert takes at most `capacity`.
@@ -104,7 +104,8 @@ def within_capacity(
   Args:
     experts: as for `dispatch`.
     count: E (static).
-    capacity: choices that each expert takes, at least 0 (dynamic).
+    capacity: choices that each expert takes, at least 0: one number, or one of
+      each (dynamic).
     priority: of each item, such as its largest gate.
 
   Returns:
@@ -124,7 +125,8 @@ def within_capacity(
   begin = jnp.cumsum(sizes) - sizes
   rank = jnp.zeros(n * k, jnp.int32).at[order].set(jnp.arange(n * k))
   rank = rank - begin[queue]
-  served = (rank < capacity) & (queue < count)
+  room = jnp.zeros(count + 1, jnp.int32).at[:count].set(capacity)
+  served = rank < room[queue]
   return served.reshape(k, n)[:, turn].T.reshape(*lead, k)
 
 

@@ -7,7 +7,7 @@ decision never depends on dtype, batch or hardware.  NaN is never selected.
 `compact` lists the selected items, which is what the executors need; the
 estimators give a hard decision the gradient of a soft one.
 
-Axes: N items, E experts, G chunks.
+Axes: N items, K of them, E experts, G chunks.
 """
 
 import jax
@@ -51,6 +51,15 @@ def top_k(
   return (_rank(scores) < _setting("k", k, scores)) & ~jnp.isnan(scores)
 
 
+def best(scores: Float[Array, "... N"], k: int) -> Int[Array, "... K"]:
+  """The `k` items of highest score (static), the best first, as a list."""
+  n = scores.shape[-1]
+  if not 1 <= k <= n:
+    raise ValueError(f"{k=} must be at least 1 and at most the {n} items.")
+  scores = scores.astype(jnp.float32)
+  return jax.lax.top_k(jnp.where(jnp.isnan(scores), -jnp.inf, scores), k)[1]
+
+
 def top_p(
   weights: Float[Array, "... N"], p: Float[Array, "..."] | float
 ) -> Bool[Array, "... N"]:
@@ -73,8 +82,8 @@ def top_p(
 
 
 def expert_choice(
-  scores: Float[Array, "N E"], k: Int[Array, ""] | int
-) -> Bool[Array, "N E"]:
+  scores: Float[Array, "... N E"], k: Int[Array, "..."] | int
+) -> Bool[Array, "... N E"]:
   """Each expert takes its `k` best items (Zhou et al., 2022); not causal."""
   return jnp.swapaxes(top_k(jnp.swapaxes(scores, -1, -2), k), -1, -2)
 

@@ -32,6 +32,7 @@ from adaptivejax.nn.stack import (
   present,
   run_layers,
 )
+from adaptivejax.nn.zero_computation import ZeroComputationExperts
 
 __all__ = [
   "FULL",
@@ -53,6 +54,7 @@ __all__ = [
   "Setting",
   "StackOutput",
   "Step",
+  "ZeroComputationExperts",
   "adjust",
   "apply_experts",
   "by_plan",

@@ -63,6 +63,12 @@ class MixtureOfExperts(nnx.Module):
     self.router = router
     self.experts = experts
     self.shared = shared
+    among = getattr(router, "count", self.count)
+    if among != self.count:
+      raise ValueError(
+        f"the router chooses among {among} experts, but there are"
+        f" {self.count}: give both the same number."
+      )
 
   @property
   def count(self) -> int:
@@ -77,7 +83,7 @@ class MixtureOfExperts(nnx.Module):
   ) -> tuple[Float[Array, "*N D"], Cost, Signals]:
     x = only(live, x)
     routing = self.router(x, live, key)
-    y, cost, signals = apply_experts(self.experts, x, routing, live)
+    y, cost, signals = apply_experts(self.experts, x, routing, live, key)
     asked = flops(lambda r, x: r(x, live, key), self.router, x)
     cost = cost._replace(spent=cost.spent + asked)
     if self.shared is not None:
@@ -91,8 +97,12 @@ def apply_experts(
   x: Float[Array, "*N D"],
   routing: Routing,
   live: Bool[Array, "*N"] | None,
+  key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, "*N D"], Cost, Signals]:
-  """What the experts make of each item, weighted; zero for items without."""
+  """What the experts make of each item, weighted; zero for items without.
+
+  The penalty of the routing counts in training, where there is a `key`.
+  """
   count = experts.down.kernel.shape[0]
   chosen = routing.experts
   if live is not None:
@@ -104,7 +114,7 @@ def apply_experts(
   choices = (chosen >= 0).sum(-1, dtype=jnp.float32)
   signals = Signals(
     choices.mean() / count,
-    routing.penalty,
+    jnp.float32(0) if key is None else routing.penalty,
     (load(chosen, count).astype(jnp.float32),),
     (choices,),
   )

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Dynamic top-p MoE: a token runs as many experts as its router is unsure of.
+
+Huang et al., 2024, https://arxiv.org/abs/2403.07652
+
+    P = softmax(W x),   S = the fewest experts, by falling P, that hold p of it,
+    y = sum_{i in S} P_i E_i(x)
+
+so a token whose router is sure of one expert runs that one.  Lest all P become
+flat, and all experts run, the loss (sec. 3.3) gets
+
+    0.01 E sum_i f_i Q_i - 0.0001 sum_i P_i log P_i
+
+the balance of Switch Transformer, f_i the tokens that run expert i, Q_i its
+mean probability, and the entropy, mean over tokens.
+
+Primitive: `top_p`, `expert_apply`.
+Departs: equations and weights are from two summaries and the released inference
+code, not from the paper's text (unverified).  A `Setting`, by which p is
+lowered, moves the budget; it is ours.
+Axes: D features, E experts.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from adaptivejax.core.dispatch import NOBODY, check_count
+from adaptivejax.core.losses import load_balance, router_entropy
+from adaptivejax.core.select import top_p
+from adaptivejax.nn.experts import Routing
+from adaptivejax.nn.linear import linear
+from adaptivejax.nn.routing import only_live, router_logits, weights_of
+from adaptivejax.nn.setting import Setting, refuse_nan
+
+
+class TopPRouter(nnx.Module):
+  """Routing by probability mass, a router of `nn.MixtureOfExperts`.
+
+  Args:
+    features: D.
+    experts: E.
+    p: the mass, dynamic; 1 runs all experts, 0 the best one.
+    balance: weight of the balance loss.
+    entropy: weight of the entropy.
+    rngs: for the parameters.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    experts: int,
+    *,
+    p: float = 0.4,
+    balance: float = 1e-2,
+    entropy: float = 1e-4,
+    rngs: nnx.Rngs,
+  ):
+    check_count(experts, 1)
+    refuse_nan(p=p)
+    self.gate = linear(features, experts, rngs=rngs)
+    self.lowered = Setting(jnp.zeros(()))
+    self.count = experts
+    self.p = p
+    self.balance = balance
+    self.entropy = entropy
+
+  def __call__(
+    self,
+    x: Float[Array, "*N D"],
+    live: Bool[Array, "*N"] | None = None,
+    key: Key[Array, ""] | None = None,
+  ) -> Routing:
+    del key
+    logits = router_logits(self.gate, x)
+    probability = jax.nn.softmax(logits)
+    taken = top_p(probability, self.p - self.lowered.get_value())
+    experts = jnp.where(taken, jnp.arange(self.count), NOBODY)
+    experts = only_live(experts, live)
+    penalty = self.balance * load_balance(probability, experts, live)
+    penalty += self.entropy * router_entropy(logits, live)
+    weights = weights_of(probability, experts)
+    return Routing(experts, weights, penalty, jnp.float32(0))
