@@ -18,6 +18,7 @@ import pytest
 from adaptivejax.core import covers
 from adaptivejax.linen import ToLinen, variables_of
 from tests.laws import (
+  BLOCKS,
   CASES,
   EXITS,
   LAWS,
@@ -255,8 +256,8 @@ def test_the_cost_is_that_of_the_decision(case):
 @pytest.mark.parametrize("how", ["sharded", "shard_map"])
 @pytest.mark.parametrize(
   "cases",
-  [PRIMITIVES, LAYERS, MODELS, EXITS, POLICIES],
-  ids=["primitives", "layers", "models", "exits", "policies"],
+  [PRIMITIVES, LAYERS, BLOCKS, MODELS, EXITS, POLICIES],
+  ids=["primitives", "layers", "blocks", "models", "exits", "policies"],
 )
 def test_eight_devices_agree_with_one(how, cases):
   """In a process of its own: a mistake here is a deadlock."""

@@ -18,12 +18,12 @@ from adaptivejax.nn.experts import (
   stacked,
 )
 from adaptivejax.nn.functional import functional
-from adaptivejax.nn.mlp import Mlp
+from adaptivejax.nn.mlp import Mlp, split_mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
 from adaptivejax.nn.plan import by_plan
 from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.router import Router
-from adaptivejax.nn.setting import Setting, adjust
+from adaptivejax.nn.setting import Frozen, Setting, adjust
 from adaptivejax.nn.stack import (
   FULL,
   StackOutput,
@@ -42,6 +42,7 @@ __all__ = [
   "Attention",
   "Block",
   "ByStack",
+  "Frozen",
   "Group",
   "LayerNorm",
   "MetaClassifier",
@@ -65,5 +66,6 @@ __all__ = [
   "plain",
   "present",
   "run_layers",
+  "split_mlp",
   "stacked",
 ]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix, method by law: `CASES`; see `case` for what a case says."""
 
+from tests.laws.blocks_of_experts import BLOCKS
 from tests.laws.case import (
   LAWS,
   Case,
@@ -18,9 +19,10 @@ from tests.laws.models import MODELS
 from tests.laws.policies import POLICIES
 from tests.laws.primitives import PRIMITIVES
 
-CASES = [*PRIMITIVES, *LAYERS, *MODELS, *EXITS, *POLICIES]
+CASES = [*PRIMITIVES, *LAYERS, *BLOCKS, *MODELS, *EXITS, *POLICIES]
 
 __all__ = [
+  "BLOCKS",
   "CASES",
   "EXITS",
   "LAWS",

@@ -6,10 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptivejax.core import buckets, depth, levels, plans
-from adaptivejax.methods.width import split_mlp
-from adaptivejax.nn import (
-  Mlp,
-)
+from adaptivejax.nn import Mlp, split_mlp
 from tests import reference
 from tests.laws.case import (
   NEVER,
