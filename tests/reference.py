@@ -69,6 +69,15 @@ def mlp(module, x, level=None):
   return jnp.where((level > 0)[..., None], y, 0)
 
 
+def experts(module, x, gates):
+  """Every one of stacked `Mlp`s on every item, weighted by gates [..., E]."""
+  each = range(gates.shape[-1])
+  return sum(
+    gates[..., e, None] * mlp(jax.tree.map(lambda a, e=e: a[e], module), x)
+    for e in each
+  )
+
+
 def block(
   module, x, live=None, seen=None, level=None, both_ways=False, memory=None
 ):

@@ -21,6 +21,7 @@ from tests.laws import (
   BLOCKS,
   CASES,
   EXITS,
+  EXPERTS,
   LAWS,
   LAYERS,
   MODELS,
@@ -256,8 +257,16 @@ def test_the_cost_is_that_of_the_decision(case):
 @pytest.mark.parametrize("how", ["sharded", "shard_map"])
 @pytest.mark.parametrize(
   "cases",
-  [PRIMITIVES, LAYERS, BLOCKS, MODELS, EXITS, POLICIES],
-  ids=["primitives", "layers", "blocks", "models", "exits", "policies"],
+  [PRIMITIVES, LAYERS, EXPERTS, BLOCKS, MODELS, EXITS, POLICIES],
+  ids=[
+    "primitives",
+    "layers",
+    "experts",
+    "blocks",
+    "models",
+    "exits",
+    "policies",
+  ],
 )
 def test_eight_devices_agree_with_one(how, cases):
   """In a process of its own: a mistake here is a deadlock."""

@@ -56,7 +56,7 @@ def dispatch(
 
   Args:
     experts: chosen experts, distinct within an item, i32[*N, K]; NOBODY (-1) is
-      no choice (dynamic).
+      no choice (dynamic), so that K may exceed E.
     weights: of the choices, f[*N, K]; they carry the router's gradient.
     count: E (static).
 
@@ -68,7 +68,7 @@ def dispatch(
       "`experts` and `weights` must both be [*items, choices]; got"
       f" {experts.shape} and {weights.shape}."
     )
-  check_count(count, experts.shape[-1])
+  check_count(count, 1)
   flat = experts.reshape(-1)
   flat = jnp.where((flat >= 0) & (flat < count), flat, count)
   order = jnp.argsort(flat, stable=True).astype(jnp.int32)

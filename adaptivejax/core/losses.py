@@ -137,7 +137,7 @@ def excess_load(
   is summed over devices and accumulated steps as every other is.
   """
   stop = jax.lax.stop_gradient
-  return jnp.vdot(bias - stop(bias), stop(excess))
+  return ((bias - stop(bias)) * stop(excess)).sum()
 
 
 def _mean(

@@ -52,12 +52,16 @@ def top_k(
 
 
 def best(scores: Float[Array, "... N"], k: int) -> Int[Array, "... K"]:
-  """The `k` items of highest score (static), the best first, as a list."""
+  """The `k` items of highest score (static) as a list, the best first.
+
+  There are always k: NaN counts as -inf, and -0 as 0.
+  """
   n = scores.shape[-1]
   if not 1 <= k <= n:
     raise ValueError(f"{k=} must be at least 1 and at most the {n} items.")
   scores = scores.astype(jnp.float32)
-  return jax.lax.top_k(jnp.where(jnp.isnan(scores), -jnp.inf, scores), k)[1]
+  scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+  return jax.lax.top_k(jnp.where(scores == 0, 0, scores), k)[1]
 
 
 def top_p(

@@ -119,6 +119,7 @@ class DecoderLM(nnx.Module):
   ):
     make = layer or (lambda rngs: decoder_block(config, rngs))
     first = make(rngs)
+    _refuse_looking_ahead(first)
     if config.layers % first.depth:
       raise ValueError(
         f"{config.layers=} must be a multiple of the {first.depth} layers that"
@@ -246,3 +247,14 @@ def _check_cache(cache: KVCache, model: DecoderLM, batch: int) -> None:
       f"the cache, {cache.k.shape}, is not of this model and batch,"
       f" {wanted.k.shape}: make it with `model.empty_cache({batch}, slots)`."
     )
+
+
+def _refuse_looking_ahead(layer: Layer) -> None:
+  """Raises ValueError if a part of `layer` says that it `looks_ahead`."""
+  for _, part in nnx.iter_modules(layer):
+    if getattr(part, "looks_ahead", False):
+      raise ValueError(
+        f"{type(part).__name__} looks at the tokens to come, which a decoder"
+        " has not got when it generates. It is for encoders; pass it"
+        " `allow_noncausal=True` if this is meant."
+      )

@@ -109,10 +109,24 @@ def test_leading_axes_are_item_axes():
     assert np.array_equal(a, b)
 
 
+def test_more_choices_than_experts_if_some_are_none():
+  experts = jnp.array([[NOBODY, 1, NOBODY], [1, NOBODY, 0]])
+  plan = dispatch(experts, jnp.arange(6.0).reshape(2, 3), 2)
+  assert plan.sizes.tolist() == [1, 2]
+  assert plan.item[:3].tolist() == [1, 0, 1]
+  assert plan.weight[:3].tolist() == [5.0, 1.0, 3.0]
+
+
+def test_a_capacity_for_each_expert():
+  experts = jnp.array([[0, 1], [1, 0], [0, 1], [2, 1]])
+  served = within_capacity(experts, 3, jnp.array([2, 1, 0]))
+  first = [[1, 0], [1, 0], [1, 0], [0, 0]]
+  np.testing.assert_array_equal(served, np.array(first, bool))
+
+
 @pytest.mark.parametrize(
   ("experts", "weights", "count", "says"),
   [
-    (jnp.zeros((2, 3), int), jnp.zeros((2, 3)), 2, "3 different choices"),
     (jnp.zeros((2, 1), int), jnp.zeros((2, 1)), 0, "among 0 experts"),
     (jnp.zeros((2, 1), int), jnp.zeros((2, 2)), 4, "items, choices"),
     (jnp.zeros(2, int), jnp.zeros(2), 4, "items, choices"),

@@ -76,6 +76,21 @@ def test_top_k(dtype, scores, k):
   check("top_k", best(scores, k), jnp.asarray(scores, dtype), k)
 
 
+@given(scores=SCORES, k=st.integers(1, N))
+def test_best_lists_the_top_k_in_order(scores, k):
+  value = lambda i: -np.inf if np.isnan(scores[i]) else scores[i]
+  falling = sorted(range(N), key=lambda i: (-value(i), i))
+  got = select.best(jnp.asarray([scores, scores[::-1]]), k)
+  assert got[0].tolist() == falling[:k]
+  assert got.shape == (2, k) and got.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("k", [0, N + 1])
+def test_best_refuses_a_list_longer_than_the_items(k):
+  with pytest.raises(ValueError, match=rf"k={k}.*{N} items"):
+    select.best(jnp.zeros(N), k)
+
+
 @given(
   # Whole weights and eighths are exact in f32, so the boundary is sharp.
   weights=st.lists(

@@ -14,17 +14,19 @@ from tests.laws.case import (
   parameters,
 )
 from tests.laws.exits import EXITS
+from tests.laws.experts import EXPERTS
 from tests.laws.layers import LAYERS
 from tests.laws.models import MODELS
 from tests.laws.policies import POLICIES
 from tests.laws.primitives import PRIMITIVES
 
-CASES = [*PRIMITIVES, *LAYERS, *BLOCKS, *MODELS, *EXITS, *POLICIES]
+CASES = [*PRIMITIVES, *LAYERS, *EXPERTS, *BLOCKS, *MODELS, *EXITS, *POLICIES]
 
 __all__ = [
   "BLOCKS",
   "CASES",
   "EXITS",
+  "EXPERTS",
   "LAWS",
   "LAYERS",
   "MODELS",

@@ -77,6 +77,7 @@ class ExpertChoiceRouter(nnx.Module):
     items = live.sum(-1, dtype=jnp.float32)
     share = self.capacity_factor / self.count * (1 - self.refused.get_value())
     k = jnp.ceil(items * share - 1e-4)  # .07 * 100 is above 7
+    k = jnp.clip(k, 0, p.shape[-2]).astype(jnp.int32)
     k = jnp.broadcast_to(k[..., None], (*k.shape, self.count))
     scores = jnp.where(live[..., None], p, -1)
     taken = expert_choice(scores, k) & live[..., None]

@@ -35,12 +35,7 @@ from adaptivejax.nn.block import only
 from adaptivejax.nn.experts import Routing, apply_experts
 from adaptivejax.nn.linear import linear
 from adaptivejax.nn.mlp import Mlp
-from adaptivejax.nn.routing import (
-  only_live,
-  router_logits,
-  serve,
-  weights_of,
-)
+from adaptivejax.nn.routing import only_live, router_logits, serve, weights_of
 from adaptivejax.nn.setting import Setting
 from adaptivejax.nn.zero_computation import ZeroComputationExperts
 
@@ -77,7 +72,7 @@ class MoEPlusPlus(nnx.Module):
     self.others = ZeroComputationExperts(features, kinds, rngs=rngs)
     self.count = self.ffn + self.others.count
     check_count(self.count, top_k)
-    if not min(tau, 1 if capacity_factor is None else capacity_factor) > 0:
+    if not (tau > 0 and (capacity_factor is None or capacity_factor > 0)):
       raise ValueError(f"{tau=} and {capacity_factor=} must be above 0.")
     self.gate = linear(features, self.count, rngs=rngs)
     self.bias = None if active is None else nnx.Param(jnp.zeros(self.count))

@@ -33,12 +33,7 @@ from adaptivejax.core.losses import load_balance, router_z
 from adaptivejax.core.select import best
 from adaptivejax.nn.experts import Routing
 from adaptivejax.nn.linear import linear
-from adaptivejax.nn.routing import (
-  only_live,
-  router_logits,
-  serve,
-  weights_of,
-)
+from adaptivejax.nn.routing import only_live, router_logits, serve, weights_of
 from adaptivejax.nn.setting import Setting
 
 
