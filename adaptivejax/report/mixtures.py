@@ -36,7 +36,7 @@ def _use(entry: Entry, windows) -> _Use:
   use = _read(entry.model, entry.policy, jnp.asarray(windows, jnp.int32))
   if not use.load:
     raise ValueError(f"{entry.method!r} has no mixture of experts to look into")
-  return jax.device_get(use)
+  return use
 
 
 def _by_layer(stacked: tuple[Array, ...]) -> list[np.ndarray]:

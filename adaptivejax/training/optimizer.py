@@ -129,7 +129,7 @@ def _but_balance(
     own = balances(updates)
     zero = lambda b, g: jnp.zeros_like(g) if b else g
     others, state = most.update(jax.tree.map(zero, own, updates), state, params)
-    signed, _ = balance.update(updates, balance.init(params), params)
+    signed, _ = balance.update(updates, balance.init(updates), params)
     pick = lambda b, s, o: s if b else o
     return jax.tree.map(pick, own, signed, others), state
 

@@ -109,10 +109,13 @@ class BlockFFN(nnx.Module):
 
   def _dense(self, x, active, weights) -> tuple[Array, Cost]:
     def run(experts, x, weights):
+      """One wide layer, its neurons scaled in blocks."""
       up, down = experts.up.kernel.get_value(), experts.down.kernel.get_value()
-      hidden = experts.activation(jnp.einsum("nd,edf->nef", x, up))
-      hidden = hidden * weights[..., None].astype(hidden.dtype)
-      return jnp.einsum("nef,efd->nd", hidden, down)
+      count, features, hidden = up.shape
+      h = x @ jnp.moveaxis(up, 0, 1).reshape(features, count * hidden)
+      h = experts.activation(h).reshape(-1, count, hidden)
+      h = h * weights[..., None].astype(h.dtype)
+      return h.reshape(-1, count * hidden) @ down.reshape(-1, features)
 
     args = self.experts, x, jnp.where(active, weights, 0)
     return run(*args), Cost.dense(flops(run, *args), active.size)
