@@ -14,8 +14,9 @@ from adaptivejax.methods.experts.block_ffn import (
   activation_locality,
   chunk_sparsification,
 )
+from adaptivejax.models import decoder_block
 from adaptivejax.nn import adjust
-from tests.methods.host import shaken
+from tests.methods.host import CONFIG, PROMPT, TOKENS, decode, model, shaken
 
 B, T, D, F, E = 2, 11, 16, 4, 6
 X = jax.random.normal(jax.random.key(0), (B, T, D))
@@ -132,6 +133,19 @@ def test_tokens_that_are_not_live_use_nothing():
     )
     assert np.isfinite(signals.penalty)
     assert not np.any(np.asarray(signals.choices[0])[~np.asarray(live)])
+
+
+def _layer(rngs):
+  return decoder_block(CONFIG, rngs, BlockFFN(16, 4, E, rngs=rngs))
+
+
+def test_a_decoder_says_the_same_token_by_token():
+  """Decoding goes by the union, training's text by the dispatch."""
+  made = model(_layer)
+  logits, _, cost, _ = decode(made, TOKENS)
+  want = jax.jit(lambda m, t: m(t).logits)(made, TOKENS)[:, PROMPT:]
+  np.testing.assert_allclose(logits, want, rtol=1e-3, atol=1e-5)
+  assert cost.spent < cost.full
 
 
 @pytest.mark.parametrize("chunk", [1, 4, T, 64])
