@@ -1,6 +1,7 @@
 """Eight experts in every layer, of which a byte runs the best two.
 
-Jiang et al., 2024.
+Jiang et al., 2024.  On 2 CPU cores, a minute and a half of CPU time: 2.27 bits
+per byte of held-out text, where `dense` has 2.37 after as many steps.
 
   adaptivejax train configs/experts/mixtral.py
 """

