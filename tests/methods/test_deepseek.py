@@ -195,6 +195,13 @@ def test_the_sequence_wise_loss(live):
   np.testing.assert_allclose(got, 0.7 * np.mean(each), rtol=1e-5)
 
 
+def test_scores_that_vanish_are_not_nan():
+  router = mixture(DeepSeekRouter, top_k=3).router
+  router = set_gate(router, jnp.zeros((D, E)).at[0].set(-1e4))
+  routing = router(X.at[..., 0].set(1), None, KEY)
+  assert not np.any(routing.weights) and np.isfinite(routing.penalty)
+
+
 @pytest.mark.parametrize(
   ("settings", "match"),
   [

@@ -69,6 +69,14 @@ def test_experts_may_refuse_a_share(refused, k):
   gates = rule(probabilities(moe.router.gate, X), [k] * B)
   got = gates_of(moe.router(X))
   np.testing.assert_allclose(got, gates, rtol=1e-4, atol=1e-6)
+  assert not gates_of(moe.router(X, LIVE))[~LIVE].any()
+
+
+def test_a_whole_number_of_tokens_is_not_rounded_up():
+  """13 tokens times 7/13 is above 7 in f32."""
+  router = mixture(ExpertChoiceRouter, capacity_factor=7 * E / 13).router
+  taken = gates_of(router(jnp.concatenate([X, X[:, :1]], 1))) > 0
+  assert (taken.sum(1) == 7).all()
 
 
 def layer(**settings):

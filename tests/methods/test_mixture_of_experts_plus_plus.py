@@ -121,6 +121,15 @@ def test_rows_fall_as_the_tilt_rises():
   assert rows == sorted(rows, reverse=True) and len(set(rows)) == 5
 
 
+def test_choices_without_weight_run_nothing():
+  """Where K exceeds Z, the rest of the choices are FFN experts."""
+  moe = adjust(plus_plus(kinds=(0, 1, 0)), 1e6)
+  assert ((moe.route(X).experts < N).sum(-1) == 2).all()
+  y, cost, _ = call(moe, X)
+  assert cost.items == 0
+  np.testing.assert_allclose(y, X, rtol=1e-5)
+
+
 def test_each_kind_of_expert():
   others = shaken(ZeroComputationExperts(D, (1, 1, 1), rngs=nnx.Rngs(0)))
   weights = lambda *w: jnp.broadcast_to(jnp.float32(w), (B, T, 3))

@@ -102,6 +102,12 @@ def test_training_has_the_capacity_of_its_factor(factor):
   np.testing.assert_array_equal(signals.load[0], (gates > 0).sum((0, 1)))
 
 
+def test_a_whole_capacity_is_not_rounded_up():
+  router = SwitchRouter(D, 8, capacity_factor=0.56, rngs=nnx.Rngs(0))
+  assert 0.56 * 100 / 8 > 7 == router.capacity(100, True)
+  assert router.capacity(101, True) == 8
+
+
 def test_later_tokens_take_no_room_from_earlier_ones():
   moe = adjust(mixture(SwitchRouter), 0.8)
   y = call(moe, X)[0]
@@ -124,6 +130,15 @@ def test_noise_moves_the_choice_and_not_the_input():
   other = small.router(X, None, KEY).weights
   np.testing.assert_allclose(other, still.weights, rtol=2e-2)
   assert np.any(np.asarray(other) != np.asarray(still.weights))
+
+
+def test_noise_fills_its_interval():
+  router = mixture(SwitchRouter, jitter=0.3, capacity_factor=E).router
+  router = set_gate(router, jnp.zeros((D, E)).at[0, 0].set(1.0))
+  p = router(jnp.ones((20, 50, D)), None, KEY).weights[..., 0]
+  noise = np.log((E - 1) * p / (1 - p))  # the only logit that is not 0
+  assert 0.7 <= noise.min() < 0.71 and 1.29 < noise.max() <= 1.3
+  np.testing.assert_allclose(noise.mean(), 1, atol=0.02)
 
 
 @pytest.mark.parametrize("live", [None, LIVE], ids=["all", "some"])

@@ -106,8 +106,8 @@ class DeepSeekRouter(nnx.Module):
   def _penalty(self, scores, experts, live) -> Float[Array, ""]:
     live = jnp.ones(experts.shape[:-1], bool) if live is None else live
     rows = lambda a: a.reshape(-1, live.shape[-1], *a.shape[live.ndim :])
-    share = scores / scores.sum(-1, keepdims=True)
-    each = jax.vmap(load_balance)(rows(share), rows(experts), rows(live))
+    share = rows(renormalise(scores))
+    each = jax.vmap(load_balance)(share, rows(experts), rows(live))
     taken = load(experts, self.count) / live.size
     excess = excess_load(self.bias.get_value(), taken - taken.mean())
     return self.balance * each.mean() / self.top_k + excess
