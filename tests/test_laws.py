@@ -105,7 +105,10 @@ def test_gradients_equal_the_masked_dense_twin(case):
 )
 def test_no_cover_changes_the_result(case, cover):
   smaller = lambda n: cover if n >= 8 else covers.tiles(1)
-  with mock.patch("adaptivejax.core.buckets.default_cover", smaller):
+  with (
+    mock.patch("adaptivejax.core.buckets.default_cover", smaller),
+    mock.patch("adaptivejax.core.experts.expert_cover", smaller),
+  ):
     y, cost = fresh(case.run, *given(case), case.some)
   close(y, result(case, "some")[0])
   close(cost.items, result(case, "some")[1].items)

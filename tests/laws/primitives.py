@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptivejax.core import buckets, depth, levels, plans
+from adaptivejax.core import buckets, depth, experts, levels, plans
+from adaptivejax.core.dispatch import NOBODY, dispatch
 from adaptivejax.nn import Mlp, split_mlp
 from tests import reference
 from tests.laws.case import (
@@ -15,6 +16,7 @@ from tests.laws.case import (
   F,
   L,
   M,
+  T,
   gaussian,
   poisoned_items,
   some_rows,
@@ -41,6 +43,37 @@ def _all_learners(learners, x):
     reference.mlp(jax.tree.map(lambda a, i=i: a[i], learners), x["rows"])
     for i in range(M)
   )
+
+
+def _weights(x):
+  """Weight of each choice; distinct, so that a level selects some."""
+  return jnp.stack([x["score"], 1 - x["score"] - 1 / (4 * T)], -1)
+
+
+def _choices(x):
+  first = jnp.floor(x["score"] * M).astype(jnp.int32)  # a level empties some
+  return jnp.stack([first, (first + 1) % M], -1)
+
+
+def _experts(learners, x, level):
+  weights, rows = _weights(x), x["rows"].reshape(-1, D)
+  chosen = jnp.where(weights > level, _choices(x), NOBODY)
+  plan = dispatch(chosen, weights, M)
+  y, cost = experts.expert_apply(lambda r, m: m.rows(r), rows, plan, learners)
+  return y.reshape(x["rows"].shape), cost
+
+
+def _all_choices(learners, x):
+  y, weights, chosen = 0, _weights(x), _choices(x)
+  for i in range(M):
+    gate = (weights * (chosen == i)).sum(-1, keepdims=True)
+    of_one = jax.tree.map(lambda a, i=i: a[i], learners)
+    y += gate * reference.mlp(of_one, x["rows"])
+  return y
+
+
+def _chosen(score, level):
+  return (score > level) | (1 - score - 1 / (4 * T) > level)
 
 
 def _layers(rngs):
@@ -132,6 +165,20 @@ PRIMITIVES = [
     dense=_all_learners,
     least=lambda m, x: jnp.zeros_like(x["rows"]),
     poison=poisoned_items(lambda s, b: s * b >= 1, np.float32(5)),
+    unless={"linen": _no_module},
+  ),
+  Case(
+    "expert_apply",
+    "core.experts",
+    lambda rngs: split_mlp(small_mlp(rngs), M),
+    some_rows,
+    _experts,
+    full=np.float32(-1),
+    some=np.float32(0.7),
+    none=np.float32(2),
+    dense=_all_choices,
+    least=lambda m, x: jnp.zeros_like(x["rows"]),
+    poison=poisoned_items(_chosen, np.float32(0.7)),
     unless={"linen": _no_module},
   ),
   Case(
