@@ -37,11 +37,7 @@ from adaptivejax import decode
 from adaptivejax.core.halting import margin
 from adaptivejax.core.select import compact
 from adaptivejax.core.trigrams import TrigramTable
-from adaptivejax.methods.decode import (
-  ADED,
-  EntropyAdaptive,
-  SelfSpeculation,
-)
+from adaptivejax.methods.decode import ADED, EntropyAdaptive, SelfSpeculation
 from adaptivejax.methods.depth import (
   calm,
   ffn_skip,

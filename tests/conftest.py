@@ -19,6 +19,13 @@ jaxtyping.install_import_hook(["adaptivejax", "pallas_kernels"], CHECKER)
 # Eight devices wait for one another in threads: with too few they starve, and
 # independent collectives deadlock.  XLA reads its number of threads from here.
 os.environ.setdefault("NPROC", "64")
+
+# Nearly all of the time goes to compiling small programs that run once.
+QUICK = ["--xla_backend_optimization_level=0"]
+if jax.__version_info__ < (0, 12):  # later ones are fatal: no such flag
+  QUICK.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK])
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -142,7 +142,7 @@ def hidden(model, tokens, live=None, seen=None, level=None):
   x = model.embedding.get_value()[tokens]
   states = []
   for i, module in enumerate(layers_of(model)):
-    at = lambda a, i=i: None if a is None else np.asarray(a)[i]
+    at = lambda a, i=i: None if a is None else a[i]
     x = layer(module, x, at(live), at(seen), at(level))
     states.append(x)
   return states
@@ -158,6 +158,25 @@ def readout(model, x):
 def decoder(model, tokens, live=None, seen=None, level=None):
   """Logits after every token; arguments as in `hidden`."""
   return readout(model, hidden(model, tokens, live, seen, level)[-1])
+
+
+ROOM = 32
+
+
+def next_logits(model, text, exit=-1):
+  """Logits after the text i32[B, T], by the layers up to `exit`.
+
+  Padded, one program serves all T < `ROOM` and exits.
+  """
+  text = np.asarray(text)
+  padded = np.pad(text, ((0, 0), (0, ROOM - text.shape[1])))
+  return _next_logits(model, padded, text.shape[1] - 1, exit)
+
+
+@jax.jit
+def _next_logits(model, text, last, exit):
+  states = jnp.stack(hidden(model, text))
+  return readout(model, states[exit, :, last])
 
 
 def classifier(model, inputs):

@@ -25,6 +25,7 @@ from tests.laws import (
   LAWS,
   LAYERS,
   MODELS,
+  PARALLEL,
   POLICIES,
   PRIMITIVES,
   Case,
@@ -257,28 +258,19 @@ def test_the_cost_is_that_of_the_decision(case):
   assert full >= float(costs[-1].full) * (1 - 1e-6)
 
 
-@pytest.mark.parametrize("how", ["sharded", "shard_map"])
 @pytest.mark.parametrize(
   "cases",
-  [PRIMITIVES, LAYERS, EXPERTS, BLOCKS, MODELS, EXITS, POLICIES],
-  ids=[
-    "primitives",
-    "layers",
-    "experts",
-    "blocks",
-    "models",
-    "exits",
-    "policies",
-  ],
+  [PRIMITIVES, LAYERS, [*EXPERTS, *BLOCKS, *PARALLEL], MODELS, EXITS, POLICIES],
+  ids=["primitives", "layers", "experts", "models", "exits", "policies"],
 )
-def test_eight_devices_agree_with_one(how, cases):
+def test_eight_devices_agree_with_one(cases):
   """In a process of its own: a mistake here is a deadlock."""
-  names = [case.name for case in cases if how not in case.unless]
-  command = [sys.executable, "-m", "tests.devices", how, *names]
+  names = [case.name for case in cases]
+  command = [sys.executable, "-m", "tests.devices", *names]
   root = Path(__file__).parents[1]
   try:
     done = subprocess.run(
-      command, cwd=root, timeout=400, capture_output=True, text=True
+      command, cwd=root, timeout=600, capture_output=True, text=True
     )
   except subprocess.TimeoutExpired as error:
     pytest.fail(f"deadlock, after these cases:\n{error.stdout}")

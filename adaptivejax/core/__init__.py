@@ -34,6 +34,10 @@ from adaptivejax.core.dispatch import (
   within_capacity,
 )
 from adaptivejax.core.drafts import Verified, draft_verify
+from adaptivejax.core.expert_parallel import (
+  exchange_cover,
+  expert_apply_parallel,
+)
 from adaptivejax.core.experts import (
   expert_apply,
   expert_apply_dense,
@@ -135,12 +139,14 @@ __all__ = [
   "dispatch_mask",
   "draft_verify",
   "entropy",
+  "exchange_cover",
   "exit_cross_entropy",
   "exit_depth",
   "exit_distribution",
   "exit_fractions",
   "expert_apply",
   "expert_apply_dense",
+  "expert_apply_parallel",
   "expert_choice",
   "expert_cover",
   "flops",

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.chunks import Leaves, where
 from adaptivejax.core.cost import Cost, jaxpr_flops
-from adaptivejax.core.covers import Cover, cheapest
+from adaptivejax.core.covers import MIN_CHUNK, Cover, cheapest
 from adaptivejax.core.dispatch import Dispatch
 from adaptivejax.core.expert_executor import by_row, executor
 from adaptivejax.core.rowwise import (
@@ -128,9 +128,8 @@ PRICE = 25
 
 def expert_cover(items: int) -> Cover:
   """The chunk sizes that `expert_apply` uses for up to `items` per expert."""
-  fit = [size for size in CHUNKS if size < items]
-  above = [size for size in CHUNKS if size >= items]
-  return cheapest(*above[-1:], *fit, price=PRICE)
+  most = min(CHUNKS[0], -(-items // MIN_CHUNK) * MIN_CHUNK)
+  return cheapest(most, *(size for size in CHUNKS if size < most), price=PRICE)
 
 
 class _Call(NamedTuple):

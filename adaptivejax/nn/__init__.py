@@ -14,16 +14,19 @@ from adaptivejax.nn.exit import early_exit
 from adaptivejax.nn.experts import (
   MixtureOfExperts,
   Routing,
+  Spread,
   apply_experts,
   stacked,
 )
 from adaptivejax.nn.functional import functional
 from adaptivejax.nn.mlp import Mlp, split_mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
+from adaptivejax.nn.placement import reorder_experts, routing_trace
 from adaptivejax.nn.plan import by_plan
 from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.setting import Frozen, Setting, adjust
+from adaptivejax.nn.spread import expert_specs, fastest, spread
 from adaptivejax.nn.stack import (
   FULL,
   StackOutput,
@@ -53,6 +56,7 @@ __all__ = [
   "Router",
   "Routing",
   "Setting",
+  "Spread",
   "StackOutput",
   "Step",
   "ZeroComputationExperts",
@@ -62,10 +66,15 @@ __all__ = [
   "early_exit",
   "every_layer",
   "exit_confidence",
+  "expert_specs",
+  "fastest",
   "functional",
   "plain",
   "present",
+  "reorder_experts",
+  "routing_trace",
   "run_layers",
   "split_mlp",
+  "spread",
   "stacked",
 ]

@@ -14,6 +14,7 @@ from adaptivejax.core.attention import Keys, attend, rotary
 from adaptivejax.core.buckets import bucketed
 from adaptivejax.core.cache import KVCache, append
 from adaptivejax.core.cost import Cost, flops
+from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.linear import linear
 
 
@@ -53,6 +54,13 @@ class Attention(nnx.Module):
     """Keys and values of each token."""
     kv = self.key_value(x).reshape(*x.shape[:-1], 2, -1, self.width)
     return rotary(kv[..., 0, :, :], positions), kv[..., 1, :, :]
+
+  def empty_cache(self, x: Float[Array, "B T D"]) -> KVCache:
+    """One layer with room for the keys of these tokens, see `recall`."""
+    heads = self.key_value.kernel.shape[-1] // (2 * self.width)
+    batch, tokens, _ = x.shape
+    cache = KVCache.empty(1, batch, heads, tokens, self.width, x.dtype)
+    return vary(cache, varying_axes(x))
 
   def project(self, x, positions) -> Keys:
     """The `Keys` that a block's tokens would write into the cache."""

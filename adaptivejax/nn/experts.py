@@ -4,21 +4,27 @@
 A *router* is a module called as `router(x, live, key)` that returns a
 `Routing`; a method of this family is such a rule and its losses.  Items that
 are not live reach it as zeros, and whatever it says of them is ignored.
+Experts may be spread over devices: see `nn.spread`.
 
 Axes: D features, E experts, K choices per item.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.dispatch import NOBODY, dispatch, load
+from adaptivejax.core.expert_parallel import expert_apply_parallel
 from adaptivejax.core.experts import expert_apply
+from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.block import only
 from adaptivejax.nn.mlp import Mlp
 
@@ -48,6 +54,18 @@ def stacked(make: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Spread:
+  """Where the experts of a layer are, which then runs inside `shard_map`."""
+
+  axis: str | tuple[str, ...] | None
+  """Mesh axes that experts and items are spread over; None: all are here."""
+  width: str | None = None
+  """Mesh axis over which the hidden features of each expert are split."""
+  chunks: int = 1
+  """Parts of an exchange, so that one may travel while another is computed."""
+
+
 class MixtureOfExperts(nnx.Module):
   """A feed-forward module of routed experts; called like `nn.Mlp`.
 
@@ -55,14 +73,23 @@ class MixtureOfExperts(nnx.Module):
     router: the rule.
     experts: an `Mlp` whose parameters are stacked over E (`stacked`).
     shared: runs on every item besides, if given.
+    over: where the experts are, if not all here (static; see `spread`).  What
+      the layer says of itself, cost, penalty and load, is then of the items of
+      this device.
   """
 
   def __init__(
-    self, router: nnx.Module, experts: Mlp, shared: Mlp | None = None
+    self,
+    router: nnx.Module,
+    experts: Mlp,
+    shared: Mlp | None = None,
+    *,
+    over: Spread | None = None,
   ):
     self.router = router
     self.experts = experts
     self.shared = shared
+    self.over = over
     among = getattr(router, "count", self.count)
     if among != self.count:
       raise ValueError(
@@ -72,7 +99,7 @@ class MixtureOfExperts(nnx.Module):
 
   @property
   def count(self) -> int:
-    """E, the experts."""
+    """E, the experts; inside `shard_map` those of this device."""
     return self.experts.down.kernel.shape[0]
 
   def __call__(
@@ -83,7 +110,9 @@ class MixtureOfExperts(nnx.Module):
   ) -> tuple[Float[Array, "*N D"], Cost, Signals]:
     x = only(live, x)
     routing = self.router(x, live, key)
-    y, cost, signals = apply_experts(self.experts, x, routing, live, key)
+    y, cost, signals = apply_experts(
+      self.experts, x, routing, live, key, self.over
+    )
     asked = flops(lambda r, x: r(x, live, key), self.router, x)
     cost = cost._replace(spent=cost.spent + asked)
     if self.shared is not None:
@@ -98,18 +127,21 @@ def apply_experts(
   routing: Routing,
   live: Bool[Array, "*N"] | None,
   key: Key[Array, ""] | None = None,
+  over: Spread | None = None,
 ) -> tuple[Float[Array, "*N D"], Cost, Signals]:
   """What the experts make of each item, weighted; zero for items without.
 
   The penalty of the routing counts in training, where there is a `key`.
   """
   count = experts.down.kernel.shape[0]
+  if over is not None and over.axis is not None:
+    count *= lax.axis_size(over.axis)
   chosen = routing.experts
   if live is not None:
     chosen = jnp.where(live[..., None], chosen, NOBODY)
-  flat = x.reshape(-1, x.shape[-1])
-  plan = dispatch(chosen, routing.weights, count)
-  y, cost = expert_apply(lambda r, m: m.rows(r), flat, plan, experts)
+  flat = lambda a: a.reshape(-1, a.shape[-1])
+  run = _here if over is None else functools.partial(_there, over)
+  y, cost = run(experts, flat(x), flat(chosen), flat(routing.weights))
   cost = cost._replace(dropped=cost.dropped + routing.dropped)
   choices = (chosen >= 0).sum(-1, dtype=jnp.float32)
   signals = Signals(
@@ -119,3 +151,34 @@ def apply_experts(
     (choices,),
   )
   return y.reshape(x.shape), cost, signals
+
+
+def _here(experts: Mlp, x, chosen, weights) -> tuple[Array, Cost]:
+  """All experts are on this device."""
+  plan = dispatch(chosen, weights, experts.down.kernel.shape[0])
+  return expert_apply(lambda r, m: m.rows(r), x, plan, experts)
+
+
+def _there(
+  over: Spread, experts: Mlp, x, chosen, weights
+) -> tuple[Array, Cost]:
+  """Experts, or slices of them, are on several devices."""
+  if over.axis is not None:
+    return expert_apply_parallel(
+      lambda r, m: m.rows(r),
+      x,
+      chosen,
+      weights,
+      experts,
+      axis=over.axis,
+      width=over.width,
+      chunks=over.chunks,
+    )
+  # what is the same on all slices is summed over them outside of the loops
+  x, weights = vary((x, weights), varying_axes(experts))
+  y, cost = _here(experts, x, chosen, weights)
+  if over.width is None:
+    return y, cost
+  slices = lax.axis_size(over.width)
+  cost = cost._replace(spent=cost.spent * slices, full=cost.full * slices)
+  return lax.psum(y, over.width), cost

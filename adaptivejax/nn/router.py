@@ -5,8 +5,9 @@ Axes: D features, M choices.
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from adaptivejax.nn.linear import linear
 
@@ -36,3 +37,9 @@ class Router(nnx.Module):
     if self.inner is not None:
       x = jax.nn.gelu(self.inner(x))
     return self.outer(x)
+
+  def choose(
+    self, x: Float[Array, "... D"], tax: Float[Array, " M"]
+  ) -> Int[Array, "..."]:
+    """The choice of the highest score less its `tax` (dynamic), in f32."""
+    return (self(x).astype(jnp.float32) - tax).argmax(-1).astype(jnp.int32)

@@ -15,13 +15,7 @@ from adaptivejax.report.data import (
   real,
 )
 from adaptivejax.report.heat import heat_map, load_map
-from adaptivejax.report.words import (
-  number,
-  percent,
-  readable,
-  times,
-  verdict,
-)
+from adaptivejax.report.words import number, percent, readable, times, verdict
 
 REGIMES = {
   "decode": "Decoding, token by token",

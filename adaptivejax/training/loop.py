@@ -23,12 +23,7 @@ from jaxtyping import Array, Int32, Key
 
 from adaptivejax.training import data, run
 from adaptivejax.training.checkpoint import Checkpoints, load_params
-from adaptivejax.training.config import (
-  FREE,
-  TrainConfig,
-  load_config,
-  settings,
-)
+from adaptivejax.training.config import FREE, TrainConfig, load_config, settings
 from adaptivejax.training.optimizer import make_optimizer
 from adaptivejax.training.progress import Display, Stop, stoppable
 from adaptivejax.training.step import (

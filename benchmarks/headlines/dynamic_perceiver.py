@@ -7,11 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from adaptivejax.core import (
-  exit_fractions,
-  logit_margin,
-  solve_exit_thresholds,
-)
+from adaptivejax.core import exit_fractions, logit_margin, solve_exit_thresholds
 from adaptivejax.methods.depth.dynamic_perceiver import (
   budgeted_exit,
   perceiver_loss,

@@ -126,7 +126,8 @@ def test_policies_fill_only_skipped_layers():
   cache = KVCache.empty(L, B, H, S, W)
   for l in range(L):
     cache = append(cache, l, keys(l, [[0], [0]]))
-  project = lambda layer, cache: keys(9, [[0], [0]])
+  projected = keys(9, [[0], [0]])
+  project = lambda layer, cache: projected
   got = {
     "project": kv_propagate(cache, start, project),
     "share": kv_propagate(cache, start, share_from(start)),
@@ -137,7 +138,7 @@ def test_policies_fill_only_skipped_layers():
     np.testing.assert_array_equal(out.k[:, 0], cache.k[:, 0])
   for l in (1, 2):
     np.testing.assert_array_equal(
-      got["project"].k[0, l, :, 0], project(l, cache).k[0, :, 0]
+      got["project"].k[0, l, :, 0], projected.k[0, :, 0]
     )
     np.testing.assert_array_equal(
       got["share"].v[0, l, :, 0], cache.v[0, 0, :, 0]

@@ -6,15 +6,11 @@ Each device selects its own rows, some none and some all.  A bug here is a hang
 program runs in a process of its own with a time limit.
 """
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
+import functools
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import program
 
 PREAMBLE = """
 import jax
@@ -57,20 +53,7 @@ def agree(apply, f=ffn, keep=True):
 """
 
 
-def run_in_subprocess(code, timeout=120):
-  """Runs `code` after the preamble on eight devices; fails if it hangs."""
-  program = PREAMBLE + textwrap.dedent(code)
-  command = [sys.executable, "-W", "error", "-c", program]
-  env = {**os.environ, "PYTHONPATH": str(ROOT)}
-  done = subprocess.run(
-    command,
-    cwd=ROOT,
-    env=env,
-    timeout=timeout,
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr[-4000:]
+run_in_subprocess = functools.partial(program.run_in_subprocess, PREAMBLE)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -17,10 +17,20 @@ from tests.laws.exits import EXITS
 from tests.laws.experts import EXPERTS
 from tests.laws.layers import LAYERS
 from tests.laws.models import MODELS
+from tests.laws.parallel import PARALLEL
 from tests.laws.policies import POLICIES
 from tests.laws.primitives import PRIMITIVES
 
-CASES = [*PRIMITIVES, *LAYERS, *EXPERTS, *BLOCKS, *MODELS, *EXITS, *POLICIES]
+CASES = [
+  *PRIMITIVES,
+  *LAYERS,
+  *EXPERTS,
+  *BLOCKS,
+  *PARALLEL,
+  *MODELS,
+  *EXITS,
+  *POLICIES,
+]
 
 __all__ = [
   "BLOCKS",
@@ -30,6 +40,7 @@ __all__ = [
   "LAWS",
   "LAYERS",
   "MODELS",
+  "PARALLEL",
   "POLICIES",
   "PRIMITIVES",
   "Case",

@@ -23,13 +23,8 @@ import numpy as np
 from flax import nnx
 
 from adaptivejax.core import buckets, depth, experts, plans
-from adaptivejax.models import (
-  DecoderConfig,
-)
-from adaptivejax.nn import (
-  Setting,
-  adjust,
-)
+from adaptivejax.models import DecoderConfig
+from adaptivejax.nn import Setting, adjust
 
 T, D, F, M, L, V = 8, 16, 32, 4, 4, 13
 PROMPT = 5

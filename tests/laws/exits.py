@@ -14,10 +14,7 @@ from adaptivejax.methods.depth import (
   pabee,
   ponder_net,
 )
-from adaptivejax.models import (
-  Classifier,
-  ClassifierConfig,
-)
+from adaptivejax.models import Classifier, ClassifierConfig
 from tests import reference
 from tests.laws.case import NEVER, Case, D, F, L, M, T, gaussian
 from tests.laws.layers import no_halting

@@ -14,9 +14,7 @@ from adaptivejax.methods.depth import (
   MixtureOfRecursions,
 )
 from adaptivejax.methods.width import AdaptiveComputationModule
-from adaptivejax.models import (
-  decoder_block,
-)
+from adaptivejax.models import decoder_block
 from adaptivejax.nn import Mlp, Router, adjust, split_mlp
 from tests import reference
 from tests.laws.case import ALL, CONFIG, NO, SOME, Case, D, F, M, T, gaussian

@@ -18,10 +18,7 @@ from adaptivejax.methods.depth import (
   stop_and_exit,
   unified_skip,
 )
-from adaptivejax.models import (
-  DecoderLM,
-  decoder_block,
-)
+from adaptivejax.models import DecoderLM, decoder_block
 from adaptivejax.nn import (
   MARGIN,
   STATE,

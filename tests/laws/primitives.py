@@ -16,7 +16,6 @@ from tests.laws.case import (
   F,
   L,
   M,
-  T,
   gaussian,
   poisoned_items,
   some_rows,
@@ -46,34 +45,28 @@ def _all_learners(learners, x):
 
 
 def _weights(x):
-  """Weight of each choice; distinct, so that a level selects some."""
-  return jnp.stack([x["score"], 1 - x["score"] - 1 / (4 * T)], -1)
-
-
-def _choices(x):
-  first = jnp.floor(x["score"] * M).astype(jnp.int32)  # a level empties some
-  return jnp.stack([first, (first + 1) % M], -1)
+  """Of every expert; distinct, so that a level selects some."""
+  return (x["score"][..., None] + jnp.arange(M) / M) % 1
 
 
 def _experts(learners, x, level):
   weights, rows = _weights(x), x["rows"].reshape(-1, D)
-  chosen = jnp.where(weights > level, _choices(x), NOBODY)
+  chosen = jnp.where(weights > level, jnp.arange(M), NOBODY)
   plan = dispatch(chosen, weights, M)
   y, cost = experts.expert_apply(lambda r, m: m.rows(r), rows, plan, learners)
   return y.reshape(x["rows"].shape), cost
 
 
-def _all_choices(learners, x):
-  y, weights, chosen = 0, _weights(x), _choices(x)
-  for i in range(M):
-    gate = (weights * (chosen == i)).sum(-1, keepdims=True)
-    of_one = jax.tree.map(lambda a, i=i: a[i], learners)
-    y += gate * reference.mlp(of_one, x["rows"])
-  return y
+def _all_experts(learners, x):
+  return sum(
+    _weights(x)[..., i, None]
+    * reference.mlp(jax.tree.map(lambda a, i=i: a[i], learners), x["rows"])
+    for i in range(M)
+  )
 
 
 def _chosen(score, level):
-  return (score > level) | (1 - score - 1 / (4 * T) > level)
+  return (_weights({"score": score}) > level).any(-1)
 
 
 def _layers(rngs):
@@ -174,11 +167,11 @@ PRIMITIVES = [
     some_rows,
     _experts,
     full=np.float32(-1),
-    some=np.float32(0.7),
+    some=np.float32(0.9),
     none=np.float32(2),
-    dense=_all_choices,
+    dense=_all_experts,
     least=lambda m, x: jnp.zeros_like(x["rows"]),
-    poison=poisoned_items(_chosen, np.float32(0.7)),
+    poison=poisoned_items(_chosen, np.float32(0.9)),
     unless={"linen": _no_module},
   ),
   Case(

@@ -125,6 +125,14 @@ class Replay(NamedTuple):
   states: np.ndarray
 
 
+@jax.jit
+def _states(model, text, exits):
+  """The embedding and the states of all layers, f[L+1, B, T, D]."""
+  live = np.arange(CONFIG.layers)[:, None, None] < exits
+  states = reference.hidden(model, text, live, np.ones(live.shape, bool))
+  return jnp.stack([model.embedding.get_value()[text], *states])
+
+
 def replay(model, prompts, lengths, leave, *, given=None, steps=0) -> Replay:
   """Decodes token by token, without a cache or a loop over the layers.
 
@@ -143,9 +151,7 @@ def replay(model, prompts, lengths, leave, *, given=None, steps=0) -> Replay:
   exits = np.full(text.shape, count)
 
   def run():
-    live = np.arange(count)[:, None, None] < exits
-    states = reference.hidden(model, text, live, np.ones_like(live))
-    return np.array([model.embedding.get_value()[text], *states])
+    return np.asarray(_states(model, text, exits))
 
   said = reference.readout(model, run()[-1][rows, lengths - 1])
   tokens, depths, logits = [], [], []

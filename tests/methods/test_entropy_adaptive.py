@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.special import softmax
 from scipy.stats import entropy
 
 from adaptivejax.core.sampling import Draw, Sampling
@@ -47,8 +48,8 @@ def speak(policy, **options):
 def replay(text, threshold, dwell, window, signal):
   """`(tokens, large: bool per token)` of one row."""
   text, said, spoke = list(text), [], []
-  say = lambda which: reference.decoder(which, jnp.array([text]))[0, -1]
-  heat = lambda logits: entropy(np.asarray(jax.nn.softmax(logits), np.float64))
+  say = lambda which: np.asarray(reference.next_logits(which, [text])[0])
+  heat = lambda logits: entropy(softmax(logits.astype(np.float64)))
   large, since, ring = heat(say(small())) > threshold, 0, []
   for n in range(STEPS):
     logits = say(model() if large else small())

@@ -9,14 +9,7 @@ from jax.tree_util import Partial
 
 from adaptivejax.core import Streak
 from adaptivejax.methods.depth import pabee
-from tests.methods.host import (
-  ENCODER,
-  INPUTS,
-  ROWS,
-  encoder,
-  every_exit,
-  leave,
-)
+from tests.methods.host import ENCODER, INPUTS, ROWS, encoder, every_exit, leave
 
 K, C = ENCODER.layers, ENCODER.classes
 

@@ -12,7 +12,7 @@ but only after `dwell` tokens with the same one.  The small model reads every
 token; the large one reads what it missed when it is asked, in one chunk, so its
 cache is that of a model that has read everything.
 
-Primitive: `EntropyRing`; `run_times` over a ladder of chunk sizes.
+Primitive: `EntropyRing`; `nn.catch_up`, a ladder of chunk sizes.
 Departs: the small model reads on while the large one speaks (`signal` says
 whose entropy counts).  Entropy is in nats, not bits.  The abstract gives no
 dwell: 10 is ours.  The first token is the large model's if the prompt's end is
@@ -21,23 +21,19 @@ Axes: B batch, P prompt tokens, S slots, C tokens of a chunk, V vocabulary.
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jaxtyping import Array
 
 from adaptivejax.core.cache import KVCache
-from adaptivejax.core.cost import Cost, flops
+from adaptivejax.core.cost import flops
 from adaptivejax.core.halting import EntropyRing, entropy
-from adaptivejax.core.plans import run_times
+from adaptivejax.nn.catch_up import catch_up
 from adaptivejax.nn.policy import Policy, Step, static
-from adaptivejax.nn.stack import layer_count, present
-
-PRESENT = Partial(present)
+from adaptivejax.nn.stack import layer_count
 
 
 class Memory(NamedTuple):
@@ -102,7 +98,7 @@ class EntropyAdaptive(Policy):
     text = jnp.zeros((batch, slots), jnp.int32).at[:, :tokens].set(prompt)
     cache = self.large.empty_cache(batch, slots)
     hard = _heat(logits) > self.threshold
-    cache, said, _ = self._catch_up(cache, text, lengths, hard, logits)
+    cache, said, _ = self._read(cache, text, lengths, hard, logits)
     heard = logits if self.signal == "small" else said
     ring = EntropyRing.empty(batch, self.window).push(_heat(heard))
     memory = Memory(cache, text, ring, hard, jnp.zeros(batch, jnp.int32))
@@ -120,9 +116,7 @@ class EntropyAdaptive(Policy):
     text = memory.text.at[row, at].set(last, mode="drop")
     small = out.logits[:, 0]
     asked = memory.large & live
-    ours, logits, cost = self._catch_up(
-      memory.cache, text, at + 1, asked, small
-    )
+    ours, logits, cost = self._read(memory.cache, text, at + 1, asked, small)
     said = small if self.signal == "small" else logits
     ring = memory.ring.push(_heat(said), live)
     memory = Memory(ours, text, ring, memory.large, memory.since + live)
@@ -145,34 +139,11 @@ class EntropyAdaptive(Policy):
     since = jnp.where(large != memory.large, 0, memory.since)
     return memory._replace(large=large, since=since)
 
-  def _catch_up(self, cache, text, length, asked, logits):
-    """The large model reads what it missed of the rows that ask for it.
-
-    Returns:
-      `(cache, logits, cost)`, its logits where it was asked.
-    """
-    slots = text.shape[1]
-    sizes = [size for size in self.chunks if size <= slots]
-    missed = jnp.where(asked, length - cache.length, 0).max()
-    most = sizes[-1]
-    rung = jnp.searchsorted(jnp.array([0, *sizes]), missed % most)
-
-    def read(carry, asked, length, text, large, size):
-      cache, logits, cost = carry
-      count = jnp.clip(jnp.where(asked, length - cache.length, 0), 0, size)
-      at = jnp.minimum(cache.positions(size), slots - 1)
-      tokens = jnp.take_along_axis(text, at, axis=1)
-      newest = jnp.maximum(count - 1, 0)
-      out = large(tokens, cache, lengths=count, read_at=newest, stack=PRESENT)
-      logits = jnp.where((count > 0)[:, None], out.logits[:, 0], logits)
-      return out.cache, logits, cost + out.cost
-
-    carry = cache, logits, Cost.zero()
-    for n, size in reversed(list(enumerate(sizes, 1))):
-      times = (rung == n) + (missed // most if size == most else 0)
-      some = functools.partial(read, size=size)
-      carry = run_times(times, some, carry, asked, length, text, self.large)
-    return carry
+  def _read(self, cache, text, length, asked, logits):
+    """The large model reads what it missed, where it is asked."""
+    return catch_up(
+      self.large, cache, text, length, asked, logits, chunks=self.chunks
+    )
 
 
 def _heat(logits):

@@ -44,7 +44,7 @@ class SelfSpeculation(Policy):
   """E, the layers that draft, in 1..L-1 (static)."""
 
   draft: int = static(4)
-  """d, tokens per draft (static); 0 decodes plainly, if drafts do not pay."""
+  """d, tokens per draft (static); 0 decodes plainly."""
 
   @property
   def reach(self) -> int:

@@ -66,8 +66,7 @@ class DuoMlp(nnx.Module):
   def choose(self, x: Float[Array, "*N D"]) -> Int[Array, "*N"]:
     """The way of each item: 0, 1 or 2."""
     tax = self.tilt.get_value() * jnp.array(self.price)
-    score = self.router(x).astype(jnp.float32) - tax
-    return score.argmax(-1).astype(jnp.int32)
+    return self.router.choose(x, tax)
 
   def run(self, x, choice: Int[Array, "*N"]) -> tuple[Array, Cost]:
     """Each item by its way; zero for those that skip."""

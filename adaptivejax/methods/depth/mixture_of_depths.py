@@ -29,8 +29,9 @@ from jaxtyping import Array, Bool, Float
 
 from adaptivejax.core.cost import Signals, flops
 from adaptivejax.core.losses import binary_cross_entropy
-from adaptivejax.core.select import compact, threshold, top_k
+from adaptivejax.core.select import threshold, top_k
 from adaptivejax.nn.block import Layer, LayerOutput
+from adaptivejax.nn.chosen import check_whole, on_chosen
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.setting import Setting
 
@@ -88,27 +89,15 @@ class MixtureOfDepths(Layer):
     return x + weight * change, cache, cost, signals
 
   def _train(self, x, positions, cache, index, live, key) -> LayerOutput:
-    if cache is not None or live is not None:
-      raise ValueError(
-        "top-k over a sequence is not causal: training takes whole sequences,"
-        " without a cache or a `live` mask. Leave `key` out to generate."
-      )
+    check_whole(cache, live)
     tokens = x.shape[1]
     k = math.ceil(self.capacity * tokens - 1e-9)  # .07 * 100 is above 7
     chosen = top_k(self.router(x)[..., 0], k)
-    kept = jax.vmap(lambda m: compact(m)[0][:k])(chosen)  # ascending: causal
-    pick = lambda a: jnp.take_along_axis(a, kept[..., None], axis=1)
-    some, place = pick(x), jnp.take_along_axis(positions, kept, axis=1)
-    y, _, cost, signals = self.block(some, place, None, index, None, key)
-    rows = jnp.arange(x.shape[0])[:, None]
-    x_new = x.at[rows, kept].add(self.router(some) * (y - some))
+    block = lambda x, place: self.block(x, place, None, index, None, key)
+    y, _, cost, signals = on_chosen(block, self.router, x, positions, chosen, k)
     guess = self.predictor(jax.lax.stop_gradient(x))[..., 0]
     penalty = binary_cross_entropy(guess, chosen).mean()
-    full = flops(lambda b, x: b(x, positions, key=key)[0], self.block, x)
-    asked = self._asking(x)
-    cost = cost._replace(
-      spent=cost.spent + asked, full=jnp.full_like(cost.full, full)
-    )
+    cost = cost._replace(spent=cost.spent + self._asking(x))
     share = jnp.float32(k / tokens)
     signals = Signals(share * signals.share, penalty + signals.penalty)
-    return x_new, None, cost, signals
+    return y, None, cost, signals

@@ -21,6 +21,7 @@ recursions; the predictor's loss has weight 1; the `Setting` is ours.
 Axes: N recursions, B batch, T tokens, D features.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -31,9 +32,9 @@ from jaxtyping import Array, Bool, Float, Int
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.losses import binary_cross_entropy
-from adaptivejax.core.select import compact, threshold, top_k
-from adaptivejax.core.varying import vary, varying_axes
+from adaptivejax.core.select import threshold, top_k
 from adaptivejax.nn.block import Block, Layer, LayerOutput, only
+from adaptivejax.nn.chosen import check_whole, on_chosen
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.setting import Setting
 
@@ -86,8 +87,7 @@ class MixtureOfRecursions(Layer):
   def depths(self, x: Float[Array, "B T D"]) -> Int[Array, "B T"]:
     """Token choice: recursions of each token, 1..N; `level` taxes each."""
     tax = self.level.get_value() * jnp.arange(self.recursions)
-    score = self.router(x).astype(jnp.float32) - tax
-    return score.argmax(-1).astype(jnp.int32) + 1
+    return self.router.choose(x, tax) + 1
 
   def stays(self, r: int, x: Float[Array, "B T D"]) -> Bool[Array, "B T"]:
     """Expert choice, causal: whether recursion r would take the tokens."""
@@ -115,7 +115,7 @@ class MixtureOfRecursions(Layer):
         shares.append(odds[..., r:].sum(-1).mean())
       else:
         chosen = _and(chosen, self.stays(r, x)) if r else live
-        gate = jax.nn.sigmoid(self.router(only(chosen, x))[..., r : r + 1])
+        gate = self._gate(r, only(chosen, x))
         shares.append(1.0 if chosen is None else chosen.mean())
       y, keys, spent, signals = self._recur(
         r, x, positions, keys, index, chosen, key
@@ -128,15 +128,10 @@ class MixtureOfRecursions(Layer):
 
   def _train(self, x, positions, cache, live, key) -> LayerOutput:
     """Expert choice: the best of each sequence, in chunks of static size."""
-    if cache is not None or live is not None:
-      raise ValueError(
-        "top-k over a sequence is not causal: training takes whole sequences,"
-        " without a cache or a `live` mask. Leave `key` out to generate."
-      )
-    batch, tokens, _ = x.shape
+    check_whole(cache, live)
+    tokens = x.shape[1]
     keys, _ = self._keys(x, None, 0)
-    kept = jnp.ones((batch, tokens), bool)
-    rows = jnp.arange(batch)[:, None]
+    kept = jnp.ones(x.shape[:2], bool)
     cost, inner, shares, penalty = Cost.zero(), [], [], jnp.float32(0)
     for r in range(self.recursions):
       k = -(-tokens * (self.recursions - r) // self.recursions)  # ceil(c_r T)
@@ -146,38 +141,36 @@ class MixtureOfRecursions(Layer):
         wrong = binary_cross_entropy(self._guess(r, x), kept)
         wrong = jnp.where(before, wrong, 0)
         penalty += wrong.sum() / before.sum() / (self.recursions - 1)
-      order = jax.vmap(lambda mask: compact(mask)[0][:k])(kept)  # noqa: B023
-      some = jnp.take_along_axis(x, order[..., None], axis=1)
-      place = jnp.take_along_axis(positions, order, axis=1)
-      whole = lambda m, x: m._recur(r, x, positions, keys, 0, None, key)[0]  # noqa: B023
-      full = flops(whole, self, x)
-      y, keys, spent, signals = self._recur(r, some, place, keys, 0, None, key)
-      gate = jax.nn.sigmoid(self.router(some)[..., r : r + 1])
-      x = x.at[rows, order].add(gate * (y - some))
-      cost += spent._replace(full=jnp.full_like(spent.full, full))
+      block = functools.partial(
+        self._recur, r, cache=keys, index=0, live=None, key=key
+      )
+      gate = functools.partial(self._gate, r)
+      x, keys, spent, signals = on_chosen(block, gate, x, positions, kept, k)
+      cost += spent
       inner, shares = [*inner, signals], [*shares, k / tokens]
     cost = cost._replace(spent=cost.spent + self._asking(x))
     return x, None, cost, _mean(inner, shares, penalty)
 
-  def _recur(self, r: int, x, positions, keys, index, live, key) -> LayerOutput:
+  def _gate(self, r: int, x):
+    """Expert choice: the weight of the r-th change."""
+    return jax.nn.sigmoid(self.router(x)[..., r : r + 1])
+
+  def _recur(
+    self, r: int, x, positions, cache, index, live, key
+  ) -> LayerOutput:
     """The block, the r-th time."""
     key = None if key is None else jax.random.fold_in(key, r)
     if self.sharing and r and isinstance(self.block, Block):
-      return self.block.recall(x, positions, keys, index, live, key)
+      return self.block.recall(x, positions, cache, index, live, key)
     index = index if self.sharing else index + r * self.block.depth
-    return self.block(x, positions, keys, index, live, key)
+    return self.block(x, positions, cache, index, live, key)
 
   def _keys(self, x, cache: KVCache | None, index):
     """Where the first recursion leaves its keys for the others to read."""
     block = self.block
     if cache is not None or not self.sharing or not isinstance(block, Block):
       return cache, index
-    attention = block.attention
-    heads = attention.key_value.kernel.shape[-1] // (2 * attention.width)
-    cache = KVCache.empty(
-      1, x.shape[0], heads, x.shape[1], attention.width, x.dtype
-    )
-    return vary(cache, varying_axes(x)), 0
+    return block.attention.empty_cache(x), 0
 
   def _asking(self, x) -> float:
     """FLOPs of the decisions."""

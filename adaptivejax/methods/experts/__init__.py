@@ -4,12 +4,20 @@
 from adaptivejax.methods.experts.block_ffn import BlockFFN
 from adaptivejax.methods.experts.deepseek import DeepSeekRouter
 from adaptivejax.methods.experts.dynamic_top_p import TopPRouter
+from adaptivejax.methods.experts.exflow import (
+  affinity,
+  apply_placement,
+  hops,
+  in_order,
+  placement,
+)
 from adaptivejax.methods.experts.expert_choice import ExpertChoiceRouter
 from adaptivejax.methods.experts.factor_llm import FactorLLM, clusters
 from adaptivejax.methods.experts.mixtral import MixtralRouter
 from adaptivejax.methods.experts.mixture_of_experts_plus_plus import MoEPlusPlus
 from adaptivejax.methods.experts.soft_moe import SoftMoE
 from adaptivejax.methods.experts.switch import SwitchRouter
+from adaptivejax.methods.experts.tutel import TutelRouter, tutel_capacity
 
 __all__ = [
   "BlockFFN",
@@ -21,5 +29,12 @@ __all__ = [
   "SoftMoE",
   "SwitchRouter",
   "TopPRouter",
+  "TutelRouter",
+  "affinity",
+  "apply_placement",
   "clusters",
+  "hops",
+  "in_order",
+  "placement",
+  "tutel_capacity",
 ]

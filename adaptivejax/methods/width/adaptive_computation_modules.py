@@ -67,8 +67,7 @@ class AdaptiveComputationModule(nnx.Module):
   def level(self, x: Float[Array, "*N D"]) -> Int[Array, "*N"]:
     """Learners that each item uses, 0..M; `tilt` taxes each learner."""
     tax = self.tilt.get_value() * jnp.arange(self.count + 1)
-    score = self.gate(x).astype(jnp.float32) - tax
-    return score.argmax(-1).astype(jnp.int32)
+    return self.gate.choose(x, tax)
 
   def __call__(
     self,
