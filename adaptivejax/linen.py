@@ -6,9 +6,9 @@
     out = model.apply(variables, tokens)
 
 Parameters lie under their attribute names, list items under their number; the
-budgets of a module (`nn.Setting`) are the collection "settings".  It nests in
-other Linen modules.  For a pair of functions without Linen see
-`adaptivejax.nn.functional`.
+budgets of a module (`nn.Setting`) are the collection "settings", and what it
+does not train (`nn.Frozen`) is "frozen".  It nests in other Linen modules.  For
+a pair of functions without Linen see `adaptivejax.nn.functional`.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ import jax
 from flax import linen, nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from adaptivejax.nn.setting import Setting
+from adaptivejax.nn.setting import Frozen, Setting
 
-COLLECTIONS = {"params": nnx.Param, "settings": Setting}
+COLLECTIONS = {"params": nnx.Param, "settings": Setting, "frozen": Frozen}
 
 Flat = dict[tuple[str, ...], Any]
 

@@ -18,6 +18,7 @@ import pytest
 from adaptivejax.core import covers
 from adaptivejax.linen import ToLinen, variables_of
 from tests.laws import (
+  BLOCKS,
   CASES,
   EXITS,
   EXPERTS,
@@ -259,7 +260,7 @@ def test_the_cost_is_that_of_the_decision(case):
 
 @pytest.mark.parametrize(
   "cases",
-  [PRIMITIVES, LAYERS, [*EXPERTS, *PARALLEL], MODELS, EXITS, POLICIES],
+  [PRIMITIVES, LAYERS, [*EXPERTS, *BLOCKS, *PARALLEL], MODELS, EXITS, POLICIES],
   ids=["primitives", "layers", "experts", "models", "exits", "policies"],
 )
 def test_eight_devices_agree_with_one(cases):

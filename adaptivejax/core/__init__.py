@@ -20,6 +20,7 @@ from adaptivejax.core.cache import (
   leave_empty,
   share_from,
 )
+from adaptivejax.core.clusters import balanced_clusters
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.covers import Cover, coins, default_cover, ladder, tiles
 from adaptivejax.core.depth import Depth, depth_loop, depth_scan, only_after
@@ -27,6 +28,7 @@ from adaptivejax.core.dispatch import (
   NOBODY,
   Dispatch,
   dispatch,
+  dispatch_mask,
   load,
   no_drop_capacity,
   within_capacity,
@@ -118,6 +120,7 @@ __all__ = [
   "append",
   "attend",
   "binary_cross_entropy",
+  "balanced_clusters",
   "bucketed",
   "budget_loss",
   "cdf",
@@ -133,6 +136,7 @@ __all__ = [
   "depth_scan",
   "depths",
   "dispatch",
+  "dispatch_mask",
   "draft_verify",
   "entropy",
   "exchange_cover",

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from adaptivejax.core.select import compact
+
 NOBODY = -1
 """The expert of a choice that is none."""
 
@@ -72,6 +74,31 @@ def dispatch(
   order = jnp.argsort(flat, stable=True).astype(jnp.int32)
   weight = weights.reshape(-1).at[order].get(mode="promise_in_bounds")
   return Dispatch(order // experts.shape[-1], weight, load(experts, count))
+
+
+def dispatch_mask(
+  mask: Bool[Array, "N E"], weights: Float[Array, "N E"]
+) -> Dispatch:
+  """The dispatch of a matrix of choices, item by expert, without a sort.
+
+  For rules that choose any number of experts; equals `dispatch` of them.
+
+  Args:
+    mask: who runs what (dynamic).
+    weights: of the choices; those of others are not read.
+
+  Returns:
+    The dispatch of N E slots.
+  """
+  if mask.shape != weights.shape or mask.ndim != 2:
+    raise ValueError(
+      "`mask` and `weights` must both be [items, experts]; got"
+      f" {mask.shape} and {weights.shape}."
+    )
+  n = mask.shape[0]
+  order, _ = compact(mask.T.reshape(-1))
+  weight = weights.at[order % n, order // n].get(mode="promise_in_bounds")
+  return Dispatch(order % n, weight, mask.sum(0, dtype=jnp.int32))
 
 
 def load(experts: Int[Array, "..."], count: int) -> Int[Array, " E"]:

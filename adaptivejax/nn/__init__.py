@@ -19,13 +19,13 @@ from adaptivejax.nn.experts import (
   stacked,
 )
 from adaptivejax.nn.functional import functional
-from adaptivejax.nn.mlp import Mlp
+from adaptivejax.nn.mlp import Mlp, split_mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
 from adaptivejax.nn.placement import reorder_experts, routing_trace
 from adaptivejax.nn.plan import by_plan
 from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.router import Router
-from adaptivejax.nn.setting import Setting, adjust
+from adaptivejax.nn.setting import Frozen, Setting, adjust
 from adaptivejax.nn.spread import expert_specs, fastest, spread
 from adaptivejax.nn.stack import (
   FULL,
@@ -45,6 +45,7 @@ __all__ = [
   "Attention",
   "Block",
   "ByStack",
+  "Frozen",
   "Group",
   "LayerNorm",
   "MetaClassifier",
@@ -73,6 +74,7 @@ __all__ = [
   "reorder_experts",
   "routing_trace",
   "run_layers",
+  "split_mlp",
   "spread",
   "stacked",
 ]

@@ -11,8 +11,10 @@ Axes: D features, F hidden.
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from adaptivejax.core.buckets import bucketed
 from adaptivejax.core.cost import Cost, Signals, flops
@@ -58,3 +60,45 @@ class Mlp(nnx.Module):
       return self.rows(x), cost, Signals.none()
     y, cost = bucketed(lambda r, m: m.rows(r), x, live, self, keep=False)
     return y, cost, Signals.none()
+
+
+def split_mlp(
+  mlp: Mlp, parts: int, order: Int[Array | np.ndarray, " F"] | None = None
+) -> Mlp:
+  """The neurons of a layer dealt to parts, exactly: their sum is the layer.
+
+  Args:
+    mlp: the layer.
+    parts: how many, each with as many neurons; they lead every leaf.
+    order: the neurons, those of the first part first (dynamic); as they stand,
+      if not given.
+
+  Raises:
+    ValueError: a remainder, or not one place for each neuron.
+  """
+  hidden = mlp.down.kernel.shape[0]
+  if parts < 1 or hidden % parts:
+    raise ValueError(f"{parts=} must divide the {hidden} hidden neurons.")
+  if order is not None and order.shape != (hidden,):
+    raise ValueError(
+      f"`order` must name each of the {hidden} neurons once; got an array of"
+      f" shape {order.shape}."
+    )
+
+  def columns(a):
+    a = a if order is None else a[:, order]
+    return jnp.moveaxis(a.reshape(a.shape[0], parts, -1), 1, 0)
+
+  def rows(a):
+    a = a if order is None else a[order]
+    return a.reshape(parts, hidden // parts, a.shape[1])
+
+  split = jax.tree.map(lambda a: a, mlp)  # a copy
+  for layer, cut in (
+    (split.up, columns),
+    (split.gate, columns),
+    (split.down, rows),
+  ):
+    if layer is not None:
+      layer.kernel.set_value(cut(layer.kernel.get_value()))
+  return split

@@ -20,6 +20,10 @@ class Setting(nnx.Variable):
   """A scalar per layer; 0 is how the module was trained, more is cheaper."""
 
 
+class Frozen(nnx.Variable):
+  """A weight that is not trained, such as a teacher's."""
+
+
 def adjust(model: M, value: Float[Array, ""] | float) -> M:
   """The model with every `Setting` at `value` (dynamic); itself unchanged."""
   graph, settings, rest = nnx.split(model, Setting, ...)

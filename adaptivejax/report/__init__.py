@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports: plain data in, one self-contained page and the same as JSON out."""
 
-from adaptivejax.report.data import Curve, Point, Report, Sample, Snippet
+from adaptivejax.report.data import (
+  Curve,
+  Mixture,
+  Point,
+  Report,
+  Sample,
+  Snippet,
+)
 from adaptivejax.report.environment import environment
 from adaptivejax.report.files import write_atomically
 from adaptivejax.report.runs import curve, rebuild
@@ -10,6 +17,7 @@ from adaptivejax.report.table import print_table
 
 __all__ = [
   "Curve",
+  "Mixture",
   "Point",
   "Report",
   "Sample",

@@ -55,16 +55,22 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """Training of one model; None where a step has no such figure."""
+  """Training of one model; None where a step has no such figure.
+
+  `imbalance` is the load of the fullest expert over the mean; empty for a model
+  without experts.
+  """
 
   name: str
   steps: tuple[int, ...]
   loss: tuple[Number, ...]
   val_bits_per_byte: tuple[Number, ...]
   seconds: tuple[Number, ...]
+  imbalance: tuple[Number, ...] = ()
 
   def __post_init__(self):
-    for field in ("loss", "val_bits_per_byte", "seconds"):
+    optional = ("imbalance",) if self.imbalance else ()
+    for field in ("loss", "val_bits_per_byte", "seconds", *optional):
       if len(getattr(self, field)) != len(self.steps):
         raise ValueError(
           f"Curve {self.name!r}: `{field}` has {len(getattr(self, field))}"
@@ -78,7 +84,8 @@ class Snippet:
 
   `share[t]` in 0..1 is the share of the dense compute that token t got;
   `matrix[l][t]` that of layer l.  `lengths[t]` is the number of bytes of token
-  t; left out, every byte is a token.
+  t; left out, every byte is a token.  `whole` says what the shares are of, if
+  not of the dense compute.
   """
 
   text: bytes
@@ -87,6 +94,7 @@ class Snippet:
   method: str
   setting: str
   lengths: tuple[int, ...] | None = None
+  whole: str = "the dense compute"
 
   def __post_init__(self):
     tokens = len(self.text if self.lengths is None else self.lengths)
@@ -102,6 +110,45 @@ class Snippet:
   def token_lengths(self) -> Sequence[int]:
     """Bytes of each token."""
     return (1,) * len(self.text) if self.lengths is None else self.lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """How a model used its experts while reading a text.
+
+  `load[l][e]` is the share of the choices in layer l that expert e got, and
+  `dropped` the share of all choices that found no room.  The tokens, sorted by
+  how hard they were to predict, are cut into bins of equal size: `nats[i]` and
+  `experts[i]` are the means of bin i, the experts being those that a token ran
+  in one layer.
+  """
+
+  method: str
+  setting: str
+  load: tuple[tuple[float, ...], ...]
+  dropped: Number
+  nats: tuple[float, ...]
+  experts: tuple[float, ...]
+
+  def __post_init__(self):
+    if not self.load or not all(self.load):
+      raise ValueError(f"Mixture {self.method!r}: `load` holds no expert")
+    if len(self.nats) != len(self.experts):
+      raise ValueError(
+        f"Mixture {self.method!r}: {len(self.nats)} bins of `nats`, but"
+        f" {len(self.experts)} of `experts`"
+      )
+
+  def imbalance(self, layer: int) -> float:
+    """The load of the fullest expert over the mean; 0 without any load."""
+    load = self.load[layer]
+    return max(load) * len(load) / (sum(load) or 1)
+
+  @property
+  def mean_imbalance(self) -> float:
+    """The mean over the layers."""
+    layers = range(len(self.load))
+    return sum(map(self.imbalance, layers)) / len(layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +176,7 @@ class Report:
   environment: Facts
   points: tuple[Point, ...] = ()
   curves: tuple[Curve, ...] = ()
+  mixtures: tuple[Mixture, ...] = ()
   snippets: tuple[Snippet, ...] = ()
   samples: tuple[Sample, ...] = ()
   measured: tuple[str, ...] = ()

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 
-from adaptivejax.report.data import Snippet
-from adaptivejax.report.words import characters, percent, visible
+from adaptivejax.report.data import Mixture, Snippet
+from adaptivejax.report.words import characters, percent, times, visible
 
 SHADES = 10
 
@@ -24,8 +24,40 @@ def heat_map(snippet: Snippet) -> str:
   return (
     f'<pre class="heat" tabindex="0">{"".join(spans)}</pre>'
     f'<p class="scale">{percent(low)}<i></i>{percent(high)}'
-    "<span>share of the dense compute of a token</span></p>"
-    + (_strips(snippet.matrix) if snippet.matrix else "")
+    f"<span>share of {escape(snippet.whole)} of a token</span></p>"
+    + (_strips(snippet) if snippet.matrix else "")
+  )
+
+
+def load_map(mixture: Mixture) -> str:
+  """The load of every expert, a strip for each layer, a cell for each expert.
+
+  An even load is half as strong as the strongest tint, which is twice even.
+  """
+  rows = "".join(
+    _load_strip(layer, load, mixture.imbalance(layer))
+    for layer, load in reversed(list(enumerate(mixture.load)))
+  )
+  return (
+    f'<div class="strips" role="img" aria-label="load of the experts">{rows}'
+    '</div><p class="scale">0<i></i>2×<span>load of an expert, even = 1×;'
+    " right: the fullest of its layer</span></p>"
+  )
+
+
+def _load_strip(layer: int, load: Sequence[float], imbalance: float) -> str:
+  total = sum(load) or 1
+  cells = ""
+  for e, share in enumerate(share / total for share in load):
+    tint = min(share * len(load) / 2, 1)
+    title = f"layer {layer + 1}, expert {e + 1}: {percent(share)}"
+    cells += (
+      f'<path opacity="{tint:.2f}" d="M{e} 0h1v1h-1z">'
+      f"<title>{title} of the choices</title></path>"
+    )
+  return (
+    f'<b>layer {layer + 1}</b><svg viewBox="0 0 {len(load)} 1"'
+    f' preserveAspectRatio="none">{cells}</svg><b>{times(imbalance)}</b>'
   )
 
 
@@ -47,16 +79,17 @@ def _span(text: str, share: list[float], low: float, high: float) -> str:
   )
 
 
-def _strips(matrix: Sequence[Sequence[float]]) -> str:
+def _strips(snippet: Snippet) -> str:
   """The layers, the last on top; tokens from left to right."""
-  layers = list(enumerate(matrix, start=1))[::-1]
-  rows = "".join(_strip(layer, row) for layer, row in layers)
+  layers = list(enumerate(snippet.matrix, start=1))[::-1]
+  whole = escape(snippet.whole)
+  rows = "".join(_strip(layer, row, whole) for layer, row in layers)
   return (
     f'<div class="strips" role="img" aria-label="compute by layer">{rows}</div>'
   )
 
 
-def _strip(layer: int, row: Sequence[float]) -> str:
+def _strip(layer: int, row: Sequence[float], whole: str) -> str:
   mean = sum(row) / max(len(row), 1)
   paths: dict[int, str] = {}
   at = 0
@@ -69,7 +102,7 @@ def _strip(layer: int, row: Sequence[float]) -> str:
     f'<path opacity="{shade / SHADES:.1f}" d="{d}"/>'
     for shade, d in sorted(paths.items())
   )
-  title = f"layer {layer}: {percent(mean)} of the dense compute"
+  title = f"layer {layer}: {percent(mean)} of {whole}"
   return (
     f'<b>layer {layer}</b><svg viewBox="0 0 {max(at, 1)} 1"'
     f' preserveAspectRatio="none"><title>{title}</title>{cells}</svg>'

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """`report.html`: one page, no script, nothing from the network."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib import resources
 
 from adaptivejax.report import plots
-from adaptivejax.report.data import Point, Report, Sample, Snippet, real
-from adaptivejax.report.heat import heat_map
+from adaptivejax.report.data import (
+  Mixture,
+  Point,
+  Report,
+  Sample,
+  Snippet,
+  real,
+)
+from adaptivejax.report.heat import heat_map, load_map
 from adaptivejax.report.words import number, percent, readable, times, verdict
 
 REGIMES = {
@@ -25,10 +32,13 @@ def page(report: Report) -> str:
     .read_text("utf-8")
   )
   style = plots.styles(
-    [p.method for p in report.points] + [c.name for c in report.curves]
+    [p.method for p in report.points]
+    + [c.name for c in report.curves]
+    + [m.method for m in report.mixtures]
   )
   sections = [
     *(_regime(report, regime, style) for regime in report.regimes()),
+    _mixtures(report.mixtures, style),
     _snippets(report.snippets),
     _samples(report.samples),
     _curves(report, style),
@@ -166,6 +176,23 @@ def _row(report: Report, p: Point, first: bool) -> str:
   )
 
 
+def _mixtures(mixtures: Sequence[Mixture], style: plots.Styles) -> str:
+  if not mixtures:
+    return ""
+  body = "".join(
+    f"<h3>{escape(m.method)} <small>{escape(m.setting)} · fullest expert"
+    f" {times(m.mean_imbalance)} the mean · {percent(m.dropped)} of the choices"
+    f" dropped</small></h3>{load_map(m)}"
+    for m in mixtures
+  )
+  shown = [m for m in mixtures if m.nats]
+  if shown:
+    legend = _legend({m.method: "━" for m in shown}, style)
+    plot = plots.experts_against_difficulty(shown, style)
+    body += legend + _figures(plot)
+  return _section("Which experts ran", body)
+
+
 def _snippets(snippets: Iterable[Snippet]) -> str:
   body = "".join(
     f"<h3>{escape(s.method)} <small>{escape(s.setting)}</small></h3>"
@@ -198,6 +225,8 @@ def _curves(report: Report, style: plots.Styles) -> str:
   figures = [plots.loss_curves(curves, style)]
   if any(real(x) for c in curves for x in c.val_bits_per_byte):
     figures.append(plots.validation_curves(curves, style))
+  if any(c.imbalance for c in curves):
+    figures.append(plots.imbalance_curves(curves, style))
   legend = _legend({c.name: "━" for c in curves}, style)
   return _section("Training", legend + _figures(*figures))
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from adaptivejax.report.data import Curve, Number, Point, real
+from adaptivejax.report.data import Curve, Mixture, Number, Point, real
 from adaptivejax.report.words import number, percent, times, verdict
 
 INK, FAINT, PAPER, BAND, LOSS = (f"#0000{i:02x}" for i in range(1, 6))
@@ -107,6 +107,35 @@ def validation_curves(curves: Sequence[Curve], style: Styles) -> str:
 
   xlabel = "seconds of training" if timed else "step"
   return _plot("Validation", xlabel, "validation bits per byte", draw)
+
+
+def imbalance_curves(curves: Sequence[Curve], style: Styles) -> str:
+  """Load of the fullest expert over the mean against steps."""
+
+  def draw(axes) -> dict[str, str]:
+    axes.axhline(1, color=INK, linewidth=0.9, dashes=(4, 3))
+    for curve in curves:
+      if curve.imbalance:
+        _line(axes, curve.steps, curve.imbalance, style[curve.name], "")
+    _corner(axes, "1: all experts alike", "left")
+    return {}
+
+  return _plot("Load imbalance", "step", "fullest expert / mean", draw)
+
+
+def experts_against_difficulty(
+  mixtures: Sequence[Mixture], style: Styles
+) -> str:
+  """Experts that a token ran in a layer against how hard it was to predict."""
+
+  def draw(axes) -> dict[str, str]:
+    for mixture in mixtures:
+      _line(axes, mixture.nats, mixture.experts, style[mixture.method], "o")
+    axes.set_ylim(bottom=0)
+    return {}
+
+  label = "Experts per token against difficulty"
+  return _plot(label, "nats of the token", "experts in a layer", draw)
 
 
 def _scatter(axes, points, style, position) -> dict[str, str]:

@@ -20,7 +20,7 @@ def rebuild(run_dir: Path) -> Path:
     raise ValueError(f"{run_dir} is not a folder: name one of runs/")
   if (run_dir / "report.json").exists():
     report = load_report(run_dir)
-    if report.points or report.snippets or report.samples:
+    if any((report.points, report.snippets, report.samples, report.mixtures)):
       return write_report(report, run_dir)
   found = sorted(path.parent for path in run_dir.rglob("metrics.jsonl"))
   curves = [
@@ -44,10 +44,12 @@ def curve(folder: Path, name: str) -> Curve:
     entry["seconds"] = line["seconds"]
     entry |= {f"{line['split']}/{key}": x for key, x in line.items()}
   column = lambda key: tuple(steps[step].get(key) for step in sorted(steps))
+  imbalance = column("train/imbalance")
   return Curve(
     name,
     steps=tuple(sorted(steps)),
     loss=column("train/loss"),
     val_bits_per_byte=column("validation/bits_per_byte"),
     seconds=column("seconds"),
+    imbalance=imbalance if any(imbalance) else (),
   )

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW with warm-up, cosine decay, clipping and a weight-decay mask.
 
+Parameters named `balance` are not AdamW's: they balance the load of experts
+(Wang et al., 2024, https://arxiv.org/abs/2408.15664), their gradient is by how
+much each expert's load is off, and they take steps of a fixed size against its
+sign, apart from all clipping, momentum, decay and schedule.
+
 The learning rate rises in a line to its peak over `warmup` steps and falls
 along a half cosine to `floor` times the peak at the last step.  Gradients
 accumulate over equal parts of a batch inside the training step
@@ -11,10 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-NO_DECAY = ("bias", "scale")
+NO_DECAY = ("bias", "scale", "balance")
+BALANCE = "balance"
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,9 @@ class OptimizerConfig:
   b2: float = 0.95
   """Decay of the mean of their squares."""
 
+  balance_rate: float = 1e-3
+  """Step of the parameters that balance the load of experts."""
+
   accumulate: int = 1
   """Parts of a batch whose gradients are accumulated, to save memory."""
 
@@ -50,6 +60,8 @@ class OptimizerConfig:
     for name in ("learning_rate", "clip"):
       if getattr(self, name) <= 0:
         raise ValueError(f"{name}={getattr(self, name)} must be positive")
+    if self.balance_rate < 0:
+      raise ValueError(f"balance_rate={self.balance_rate} must be at least 0")
     if not 0 <= self.floor <= 1:
       raise ValueError(f"floor={self.floor} must be a share, in [0, 1]")
     if self.accumulate < 1 or self.warmup < 0:
@@ -85,7 +97,7 @@ def make_optimizer(
   config: OptimizerConfig, steps: int
 ) -> optax.GradientTransformation:
   """The optimizer of a run of `steps` updates, over nested dicts of arrays."""
-  return optax.chain(
+  adamw = optax.chain(
     optax.clip_by_global_norm(config.clip),
     optax.adamw(
       learning_rate(config, steps),
@@ -95,3 +107,30 @@ def make_optimizer(
       mask=decays,
     ),
   )
+  return _but_balance(adamw, optax.sign_sgd(config.balance_rate))
+
+
+def balances(params: PyTree) -> PyTree:
+  """True for each parameter that balances the load of experts; by name."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: path[-1].key == BALANCE, params
+  )
+
+
+def _but_balance(
+  most: optax.GradientTransformation, balance: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """`most` of the parameters by one optimizer, those that balance by another.
+
+  `balance` has no state, so the state is that of `most`, which sees zeros.
+  """
+
+  def update(updates, state, params=None):
+    own = balances(updates)
+    zero = lambda b, g: jnp.zeros_like(g) if b else g
+    others, state = most.update(jax.tree.map(zero, own, updates), state, params)
+    signed, _ = balance.update(updates, balance.init(updates), params)
+    pick = lambda b, s, o: s if b else o
+    return jax.tree.map(pick, own, signed, others), state
+
+  return optax.GradientTransformation(most.init, update)

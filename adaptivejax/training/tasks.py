@@ -47,7 +47,28 @@ def language_modeling(
   loss = nats + out.signals.penalty
   if budget is not None:
     loss += budget_weight * budget_loss(out.signals.share, budget)
-  return loss, {"nats": nats, "share": out.signals.share}
+  metrics = {"nats": nats, "share": out.signals.share}
+  return loss, metrics | balance_metrics(out)
+
+
+def balance_metrics(out) -> dict[str, Array]:
+  """How evenly the experts of a model are loaded; nothing if it has none.
+
+  Returns:
+    `imbalance`, the load of the fullest expert over the mean, mean over layers;
+    `dropped`, the share of choices that no expert had room for.
+  """
+  if not out.signals.load:
+    return {}
+  worst = [
+    load.max(-1) / jnp.maximum(load.mean(-1), 1e-9) for load in out.signals.load
+  ]
+  served = sum(load.sum() for load in out.signals.load)
+  asked = served + out.cost.dropped
+  return {
+    "imbalance": jnp.concatenate([jnp.atleast_1d(w) for w in worst]).mean(),
+    "dropped": out.cost.dropped / jnp.maximum(asked, 1),
+  }
 
 
 def sorted_language_modeling(

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adaptivejax.core.losses import accuracy, cross_entropy
-from adaptivejax.methods.width import AdaptiveComputationModule, split_mlp
+from adaptivejax.methods.width import AdaptiveComputationModule
 from adaptivejax.models import DecoderLM, decoder_block
-from adaptivejax.nn import Mlp, adjust
+from adaptivejax.nn import Mlp, adjust, split_mlp
 from adaptivejax.training import OptimizerConfig, TrainConfig
 from adaptivejax.training.schedules import cosine
 from adaptivejax.training.tasks import language_modeling

@@ -17,11 +17,20 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from adaptivejax.core.losses import accuracy, cross_entropy
-from adaptivejax.models import DecoderConfig, DecoderLM
-from adaptivejax.nn import every_layer, plain
+from adaptivejax.methods.experts import MixtralRouter
+from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
+from adaptivejax.nn import (
+  Block,
+  MixtureOfExperts,
+  Mlp,
+  every_layer,
+  plain,
+  stacked,
+)
 from adaptivejax.training import (
   DataConfig,
   OptimizerConfig,
@@ -41,13 +50,15 @@ MODEL = DecoderConfig(layers=6, features=64, hidden=256, heads=4, kv_heads=4)
 DATA = DataConfig(context=64, batch=24)
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.0)
 STEPS = 1500
+EXPERTS, TOP_K, BALANCE = 8, 2, 0.01
 LOSSES = {
   "dense": language_modeling,
+  "experts": language_modeling,
   "exits": sorted_language_modeling,
   "layer_skip": layer_skip_language_modeling,
 }
 PLAIN = jax.tree_util.Partial(plain)
-Kind = Literal["dense", "exits", "layer_skip"]
+Kind = Literal["dense", "exits", "layer_skip", "experts"]
 
 
 @functools.cache
@@ -57,12 +68,15 @@ def byte_lm(kind: Kind, quick: bool = False) -> DecoderLM:
   Args:
     kind: "dense" is trained on the loss after the last layer only, "exits" on
       the losses after every layer, weighted by depth (sorted fine-tuning),
-      "layer_skip" on those of LayerSkip, with layers dropped.
+      "layer_skip" on those of LayerSkip, with layers dropped, "experts" as
+      "dense", but with `EXPERTS` experts in every layer, of which a byte runs
+      `TOP_K`: together as wide as the dense layer.
     quick: trained for a few steps: for smoke runs.
   """
+  layer = expert_block if kind == "experts" else None
   config = TrainConfig(
     name=f"headlines/{kind}",
-    build=lambda rngs: DecoderLM(MODEL, rngs=rngs),
+    build=lambda rngs: DecoderLM(MODEL, layer=layer, rngs=rngs),
     loss=LOSSES[kind],
     data=DATA,
     optimizer=OPTIMIZER,
@@ -73,6 +87,16 @@ def byte_lm(kind: Kind, quick: bool = False) -> DecoderLM:
     keep=1,
   )
   return fit(config, quick)
+
+
+def expert_block(rngs: nnx.Rngs) -> Block:
+  """A layer of the size of `MODEL`'s, its feed-forward half of experts."""
+  features, hidden = MODEL.features, MODEL.hidden // TOP_K
+  experts = stacked(lambda r: Mlp(features, hidden, rngs=r), EXPERTS, rngs)
+  router = MixtralRouter(
+    features, EXPERTS, top_k=TOP_K, balance=BALANCE, rngs=rngs
+  )
+  return decoder_block(MODEL, rngs, MixtureOfExperts(router, experts))
 
 
 def fit(config: TrainConfig, quick: bool = False) -> Any:

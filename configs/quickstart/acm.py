@@ -7,9 +7,9 @@ Wojcik et al., 2023.  Trained from scratch, the budget coming down to half.
 
 from flax import nnx
 
-from adaptivejax.methods.width import AdaptiveComputationModule, split_mlp
+from adaptivejax.methods.width import AdaptiveComputationModule
 from adaptivejax.models import DecoderLM, decoder_block
-from adaptivejax.nn import Block, Mlp
+from adaptivejax.nn import Block, Mlp, split_mlp
 from adaptivejax.training import TrainConfig
 from adaptivejax.training.schedules import cosine
 from adaptivejax.training.tasks import language_modeling

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from adaptivejax.core.dispatch import (
   NOBODY,
   dispatch,
+  dispatch_mask,
   load,
   no_drop_capacity,
   within_capacity,
@@ -45,6 +46,22 @@ def test_slots_are_the_choices_sorted_by_expert(case):
   assert np.array_equal(plan.valid, np.arange(experts.size) < total)
   assert (plan.item >= 0).all() and (plan.item < len(experts)).all()
   assert np.array_equal(plan.sizes, load(jnp.asarray(experts), count))
+
+
+@given(choices())
+def test_a_matrix_is_dispatched_as_its_choices_are(case):
+  experts, count = case
+  mask = (experts[..., None] == np.arange(count)).any(1)
+  weights = np.random.default_rng(0).random(mask.shape, np.float32)
+  weights[~mask] = np.nan  # never read
+  listed = np.where(mask, np.arange(count), NOBODY)
+  got = dispatch_mask(jnp.asarray(mask), jnp.asarray(weights))
+  want = dispatch(jnp.asarray(listed), jnp.asarray(weights), count)
+  total = int(want.sizes.sum())
+  assert np.array_equal(got.sizes, want.sizes)
+  assert np.array_equal(got.item[:total], want.item[:total])
+  assert np.array_equal(got.weight[:total], want.weight[:total])
+  assert (got.item >= 0).all() and (got.item < len(experts)).all()
 
 
 @given(choices(), st.integers(0, 8), st.booleans(), st.integers(0, 99))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix, method by law: `CASES`; see `case` for what a case says."""
 
+from tests.laws.blocks_of_experts import BLOCKS
 from tests.laws.case import (
   LAWS,
   Case,
@@ -24,6 +25,7 @@ CASES = [
   *PRIMITIVES,
   *LAYERS,
   *EXPERTS,
+  *BLOCKS,
   *PARALLEL,
   *MODELS,
   *EXITS,
@@ -31,6 +33,7 @@ CASES = [
 ]
 
 __all__ = [
+  "BLOCKS",
   "CASES",
   "EXITS",
   "EXPERTS",

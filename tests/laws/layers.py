@@ -13,9 +13,9 @@ from adaptivejax.methods.depth import (
   MixtureOfDepths,
   MixtureOfRecursions,
 )
-from adaptivejax.methods.width import AdaptiveComputationModule, split_mlp
+from adaptivejax.methods.width import AdaptiveComputationModule
 from adaptivejax.models import decoder_block
-from adaptivejax.nn import Mlp, Router, adjust
+from adaptivejax.nn import Mlp, Router, adjust, split_mlp
 from tests import reference
 from tests.laws.case import ALL, CONFIG, NO, SOME, Case, D, F, M, T, gaussian
 from tests.laws.primitives import no_rows, small_mlp

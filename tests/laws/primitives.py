@@ -7,8 +7,7 @@ import numpy as np
 
 from adaptivejax.core import buckets, depth, experts, levels, plans
 from adaptivejax.core.dispatch import NOBODY, dispatch
-from adaptivejax.methods.width import split_mlp
-from adaptivejax.nn import Mlp
+from adaptivejax.nn import Mlp, split_mlp
 from tests import reference
 from tests.laws.case import (
   NEVER,

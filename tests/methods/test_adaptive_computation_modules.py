@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from adaptivejax.core.budget import budget_loss
-from adaptivejax.methods.width import AdaptiveComputationModule, split_mlp
-from adaptivejax.nn import Mlp, adjust
+from adaptivejax.methods.width import AdaptiveComputationModule
+from adaptivejax.nn import Mlp, adjust, split_mlp
 from tests import reference
 from tests.methods.host import shaken
 
@@ -49,7 +49,7 @@ def test_a_split_layer_sums_to_the_layer(gated, learners):
 
 @pytest.mark.parametrize("learners", [0, -1, 3, 64])
 def test_refuses_a_split_with_a_remainder(learners):
-  with pytest.raises(ValueError, match="learners"):
+  with pytest.raises(ValueError, match="parts"):
     split_mlp(mlp(), learners)
 
 

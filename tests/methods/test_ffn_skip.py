@@ -11,8 +11,9 @@ from jax.tree_util import Partial
 
 from adaptivejax.decode import generate
 from adaptivejax.methods.depth import MixtureOfDepths, ffn_skip
-from adaptivejax.methods.width import AdaptiveComputationModule, split_mlp
+from adaptivejax.methods.width import AdaptiveComputationModule
 from adaptivejax.models import decoder_block
+from adaptivejax.nn import split_mlp
 from tests import reference
 from tests.methods.host import (
   CONFIG,

@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 from adaptivejax.methods.depth import MixtureOfDepths
-from adaptivejax.methods.width import AdaptiveComputationModule, split_mlp
+from adaptivejax.methods.width import AdaptiveComputationModule
 from adaptivejax.models import decoder_block
-from adaptivejax.nn import Group, adjust
+from adaptivejax.nn import Group, adjust, split_mlp
 from tests import reference
 from tests.methods.host import CONFIG, PROMPT, TOKENS, decode, model, shaken
 

@@ -27,6 +27,16 @@ def test_curve_joins_the_lines_of_a_step(tmp_path):
   )
 
 
+def test_the_curve_of_experts_has_their_imbalance(tmp_path):
+  even = {"imbalance": 1.5, "dropped": 0.0}
+  curve = reports.curve(run(tmp_path / "a", [LINES[0] | even, LINES[2]]), "a")
+  assert curve.imbalance == (1.5, None)
+  html = reports.rebuild(tmp_path / "a").read_text()
+  assert 'aria-label="Load imbalance"' in html
+  again = reports.rebuild(run(tmp_path / "b")).read_text()
+  assert "imbalance" not in again
+
+
 def test_a_training_run_is_drawn_as_it_is_by_now(tmp_path):
   folder = run(tmp_path / "a", LINES[:1])
   assert reports.rebuild(folder) == folder / "report.html"

@@ -78,6 +78,15 @@ def test_refuses_other_settings_and_names_them(tmp_path):
     checkpoints.restore(state_of())
 
 
+def test_a_setting_that_came_later_was_at_its_default(tmp_path):
+  with open_in(tmp_path, {"data.batch": 4}) as checkpoints:
+    checkpoints.save(state_of(), None)
+  later = {"data.batch": 4, "optimizer.balance_rate": 1e-3}
+  with open_in(tmp_path, later) as checkpoints:
+    state, _ = checkpoints.restore(state_of(number=0))
+  chex.assert_trees_all_equal(state, state_of())
+
+
 @pytest.mark.parametrize("made", [False, True])
 def test_no_checkpoint_is_said_and_nothing_is_made(tmp_path, made):
   folder = tmp_path / "checkpoints"

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law: the schedule, the mask and the clip are what the config says."""
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,9 +53,30 @@ def test_clip_bounds_the_first_moment():
   np.testing.assert_allclose(jnp.linalg.norm(mean), 0.1 * 2.0, rtol=1e-5)
 
 
+def test_balance_goes_by_the_sign_of_its_gradient_and_disturbs_nobody():
+  """At its own rate, in warm-up too; its gradient has no part in the clip."""
+  config = OptimizerConfig(
+    learning_rate=0.1, warmup=5, weight_decay=0.5, clip=1.0, balance_rate=0.01
+  )
+  optimizer = make_optimizer(config, steps=10)
+  rest = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(3)}
+  params = {"router": {"balance": jnp.ones(4), **rest}}
+  load = jnp.array([1e6, -1e-6, 0.0, 3.0])
+  grads = {"router": {"balance": load, **jax.tree.map(jnp.ones_like, rest)}}
+  state, alone = optimizer.init(params), optimizer.init({"router": rest})
+  for _ in range(3):
+    updates, state = optimizer.update(grads, state, params)
+    without = {"router": {name: grads["router"][name] for name in rest}}
+    want, alone = optimizer.update(without, alone, {"router": rest})
+    moved = updates["router"].pop("balance")
+    np.testing.assert_allclose(moved, [-0.01, 0.01, 0, -0.01], rtol=1e-6)
+    chex.assert_trees_all_equal(updates, want)
+
+
 @pytest.mark.parametrize(
   "wrong",
   [
+    {"balance_rate": -1e-3},
     {"learning_rate": 0.0},
     {"clip": -1.0},
     {"floor": 2.0},

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods that spend compute on some experts of many."""
 
+from adaptivejax.methods.experts.block_ffn import BlockFFN
 from adaptivejax.methods.experts.deepseek import DeepSeekRouter
 from adaptivejax.methods.experts.dynamic_top_p import TopPRouter
 from adaptivejax.methods.experts.exflow import (
@@ -11,6 +12,7 @@ from adaptivejax.methods.experts.exflow import (
   placement,
 )
 from adaptivejax.methods.experts.expert_choice import ExpertChoiceRouter
+from adaptivejax.methods.experts.factor_llm import FactorLLM, clusters
 from adaptivejax.methods.experts.mixtral import MixtralRouter
 from adaptivejax.methods.experts.mixture_of_experts_plus_plus import MoEPlusPlus
 from adaptivejax.methods.experts.soft_moe import SoftMoE
@@ -18,8 +20,10 @@ from adaptivejax.methods.experts.switch import SwitchRouter
 from adaptivejax.methods.experts.tutel import TutelRouter, tutel_capacity
 
 __all__ = [
+  "BlockFFN",
   "DeepSeekRouter",
   "ExpertChoiceRouter",
+  "FactorLLM",
   "MixtralRouter",
   "MoEPlusPlus",
   "SoftMoE",
@@ -28,6 +32,7 @@ __all__ = [
   "TutelRouter",
   "affinity",
   "apply_placement",
+  "clusters",
   "hops",
   "in_order",
   "placement",

@@ -3,7 +3,6 @@
 
 from adaptivejax.methods.width.adaptive_computation_modules import (
   AdaptiveComputationModule,
-  split_mlp,
 )
 
-__all__ = ["AdaptiveComputationModule", "split_mlp"]
+__all__ = ["AdaptiveComputationModule"]

@@ -39,7 +39,7 @@ class AdaptiveComputationModule(nnx.Module):
   """A feed-forward module of nested learners; called like `nn.Mlp`.
 
   Args:
-    learners: an `Mlp` whose parameters are stacked over M, see `split_mlp`.
+    learners: an `Mlp` whose parameters are stacked over M, see `nn.split_mlp`.
     features: D.
     temperature: of the Gumbel-softmax.
     diversity: weight of both diversity terms.
@@ -102,25 +102,6 @@ class AdaptiveComputationModule(nnx.Module):
     dense = flops(jax.vmap(Mlp.rows, in_axes=(0, None)), self.learners, x)
     penalty = self.diversity * _sameness(jax.nn.softmax(logits))
     return y, Cost.dense(dense, x[..., 0].size), Signals(uses.mean(), penalty)
-
-
-def split_mlp(mlp: Mlp, learners: int) -> Mlp:
-  """The neurons of a dense layer dealt to learners, exactly: they sum to it."""
-  hidden = mlp.down.kernel.shape[0]
-  if learners < 1 or hidden % learners:
-    raise ValueError(f"{learners=} must divide the {hidden} hidden neurons.")
-
-  columns = lambda a: jnp.moveaxis(a.reshape(a.shape[0], learners, -1), 1, 0)
-  rows = lambda a: a.reshape(learners, hidden // learners, a.shape[1])
-  split = jax.tree.map(lambda a: a, mlp)  # a copy
-  for part, cut in (
-    (split.up, columns),
-    (split.gate, columns),
-    (split.down, rows),
-  ):
-    if part is not None:
-      part.kernel.set_value(cut(part.kernel.get_value()))
-  return split
 
 
 def _sameness(use: Float[Array, "B T M1"]) -> Float[Array, ""]:

@@ -1,0 +1,1 @@
+"""Decoders of experts, and a dense twin of equal active FLOPs."""
