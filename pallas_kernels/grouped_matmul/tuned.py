@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sizes of tiles: a rule over the figures of the chip.
+
+Found on the compiler's schedules of v5e, v5p and v6e (`benchmarks/tpu_cycles`):
+
+* A basic block costs 200 (v5e) to 300 cycles (v6e) beside its matmuls, to fill
+  and drain the units, whatever it holds.  Blocks of up to 16 thousand cycles
+  keep that below 2 % and 3 %; longer ones cost compile time and gain little.
+* Rows stream through a systolic array of d x d, so tiles of 2 d rows and parts
+  of d / 2 cost no more than their share; tiles of 4 d rows lose more at the
+  borders of groups than they save.
+* Strips are as wide as VMEM allows with four buffers of weights, or three:
+  every strip reads all rows again.
+
+There is no table of special shapes: for none has anything better been found.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+BLOCK_CYCLES = 16_384
+CHUNK_BYTES = 2 << 20
+SLAB = 512
+MARGIN = 4 << 20
+"""Bytes of VMEM left to what the compiler keeps for itself, beside a tenth."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """How a kernel cuts its work.
+
+  Attributes:
+    height: rows of a tile.
+    part: rows multiplied at a time where a border is inside; divides `height`.
+    width: columns of a strip.
+    chunk: columns of one load of weights; divides `piece`.
+    piece: columns multiplied in one block of the schedule; divides `width`.
+    depth: groups whose weights there is room for, at least 2.
+    cores: TensorCores that share the strips.
+    slab: rows of an unsorted x that are read at a time; 0: it is sorted.
+    vmem_limit_bytes: what the compiler may use.
+  """
+
+  height: int
+  part: int
+  width: int
+  chunk: int
+  piece: int
+  depth: int = 3
+  cores: int = 1
+  slab: int = 0
+  vmem_limit_bytes: int | None = None
+
+
+def chip() -> pltpu.TpuInfo:
+  """The chip compiled for; where that is unknown, one of little VMEM."""
+  try:
+    return pltpu.get_tpu_info()
+  except ValueError:  # no TPU here: an export, or the interpreter
+    return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5P, 1)
+
+
+def matmul_tiles(
+  rows: int,
+  features: int,
+  columns: int,
+  itemsize: int,
+  *,
+  gathered: int = 0,
+  info: pltpu.TpuInfo | None = None,
+) -> Tiles | None:
+  """Tiles for y[rows, columns] = x[rows, features] w; None if nothing fits.
+
+  `gathered` is the number of rows of an unsorted x to keep in VMEM, 0 if x is
+  sorted.  Features and columns are multiples of 128.
+  """
+  info = info or chip()
+  height, part = heights(rows, info)
+  slab = min(SLAB, round_up(gathered, 16))
+  kept = features * (4 * round_up(gathered, slab) + 2 * slab * itemsize) if slab else 0
+  for width, cores in widths(columns, info):
+    for depth in (4, 3, 2):
+      need = itemsize * (
+        depth * features * width
+        + (1 if slab else 2) * height * features
+        + 2 * height * width
+      ) + kept
+      if limit := vmem_limit(need, info):
+        chunk = divisor(width, CHUNK_BYTES // (features * itemsize))
+        piece = divisor(width, block(height * features, info), chunk)
+        return Tiles(
+          height, part, width, chunk, piece, depth, cores, slab, limit
+        )
+  return None
+
+
+def sums_tiles(
+  rows: int,
+  features: int,
+  columns: int,
+  itemsize: int,
+  *,
+  info: pltpu.TpuInfo | None = None,
+) -> Tiles | None:
+  """Tiles for z[features, columns] = x[rows, features]^T dy[rows, columns]."""
+  info = info or chip()
+  height, _ = heights(rows, info)
+  part = min(height, info.mxu_column_size)
+  height = round_up(height, part)
+  for width, cores in widths(columns, info):
+    need = features * width * (4 + itemsize)
+    need += 2 * height * (features + width) * itemsize
+    if limit := vmem_limit(need, info):
+      piece = divisor(width, block(height * features, info))
+      return Tiles(
+        height, part, width, piece, piece, 2, cores, 0, limit
+      )
+  return None
+
+
+def heights(rows: int, info: pltpu.TpuInfo) -> tuple[int, int]:
+  """Rows of a tile, of those that pad M least the highest, and of a part."""
+  part = info.mxu_column_size // 2
+  choices = [4 * part, 3 * part, 2 * part, part]
+  return min(choices, key=lambda h: (round_up(rows, h), -h)), part
+
+
+def widths(columns: int, info: pltpu.TpuInfo) -> Iterator[tuple[int, int]]:
+  """Columns of a strip and cores that share the strips, the widest first."""
+  cores = info.num_cores if columns % (info.num_cores * LANES) == 0 else 1
+  lanes = columns // cores // LANES
+  for n in range(1, lanes + 1):
+    if lanes % n == 0:
+      yield lanes // n * LANES, cores
+
+
+def vmem_limit(need: int, info: pltpu.TpuInfo) -> int | None:
+  """What to allow the compiler for `need` bytes; None if there is not enough."""
+  limit = need + need // 10 + MARGIN
+  return limit if limit <= info.vmem_capacity_bytes else None
+
+
+def block(macs_per_column: int, info: pltpu.TpuInfo) -> int:
+  """Columns that fill a block of the schedule."""
+  per_cycle = info.num_mxus * info.mxu_column_size**2
+  return BLOCK_CYCLES * per_cycle // macs_per_column
+
+
+def divisor(width: int, most: int, multiple: int = LANES) -> int:
+  """The largest multiple of `multiple` that divides `width`, up to `most`."""
+  units = width // multiple
+  fits = lambda n: units % n == 0 and units // n * multiple <= most
+  return units // next((n for n in range(1, units) if fits(n)), units) * multiple
+
+
+def round_up(n: int, multiple: int) -> int:
+  """The next multiple."""
+  return math.ceil(n / multiple) * multiple
