@@ -108,17 +108,17 @@ def _map(x, w, sizes, rows, transpose_w, tiles, **how):
   shape = (size, x.shape[1], w.shape[1 if transpose_w else 2], x.dtype.itemsize)
   if rows is not None:
     rows = jnp.clip(rows, 0, len(x) - 1).astype(jnp.int32)
-    fused = tiles or tuned.matmul_tiles(*shape, gathered=len(x))
-    if fused and fused.slab and size <= MOST_SCALARS // 2:
-      tiles = fused
-    else:
-      x, rows = x[rows], None
+    if tiles is None and size <= MOST_SCALARS // 2:
+      tiles = tuned.matmul_tiles(*shape, gathered=len(x))
   tiles = tiles or tuned.matmul_tiles(*shape)
   if tiles is None:
     raise ValueError(
       f"no tile of {shape[1]} x {LANES} weights fits in VMEM: split the features"
       f" of x{x.shape} and add the results"
     )
+  _check_tiles(tiles, *shape[1:3], gathers=rows is not None)
+  if rows is not None and not tiles.slab:
+    x, rows = x[rows], None
   if rows is None:
     x = _pad(x, (0, tiles.height))
   else:
@@ -145,6 +145,7 @@ def _sum(x, dy, sizes, tiles, **how):
       f"no sums of {x.shape[1]} x {LANES} fit in VMEM: split the {features}"
       f" features of the gradient of w[{groups}, {features}, {columns}]"
     )
+  _check_tiles(tiles, x.shape[1], dy.shape[1], gathers=False)
   x, dy = _pad(x, (0, tiles.height)), _pad(dy, (0, tiles.height))
   work = _work(sizes, len(x), tiles, sums=True)
   z = tpu_sums.multiply_sums(x, dy, work, tiles=tiles, **how)
@@ -168,6 +169,27 @@ def _pad(x, *multiples):
   for axis, multiple in multiples:
     pads[axis] = (0, -x.shape[axis] % multiple)
   return jnp.pad(x, pads) if any(end for _, end in pads) else x
+
+
+def _check_tiles(tiles, features, columns, *, gathers):
+  """Raises where given tiles do not fit the padded sizes."""
+  t = tiles
+  divides = (
+    t.height % t.part == 0
+    and columns % (t.width * t.cores) == 0
+    and t.width % t.piece == t.piece % t.chunk == t.chunk % LANES == 0
+  )
+  if not divides or t.depth < 2:
+    raise ValueError(
+      f"{tiles=}: part must divide height, chunk piece, piece width, and width"
+      f" x cores {columns} columns; chunk must be a multiple of {LANES}, and"
+      " depth at least 2"
+    )
+  if t.slab and (not gathers or features % tuned.WHOLE_ROWS):
+    raise ValueError(
+      f"{tiles=}: a slab is for `rows` of a multiple of {tuned.WHOLE_ROWS}"
+      f" features; got {features}"
+    )
 
 
 def _check(x, w, sizes, rows, transpose_w):

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.grouped_matmul.ring import Scalar
 from pallas_kernels.grouped_matmul.tuned import LANES
 
 
@@ -46,7 +47,7 @@ class Picker:
     """Values in a word."""
     return 4 // self.slabs.dtype.itemsize
 
-  def copy(self, n: Any) -> Any:
+  def copy(self, n: Scalar) -> Any:
     """The transfer of slab n."""
     size = self.slabs.shape[1]
     at = pl.ds(pl.multiple_of(n * size, size), size)
@@ -72,12 +73,12 @@ class Picker:
         span = slab[:, pl.ds(k * LANES, LANES)]
         here[pl.ds(k, size, stride=spans), :] = span.astype(here.dtype)
 
-  def row(self, place: Any) -> jax.Array:
+  def row(self, place: Scalar) -> jax.Array:
     """The words of the row of x in a place, u32[K / 128, 128]."""
     start = pl.multiple_of(self.index[place] * self.spans, self.spans)
     return pltpu.bitcast(self.kept[pl.ds(start, self.spans), :], jnp.uint32)
 
-  def pick(self, tile: Any, half: int, *, unroll: bool = False) -> None:
+  def pick(self, tile: Scalar, half: int, *, unroll: bool = False) -> None:
     """Fills a half, 0 or 1, with rows of a tile.
 
     Unrolled, it fits into the block of the schedule around it.
@@ -103,7 +104,7 @@ class Picker:
     else:
       pl.loop(0, words // step)(puts)
 
-  def load(self, at: Any, size: int) -> jax.Array:
+  def load(self, at: Scalar, size: int) -> jax.Array:
     """Rows `at .. at + size - 1` of the tile, [size, K]."""
     start = at // self.pack if isinstance(at, int) else lax.div(at, self.pack)
     size //= self.pack

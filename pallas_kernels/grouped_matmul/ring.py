@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+Scalar = jax.Array | int
+
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
@@ -30,9 +32,9 @@ class Ring:
   started: Any  # i32[1] in SMEM: loads started so far
   order: Any
   begin: Any
-  visits: jax.Array  # groups visited in a strip
-  core: jax.Array
-  strips: jax.Array  # strips of this core
+  visits: Scalar  # groups visited in a strip
+  core: Scalar
+  strips: Scalar  # strips of this core
   chunk: int
   transposed: bool
 
@@ -41,12 +43,12 @@ class Ring:
     """Loads per group and strip."""
     return self.sems.shape[1]
 
-  def columns(self, ref: Any, lead: Any, start: Any, size: int) -> Any:
+  def columns(self, ref: Any, lead: Scalar, start: Scalar, size: int) -> Any:
     """`ref[lead]` at columns `start .. start + size - 1` of w."""
     at = pl.ds(pl.multiple_of(start, self.chunk), size)
     return ref.at[lead, at, :] if self.transposed else ref.at[lead, :, at]
 
-  def copy(self, load: jax.Array) -> Any:
+  def copy(self, load: Scalar) -> Any:
     """The transfer number `load`."""
     visit = lax.div(load, self.chunks)
     chunk = load - visit * self.chunks
@@ -62,24 +64,24 @@ class Ring:
       self.sems.at[slot, chunk],
     )
 
-  def wait(self, visit: jax.Array) -> None:
+  def wait(self, visit: Scalar) -> None:
     """Waits for all weights of a visit."""
     for n in range(self.chunks):
       self.copy(visit * self.chunks + n).wait()
 
-  def loaded(self, visit: jax.Array, start: Any, size: int) -> jax.Array:
+  def loaded(self, visit: Scalar, start: Scalar, size: int) -> jax.Array:
     """Columns of the weights of a visit, [K, size] or [size, K]."""
     slot = lax.rem(visit, self.vmem.shape[0])
     return self.columns(self.vmem, slot, start, size)[...]
 
-  def start(self, goal: jax.Array) -> None:
+  def start(self, goal: Scalar) -> None:
     """Starts the loads before `goal` that have not started."""
     lax.fori_loop(
       self.started[0], goal, lambda n, _: self.copy(n).start(), None
     )
     self.started[0] = jnp.maximum(goal, self.started[0])
 
-  def advance(self, visit: jax.Array, step: jax.Array, items: jax.Array):
+  def advance(self, visit: Scalar, step: Scalar, items: Scalar):
     """Keeps the ring filled at step `step`, of `items` in each strip."""
     depth, last = self.vmem.shape[0], self.strips * self.visits - 1
     goal = jnp.minimum((visit + 1) * self.chunks, (last + 1) * self.chunks)

@@ -36,7 +36,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.picking import Picker
-from pallas_kernels.grouped_matmul.ring import Ring
+from pallas_kernels.grouped_matmul.ring import Ring, Scalar
 from pallas_kernels.grouped_matmul.tuned import Tiles
 from pallas_kernels.grouped_matmul.work import Work
 
@@ -198,15 +198,15 @@ def _kernel(*refs, tiles: Tiles, transpose_w: bool):
 class _Item:
   """Rows `low .. high - 1` of a tile are of the group of `visit`."""
 
-  load: Callable[[Any, int], jax.Array]  # (first row, rows) -> rows of x
+  load: Callable[[Scalar, int], jax.Array]  # (first row, rows) -> rows of x
   y: Any  # [tm, tn]
   ring: Ring
-  visit: jax.Array
-  low: jax.Array
-  high: jax.Array
+  visit: Scalar
+  low: Scalar
+  high: Scalar
   tiles: Tiles
 
-  def dot(self, at: Any, size: int, start: Any, width: int, masked: bool):
+  def dot(self, at: Scalar, size: int, start: Scalar, width: int, masked: bool):
     """y[at, start] = x[at] w[start]; if masked, only rows of the group."""
     here = (pl.ds(at, size), pl.ds(start, width))
     y = lax.dot_general(
@@ -220,7 +220,7 @@ class _Item:
       y = jnp.where(mine, y, self.y[here].astype(jnp.float32))
     self.y[here] = y.astype(self.y.dtype)
 
-  def dots(self, at: Any, size: int, masked: bool = False) -> None:
+  def dots(self, at: Scalar, size: int, masked: bool = False) -> None:
     """All columns of some rows."""
     piece = self.tiles.piece
 
@@ -256,7 +256,7 @@ class _Item:
       start = pl.multiple_of(n * self.tiles.chunk, self.tiles.chunk)
       self.dot(0, self.tiles.height, start, self.tiles.chunk, masked=True)
 
-  def parts(self, body: Callable[[jax.Array], None]) -> None:
+  def parts(self, body: Callable[[Scalar], None]) -> None:
     """`body(first row)` of each part of the tile."""
     part = self.tiles.part
     pl.loop(0, self.tiles.height // part)(
@@ -264,13 +264,13 @@ class _Item:
     )
 
 
-def between(low: Any, high: Any, shape: tuple[int, ...]) -> jax.Array:
+def between(low: Scalar, high: Scalar, shape: tuple[int, ...]) -> jax.Array:
   """Which rows of an array are `low .. high - 1`."""
   row = lax.broadcasted_iota(jnp.int32, shape, 0)
   return (row >= low) & (row < high)
 
 
-def loop(count: int, body: Callable[[Any], None]) -> None:
+def loop(count: int, body: Callable[[Scalar], None]) -> None:
   """`body(n)` for n < count; no loop for one."""
   if count == 1:
     body(0)

@@ -52,7 +52,9 @@ def multiply_sums(
       num_scalar_prefetch=len(lists),
       grid=(tiles.cores, strips, count),
       in_specs=[
-        pl.BlockSpec((height, features), lambda c, s, i, _, tile, *__: (tile[i], 0)),
+        pl.BlockSpec(
+          (height, features), lambda c, s, i, _, tile, *__: (tile[i], 0)
+        ),
         pl.BlockSpec(
           (height, width),
           lambda c, s, i, _, tile, *__: (tile[i], c * strips + s),
@@ -93,7 +95,12 @@ def _kernel(
   each piece of columns.
   """
   del ordinal, order, begin
-  height, part, width, piece = tiles.height, tiles.part, tiles.width, tiles.piece
+  height, part, width, piece = (
+    tiles.height,
+    tiles.part,
+    tiles.width,
+    tiles.piece,
+  )
   core, strip, i = (pl.program_id(n) for n in range(3))
   strips, items = pl.num_programs(1), pl.num_programs(2)
   e, groups = group[i], z_hbm.shape[0]
@@ -165,7 +172,9 @@ def _kernel(
 
     @pieces
     def _(n):
-      sum_ref[:, at(n)] += products(mine(x_ref, slice(None)), mine(dy_ref, at(n)))
+      sum_ref[:, at(n)] += products(
+        mine(x_ref, slice(None)), mine(dy_ref, at(n))
+      )
 
   @pl.when(~whole)
   def some_rows():

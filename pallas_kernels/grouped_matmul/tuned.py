@@ -25,6 +25,8 @@ LANES = 128
 BLOCK_CYCLES = 16_384
 CHUNK_BYTES = 2 << 20
 SLAB = 512
+WHOLE_ROWS = 1024
+"""Features that fill whole registers, for rows picked one by one."""
 MARGIN = 4 << 20
 """Bytes of VMEM left to what the compiler keeps for itself, beside a tenth."""
 
@@ -76,19 +78,31 @@ def matmul_tiles(
   """Tiles for y[rows, columns] = x[rows, features] w; None if nothing fits.
 
   `gathered` is the number of rows of an unsorted x to keep in VMEM, 0 if x is
-  sorted.  Features and columns are multiples of 128.
+  sorted; it takes a multiple of 1024 features.  Features and columns are multiples of 128.
   """
+  if gathered and features % WHOLE_ROWS:
+    return None
   info = info or chip()
   height, part = heights(rows, info)
   slab = min(SLAB, round_up(gathered, 16))
-  kept = features * (4 * round_up(gathered, slab) + 2 * slab * itemsize) if slab else 0
+  kept = (
+    features * (4 * round_up(gathered, slab) + 2 * slab * itemsize)
+    if slab
+    else 0
+  )
   for width, cores in widths(columns, info):
+    if slab and width < min(WHOLE_ROWS, columns // cores):
+      return None  # picking takes longer than such a narrow matmul
     for depth in (4, 3, 2):
-      need = itemsize * (
-        depth * features * width
-        + (1 if slab else 2) * height * features
-        + 2 * height * width
-      ) + kept
+      need = (
+        itemsize
+        * (
+          depth * features * width
+          + (1 if slab else 2) * height * features
+          + 2 * height * width
+        )
+        + kept
+      )
       if limit := vmem_limit(need, info):
         chunk = divisor(width, CHUNK_BYTES // (features * itemsize))
         piece = divisor(width, block(height * features, info), chunk)
@@ -116,9 +130,7 @@ def sums_tiles(
     need += 2 * height * (features + width) * itemsize
     if limit := vmem_limit(need, info):
       piece = divisor(width, block(height * features, info))
-      return Tiles(
-        height, part, width, piece, piece, 2, cores, 0, limit
-      )
+      return Tiles(height, part, width, piece, piece, 2, cores, 0, limit)
   return None
 
 
@@ -154,7 +166,9 @@ def divisor(width: int, most: int, multiple: int = LANES) -> int:
   """The largest multiple of `multiple` that divides `width`, up to `most`."""
   units = width // multiple
   fits = lambda n: units % n == 0 and units // n * multiple <= most
-  return units // next((n for n in range(1, units) if fits(n)), units) * multiple
+  return (
+    units // next((n for n in range(1, units) if fits(n)), units) * multiple
+  )
 
 
 def round_up(n: int, multiple: int) -> int:

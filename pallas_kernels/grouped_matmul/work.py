@@ -42,9 +42,7 @@ class Work(NamedTuple):
   begin: jax.Array
 
 
-def make_work(
-  sizes: jax.Array, rows: int, height: int, *, sums: bool
-) -> Work:
+def make_work(sizes: jax.Array, rows: int, height: int, *, sums: bool) -> Work:
   """Lists the items of groups of `sizes`, i32[E], in tiles of `height` rows.
 
   A map over rows (`sums=False`) must write every row: group E has items, and
