@@ -88,7 +88,7 @@ def _backward(config, residuals, dy):
     picked = x[rows]
     dx = jnp.zeros(x.shape, jnp.float32).at[rows].add(dx).astype(x.dtype)
   pair = (dy, picked) if transpose_w else (picked, dy)
-  dw = _sum(*pair, sizes, sums_tiles, **how).astype(w.dtype)
+  dw = sums(*pair, sizes, tiles=sums_tiles, **how)
   none = lambda a: a if a is None else np.zeros(a.shape, jax.dtypes.float0)
   return dx, dw, none(sizes), none(rows)
 
@@ -131,8 +131,19 @@ def _map(x, w, sizes, rows, transpose_w, tiles, **how):
   return y[:size, :columns]
 
 
-def _sum(x, dy, sizes, tiles, **how):
-  """The kernel of the gradient of the weights on padded arrays."""
+def sums(
+  x: jax.Array,
+  dy: jax.Array,
+  sizes: jax.Array,
+  *,
+  tiles: Tiles | None = None,
+  interpret: Any = False,
+  debug: bool = False,
+) -> jax.Array:
+  """z_e = sum of x_m^T dy_m over the rows m of group e, [E, K, N].
+
+  The gradient of the weights; arguments as in `grouped_matmul`, unchecked.
+  """
   (size, features), columns, groups = x.shape, dy.shape[1], len(sizes)
   if 0 in (size, groups, features, columns):
     return jnp.zeros((groups, features, columns), x.dtype)
@@ -148,7 +159,9 @@ def _sum(x, dy, sizes, tiles, **how):
   _check_tiles(tiles, x.shape[1], dy.shape[1], gathers=False)
   x, dy = _pad(x, (0, tiles.height)), _pad(dy, (0, tiles.height))
   work = _work(sizes, len(x), tiles, sums=True)
-  z = tpu_sums.multiply_sums(x, dy, work, tiles=tiles, **how)
+  z = tpu_sums.multiply_sums(
+    x, dy, work, tiles=tiles, interpret=interpret, debug=debug
+  )
   return z[:, :features, :columns]
 
 

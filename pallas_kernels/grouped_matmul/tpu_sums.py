@@ -4,8 +4,9 @@
 The sums of a group, f32[K, tn], stay in VMEM, with tn as wide as fits: rows are
 read once where they can be.  The sums of one group leave, rounded, in the very
 block of the schedule in which those of the next overwrite them, since vector
-stores have slots to spare there, and travel to memory during its items.  Only
-tiles with a border inside are masked, part by part.  An empty group has an item
+stores have slots to spare there.  They go to memory during the items of that
+group, chunk by chunk, so that rows need not wait behind them.  Only tiles with
+a border inside are masked, part by part.  An empty group has an item
 without rows, and leaves zeros.
 
 Axes: M rows, K features of x, N features of dy, E groups; tm height of a tile,
@@ -63,8 +64,9 @@ def multiply_sums(
       out_specs=pl.BlockSpec(memory_space=pl.ANY),
       scratch_shapes=[
         pltpu.VMEM((features, width), jnp.float32),
-        pltpu.VMEM((features, width), x.dtype),
-        pltpu.SemaphoreType.DMA((width // tiles.piece,)),
+        pltpu.VMEM((2, features, width), x.dtype),
+        pltpu.SemaphoreType.DMA((2, width // tiles.chunk)),
+        pltpu.SMEM((1,), jnp.int32),
       ],
     ),
     compiler_params=pltpu.CompilerParams(
@@ -85,22 +87,24 @@ def multiply_sums(
 
 def _kernel(
   group, tile, offsets, ordinal, order, begin,
-  x_ref, dy_ref, z_hbm, sum_ref, out_ref, sems, *, tiles: Tiles,
+  x_ref, dy_ref, z_hbm, sum_ref, out_ref, sems, sent, *, tiles: Tiles,
 ):  # fmt: skip
   """One item: a tile of rows and a group, times a strip of columns.
 
   Scalars in SMEM, the lists of `Work` from `group` on.
   In: x, [tm, K]; dy, [tm, tn], in VMEM.  Out: z, [E, K, N], in HBM.
-  Scratch: sums, f32[K, tn]; the same on the way out, [K, tn]; a semaphore for
-  each piece of columns.
+  Scratch: sums, f32[K, tn]; those of the two groups before, on their way out,
+  [2, K, tn]; their semaphores, [2, tn / chunk]; chunks of the group before sent
+  so far, i32[1].
   """
-  del ordinal, order, begin
+  del ordinal, order
   height, part, width, piece = (
     tiles.height,
     tiles.part,
     tiles.width,
     tiles.piece,
   )
+  chunk, chunks = tiles.chunk, tiles.width // tiles.chunk
   core, strip, i = (pl.program_id(n) for n in range(3))
   strips, items = pl.num_programs(1), pl.num_programs(2)
   e, groups = group[i], z_hbm.shape[0]
@@ -115,21 +119,25 @@ def _kernel(
     return pl.ds(pl.multiple_of(n * piece, piece), piece)
 
   def copy(n, visit):
-    strip = lax.div(visit, groups)
-    start = (core * strips + strip) * width + n * piece
-    there = pl.ds(pl.multiple_of(start, piece), piece)
+    strip, slot = lax.div(visit, groups), lax.rem(visit, 2)
+    here = pl.multiple_of(n * chunk, chunk)
+    there = pl.multiple_of((core * strips + strip) * width + here, chunk)
     return pltpu.make_async_copy(
-      out_ref.at[:, at(n)],
-      z_hbm.at[visit - strip * groups, :, there],
-      sems.at[n],
+      out_ref.at[slot, :, pl.ds(here, chunk)],
+      z_hbm.at[visit - strip * groups, :, pl.ds(there, chunk)],
+      sems.at[slot, n],
     )
 
   def leave(n, visit):
-    out_ref[:, at(n)] = sum_ref[:, at(n)].astype(out_ref.dtype)
-    copy(n, visit).start()
+    slot = lax.rem(visit, 2)
+    out_ref[slot, :, at(n)] = sum_ref[:, at(n)].astype(out_ref.dtype)
+
+  def send(visit, goal):
+    lax.fori_loop(sent[0], goal, lambda n, _: copy(n, visit).start(), None)
+    sent[0] = goal
 
   def wait(visit):
-    for n in range(width // piece):
+    for n in range(chunks):
       copy(n, visit).wait()
 
   def products(x, dy):
@@ -137,8 +145,11 @@ def _kernel(
       x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
 
-  # There is one `out_ref`: before sums leave, those before must have gone.
-  pl.when(leaves & (visit > 1))(lambda: wait(visit - 2))
+  # The sums before those that leave now may still be on their way.
+  @pl.when(leaves)
+  def make_way():
+    sent[0] = 0
+    pl.when(visit > 2)(lambda: wait(visit - 3))
 
   @pl.when(whole & leaves)
   def all_rows_after_another_group():
@@ -183,8 +194,18 @@ def _kernel(
       start = pl.multiple_of(n * part, part)
       pl.when((low < start + part) & (high > start))(lambda: add_part(start))
 
+  @pl.when(visit > 0)
+  def send_some():
+    """All chunks of the group before, evenly over the items of this one."""
+    after = begin[jnp.minimum(e + 1, groups - 1)]
+    left = jnp.where(e + 1 < groups, after, items) - i
+    send(visit - 1, sent[0] + lax.div(chunks - sent[0] + left - 1, left))
+
   @pl.when((strip + 1 == strips) & (i + 1 == items))
   def finish():
+    pl.when(visit > 1)(lambda: wait(visit - 2))
+    sent[0] = 0
+    pieces(lambda n: leave(n, visit))
+    send(visit, chunks)
     pl.when(visit > 0)(lambda: wait(visit - 1))
-    pl.loop(0, width // piece)(lambda n: leave(n, visit))
     wait(visit)

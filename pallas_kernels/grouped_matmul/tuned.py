@@ -6,9 +6,8 @@ Found on the compiler's schedules of v5e, v5p and v6e (`benchmarks/tpu_cycles`):
 * A basic block costs 200 (v5e) to 300 cycles (v6e) beside its matmuls, to fill
   and drain the units, whatever it holds.  Blocks of up to 16 thousand cycles
   keep that below 2 % and 3 %; longer ones cost compile time and gain little.
-* Rows stream through a systolic array of d x d, so tiles of 2 d rows and parts
-  of d / 2 cost no more than their share; tiles of 4 d rows lose more at the
-  borders of groups than they save.
+* Rows stream through a systolic array of d x d: parts of d / 2 rows, if they
+  are as wide as a strip, cost little more than their share.
 * Strips are as wide as VMEM allows with four buffers of weights, or three:
   every strip reads all rows again.
 
@@ -24,6 +23,8 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 BLOCK_CYCLES = 16_384
 CHUNK_BYTES = 2 << 20
+MOST_PARTS = 8
+SUMS_HEIGHT = 256
 SLAB = 512
 WHOLE_ROWS = 1024
 """Features that fill whole registers, for rows picked one by one."""
@@ -83,25 +84,18 @@ def matmul_tiles(
   if gathered and features % WHOLE_ROWS:
     return None
   info = info or chip()
-  height, part = heights(rows, info)
+  part = info.mxu_column_size // 2
   slab = min(SLAB, round_up(gathered, 16))
-  kept = (
-    features * (4 * round_up(gathered, slab) + 2 * slab * itemsize)
-    if slab
-    else 0
-  )
+  kept = round_up(gathered, slab or 1) * 4 + 2 * slab * itemsize
   for width, cores in widths(columns, info):
     if slab and width < min(WHOLE_ROWS, columns // cores):
       return None  # picking takes longer than such a narrow matmul
+    height = tallest(rows, features * width, part, info)
     for depth in (4, 3, 2):
-      need = (
-        itemsize
-        * (
-          depth * features * width
-          + (1 if slab else 2) * height * features
-          + 2 * height * width
-        )
-        + kept
+      need = features * kept + itemsize * (
+        depth * features * width
+        + (1 if slab else 2) * height * features
+        + 2 * height * width
       )
       if limit := vmem_limit(need, info):
         chunk = divisor(width, CHUNK_BYTES // (features * itemsize))
@@ -122,23 +116,27 @@ def sums_tiles(
 ) -> Tiles | None:
   """Tiles for z[features, columns] = x[rows, features]^T dy[rows, columns]."""
   info = info or chip()
-  height, _ = heights(rows, info)
-  part = min(height, info.mxu_column_size)
-  height = round_up(height, part)
+  part = info.mxu_column_size
+  height = min(round_up(rows, part), SUMS_HEIGHT)
   for width, cores in widths(columns, info):
-    need = features * width * (4 + itemsize)
+    need = features * width * (4 + 2 * itemsize)
     need += 2 * height * (features + width) * itemsize
     if limit := vmem_limit(need, info):
       piece = divisor(width, block(height * features, info))
-      return Tiles(height, part, width, piece, piece, 2, cores, 0, limit)
+      chunk = divisor(piece, width // 8)
+      return Tiles(height, part, width, chunk, piece, 2, cores, 0, limit)
   return None
 
 
-def heights(rows: int, info: pltpu.TpuInfo) -> tuple[int, int]:
-  """Rows of a tile, of those that pad M least the highest, and of a part."""
-  part = info.mxu_column_size // 2
-  choices = [4 * part, 3 * part, 2 * part, part]
-  return min(choices, key=lambda h: (round_up(rows, h), -h)), part
+def tallest(rows: int, macs: int, part: int, info: pltpu.TpuInfo) -> int:
+  """The height that pads `rows` least; of these, what best fills a block.
+
+  `macs` are multiply-adds of a row in a strip.
+  """
+  most = BLOCK_CYCLES * info.num_mxus * info.mxu_column_size**2 // macs
+  count = min(max(most // part, 1), MOST_PARTS)
+  choices = range(part, (count + 1) * part, part)
+  return min(choices, key=lambda h: (round_up(rows, h), -h))
 
 
 def widths(columns: int, info: pltpu.TpuInfo) -> Iterator[tuple[int, int]]:
