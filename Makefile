@@ -6,7 +6,7 @@ QUICK ?=
 quick := $(if $(QUICK),--quick)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench aot-tpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -33,6 +33,10 @@ lint: $(VENV)/.dev ## format, lint, types, import contracts (changes nothing)
 
 bench: $(VENV)/.demo ## run every benchmark (QUICK=1: a smoke run)
 	$(BIN)/python -m benchmarks $(quick)
+
+aot-tpu: $(VENV)/.aot-tpu ## kernels as the TPU compiler sees them, without a TPU (700 MB)
+	$(BIN)/python -m pytest tests/kernels/test_tpu_cycles.py
+	$(BIN)/python -m benchmarks.tpu_cycles
 
 clean: ## remove environments, caches and build outputs; runs/ stays
 	rm -rf .venv .venv312 .cache .hypothesis .pytest_cache .ruff_cache build dist

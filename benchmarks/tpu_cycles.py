@@ -89,17 +89,23 @@ def work(sizes: np.ndarray, height: int, **how: Any) -> list[np.ndarray]:
   return list(on_host(make_work, jnp.asarray(sizes), M, height, **how))
 
 
+def known(tiles: tuned.Tiles | None) -> tuned.Tiles:
+  """There are tiles for this shape on every chip."""
+  assert tiles is not None
+  return tiles
+
+
 @functools.cache
 def ours(chip: Chip, kind: str) -> Kernel:
   """`map`, `rows` or `dw`."""
   shape = M, K, N, 2
   if kind == "dw":
-    tiles = tuned.sums_tiles(*shape, info=chip.info)
+    tiles = known(tuned.sums_tiles(*shape, info=chip.info))
     f = lambda x, dy, sizes: ops.sums(x, dy, sizes)
     programs = schedule.compile_for(chip, f, X, DY, SIZES)
     return Kernel(programs, lambda s: work(s, tiles.height, sums=True))
   tokens = EXPERTS.tokens if kind == "rows" else 0
-  tiles = tuned.matmul_tiles(*shape, gathered=tokens, info=chip.info)
+  tiles = known(tuned.matmul_tiles(*shape, gathered=tokens, info=chip.info))
   if not tokens:
     programs = schedule.compile_for(chip, ops.grouped_matmul, X, W, SIZES)
     return Kernel(programs, lambda s: work(s, tiles.height, sums=False))
@@ -128,14 +134,12 @@ def megablox_work(sizes: np.ndarray, height: int, empty: bool) -> list[Any]:
 
 def megablox() -> Any:
   """Its module: the package has a function of the same name."""
-  return importlib.import_module(
-    "jax.experimental.pallas.ops.tpu.megablox.gmm"
-  )
+  return importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
 
 
 @functools.cache
 def theirs(chip_name: str, kind: str) -> Kernel:
-  """megablox."""
+  """The kernels of megablox."""
   chip, tiles = CHIPS[chip_name], MEGABLOX[chip_name, kind]
   how = {"preferred_element_type": BF16, "tiling": tiles}
   if kind == "dw":

@@ -18,6 +18,7 @@ programs: contention, short transfers and instruction fetches are not modelled.
 
 import dataclasses
 import functools
+import itertools
 import operator
 import os
 import re
@@ -160,9 +161,10 @@ class Instruction:
     rest = re.sub(r"\[\w+:\$\w+\]", "", rest).strip()
     if op == "sst":  # "[address] (guard), value"
       rest = re.sub(r"^(\[.*?\]+) (\(.*?\),)?", r"\2\1,", rest)
-    negated, guard, other, rest = cls.BODY.match(rest).groups()
+    negated, guard, other, rest = _found(cls.BODY, rest).groups()
     args = tuple(cls._sum(arg) for arg in rest.split(","))
-    return cls(dst, op, args, guard and (guard, not negated), other, text)
+    condition = (guard, not negated) if guard else None
+    return cls(dst, op, args, condition, other, text)
 
   @classmethod
   def _sum(cls, text: str) -> tuple[str | int, ...]:
@@ -214,7 +216,7 @@ class Program:
     lines = re.findall(r"^\d[\d ]+$", utilization, re.M)
     spills = np.zeros(len(code), int)
     spills[: len(lines)] = [int(line.split()[8]) for line in lines]
-    return cls(chip, code, np.array(macs), spills, [*zip(cuts, cuts[1:])])
+    return cls(chip, code, np.array(macs), spills, [*itertools.pairwise(cuts)])
 
 
 def _bundles(text: str) -> Iterator[str]:
@@ -237,16 +239,28 @@ def _ordered(instructions: Iterator[Instruction]) -> list[Instruction]:
   left = sorted(instructions, key=lambda x: x.op not in ("sphi", "pphi"))
   out = []
   while left:
-    defined = {x.dst for x in left}
-    uses = lambda x: {t for arg in x.args for t in arg} & defined - {x.dst}
-    free = [x for x in left if x.op in ("sphi", "pphi") or not uses(x)]
+    waits = {x.dst for x in left}
+    free = [
+      x
+      for x in left
+      if x.op in ("sphi", "pphi")
+      or waits.isdisjoint({t for arg in x.args for t in arg} - {x.dst})
+    ]
     out.append((free or left)[0])
     left.remove(out[-1])
   return out
 
 
+def _found(pattern: str | re.Pattern[str], text: str) -> re.Match[str]:
+  """What must be there."""
+  found = re.search(pattern, text)
+  if found is None:
+    raise ValueError(f"not a schedule as we know them: no {pattern} in {text}")
+  return found
+
+
 def _target(branch: Instruction) -> int:
-  return int(re.search(r"target bundleno = (\d+)", branch.text)[1])
+  return int(_found(r"target bundleno = (\d+)", branch.text)[1])
 
 
 # -- Running
@@ -452,7 +466,7 @@ class _Machine:
     if x.op == "sld":
       return 0 if "core" in x.args[-1] else self.memory.get(args[0])
     if x.op.startswith("inlined_call_operand"):
-      index = int(re.search(r"index: (\d+), kind", x.text)[1])
+      index = int(_found(r"index: (\d+), kind", x.text)[1])
       if "<" in x.op:  # "<no memory space>": by value
         known = self.scalars.get(index)
         return None if known is None else int(np.ravel(known)[0])

@@ -113,7 +113,7 @@ def _map(x, w, sizes, rows, transpose_w, tiles, **how):
   tiles = tiles or tuned.matmul_tiles(*shape)
   if tiles is None:
     raise ValueError(
-      f"no tile of {shape[1]} x {LANES} weights fits in VMEM: split the features"
+      f"no {shape[1]} x {LANES} weights fit in VMEM: split the features"
       f" of x{x.shape} and add the results"
     )
   _check_tiles(tiles, *shape[1:3], gathers=rows is not None)

@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-Scalar = jax.Array | int
+Scalar = Any
+"""i32[] as an array, or an int where it is static."""
 
 
 @dataclasses.dataclass(frozen=True)

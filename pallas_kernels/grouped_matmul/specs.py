@@ -37,10 +37,10 @@ class Spec:
 
 
 EXPERTS = Spec("experts", 8192, 1024, 4096, 8, tokens=4096)
-"""A feed-forward layer of 8 large experts, two for each token: compute bound."""
+"""8 large experts, two for each token: bound by the matrix units."""
 
 MANY_EXPERTS = Spec("many experts", 8192, 2048, 1024, 64, tokens=4096)
 """64 small ones, whose 268 MB of weights bind it."""
 
 TINY = Spec("tiny", 70, 128, 256, 4, tokens=40)
-"""For the interpreter: no size is a multiple of a tile but those of w."""
+"""For the interpreter: rows are no multiple of a tile."""

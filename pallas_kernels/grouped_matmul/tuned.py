@@ -79,7 +79,8 @@ def matmul_tiles(
   """Tiles for y[rows, columns] = x[rows, features] w; None if nothing fits.
 
   `gathered` is the number of rows of an unsorted x to keep in VMEM, 0 if x is
-  sorted; it takes a multiple of 1024 features.  Features and columns are multiples of 128.
+  sorted; it takes a multiple of 1024 features.  Features and columns are at
+  least multiples of 128.
   """
   if gathered and features % WHOLE_ROWS:
     return None
@@ -149,7 +150,7 @@ def widths(columns: int, info: pltpu.TpuInfo) -> Iterator[tuple[int, int]]:
 
 
 def vmem_limit(need: int, info: pltpu.TpuInfo) -> int | None:
-  """What to allow the compiler for `need` bytes; None if there is not enough."""
+  """What the compiler may use for `need` bytes; None if that is too much."""
   limit = need + need // 10 + MARGIN
   return limit if limit <= info.vmem_capacity_bytes else None
 
