@@ -16,12 +16,14 @@ programs: contention, short transfers and instruction fetches are not modelled.
 `prepare` comes before anything that loads libtpu.
 """
 
+import atexit
 import dataclasses
 import functools
 import itertools
 import operator
 import os
 import re
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,6 +88,7 @@ CHIPS = {
 def prepare() -> Path:
   """Asks libtpu for its schedules; the folder it writes them into."""
   folder = tempfile.mkdtemp(prefix="tpu_schedule_")
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
   flags = {
     "dump_to": folder,
     "dump_llo_text": "true",
@@ -114,19 +117,18 @@ def compile_for(
   ).devices[:1]
   place = jax.sharding.SingleDeviceSharding(device[0])
   mesh = jax.sharding.Mesh(np.array(device), ("chip",))
-  before = set(os.listdir(folder))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells the chip
     lowered = jax.jit(f, in_shardings=place).lower(*args)
   lowered.compile()
   texts = defaultdict(dict)
-  for name in set(os.listdir(folder)) - before:
+  for file in folder.iterdir():
     for kind in FILES:
-      if found := re.fullmatch(
-        rf"(.+)-\d\d-(pre-delay_hlo-)?{kind}\.txt", name
-      ):
-        texts[found[1]][kind] = (folder / name).read_text()
+      pattern = rf"(.+)-\d\d-(pre-delay_hlo-)?{kind}\.txt"
+      if found := re.fullmatch(pattern, file.name):
+        texts[found[1]][kind] = file.read_text()
+    file.unlink()
   programs = [
-    Program.parse(chip, *(t[k] for k in FILES)) for t in texts.values()
+    Program.parse(chip, *(t[kind] for kind in FILES)) for t in texts.values()
   ]
   return [program for program in programs if program.macs.any()]
 
@@ -145,7 +147,7 @@ class Instruction:
   other: str | None
   text: str
 
-  BODY = re.compile(r"(?:\((!?)%(\w+)(?:, %(\w+))?\),?)?(.*)", re.S)
+  GUARD = re.compile(r"\((!?)%(\w+)(?:, %(\w+))?\),?")
   TERM = re.compile(r"%(\w+)|#(allocation\w+)|(0x[0-9a-f]+|-?\d+)|(core|kRem)")
 
   @classmethod
@@ -158,13 +160,16 @@ class Instruction:
     scalar = re.search(r"_[sp]\d+$", dst)
     if not scalar and not op.startswith(("sst", "sbr", "dma", "sdivrem")):
       return None
-    rest = re.sub(r"\[\w+:\$\w+\]", "", rest).strip()
-    if op == "sst":  # "[address] (guard), value"
-      rest = re.sub(r"^(\[.*?\]+) (\(.*?\),)?", r"\2\1,", rest)
-    negated, guard, other, rest = _found(cls.BODY, rest).groups()
+    rest = re.sub(r"\[\w+:\$\w+\]", "", rest)
+    guard, other = None, None
+    if condition := cls.GUARD.search(rest):
+      negated, name, other = condition.groups()
+      guard = name, not negated
+      rest = rest.replace(condition[0], "")
+    if op == "sst":  # "[address] value"
+      rest = rest.replace("] ", "], ", 1)
     args = tuple(cls._sum(arg) for arg in rest.split(","))
-    condition = (guard, not negated) if guard else None
-    return cls(dst, op, args, condition, other, text)
+    return cls(dst, op, args, guard, other, text)
 
   @classmethod
   def _sum(cls, text: str) -> tuple[str | int, ...]:
