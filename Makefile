@@ -6,7 +6,7 @@ QUICK ?=
 quick := $(if $(QUICK),--quick)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench aot-gpu aot-gpu-312 clean
+.PHONY: help demo test test-all lint bench aot-tpu aot-gpu aot-gpu-312 clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -44,6 +44,10 @@ aot-gpu: ## compile the GPU kernels for an H100 and read them (python3.12, 5 GB)
 
 aot-gpu-312: $(VENV)/.aot-gpu
 	$(BIN)/python -m benchmarks.gpu_static $(quick)
+
+aot-tpu: $(VENV)/.aot-tpu ## kernels as the TPU compiler sees them, without a TPU (700 MB)
+	$(BIN)/python -m pytest tests/kernels/test_tpu_cycles.py
+	$(BIN)/python -m benchmarks.tpu_cycles
 
 clean: ## remove environments, caches and build outputs; runs/ stays
 	rm -rf .venv .venv312 .venv-gpu .cache .hypothesis .pytest_cache .ruff_cache build dist

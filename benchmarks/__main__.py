@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.harness import Row, finish, from_json, parser
 
-SHARED = {"__init__", "__main__", "harness", "measure"}
+SHARED = {"__init__", "__main__", "harness", "measure", "tpu_schedule"}
 
 
 def names() -> list[str]:

@@ -1,0 +1,97 @@
+"""Law: the TPU compiler takes the kernels, and schedules them as fast as said.
+
+The reader of its schedules is tested on a schedule that can be run by hand.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import tpu_schedule as schedule
+from benchmarks.harness import from_json
+
+ROOT = Path(__file__).parents[2]
+needs_compiler = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="needs the compiler of TPUs: pip install 'adaptivejax[aot-tpu]'",
+)
+UTILIZATION = "== UTILIZATION:\n" + "0 0 0 0 0 0 0 0 2 0\n" * 16
+LOOP = """
+     0   : { %s9_s0 = inlined_call_operand.<no memory space> [shape: s32[], index: 0, kind: input]  ;;  %s8_s1 = inlined_call_operand.vmem [shape: s32[4], index: 1, kind: input] }
+  0x1   : { %s1_s2 = smov [#allocation1] /* a list %s5 */ ;;  %s2_s3 = sshll.u32 %s8_s1, 4 }
+  0x2   : { %3 = dma.vmem_to_smem /*vmem=*/%s2_s3, /*size_in_granules=*/16, /*smem=*/%s1_s2, /*flag=*/[#allocation9] }
+  0x3   : { %4 = dma.done.wait [#allocation9], 16 ;; %s5_s4 = smov 0 }
+  0x4 LB: > { %s6_s5 = sld [smem:[#allocation1 + %s7_s4]] ;; %s7_s4 = sphi %s5_s4, %s10_s4 }
+  0x5   : > { %p11_p1 = scmp.gt.s32.totalorder %s6_s5, 0 ;; %s12_s6 = sadd.s32 4294967295, %s6_s5 }
+  0x6   : > { %13 = dma.hbm_to_vmem (%p11_p1), %s2_s3, 1000, %s1_s2, [#allocation8] }
+  0x7   : > { %14 = vmatmul.bf16.gmra.mxu0 %v1 ;; %15 = vmatmul.bf16.gmra.mxu1 %v1 }
+  0x8   : > { %16 = dma.done.wait (%p11_p1), [#allocation8], 1000 ;; %s10_s4 = sadd.s32 1, %s7_s4 ;; %19 = sst [smem:[#allocation2]] (!%p11_p1), %s7_s4 }
+  0x9   : > { %p17_p2 = scmp.lt.s32.totalorder %s10_s4, %s9_s0 }
+  0xa   : > { %18 = sbr.rel (%p17_p2) target bundleno = 4 (0x4), region = 1 }
+  0xb   : > { %s20_s4 = sld [smem:[#allocation2]] (!%p17_p2) }
+  0xc   : > { }
+  0xd   : > { }
+  0xe   : > { }
+  0xf   : { }
+"""  # noqa: E501
+
+
+@pytest.fixture
+def program():
+  return schedule.Program.parse(schedule.CHIPS["v5e"], LOOP, UTILIZATION)
+
+
+def test_a_loop_runs_as_often_as_its_operand_says(program):
+  assert program.blocks == [(0, 4), (4, 15), (15, 16)]
+  for count in (1, 3):
+    run = schedule.simulate(program, [count, np.zeros(4, np.int32)])
+    assert run.visits == [1, count, 1] and run.unknown == 0
+    assert run.cycles - run.stall == pytest.approx(5 + 11 * count)
+    assert run.main == (4, 15) and run.spills == 11 * 2
+    assert run.hbm == 0
+  assert program.macs.sum() == 2 * 16 * 128**2
+
+
+def test_transfers_take_latency_and_bandwidth(program):
+  chip = schedule.CHIPS["v5e"]
+  idle = schedule.simulate(program, [3, np.array([0, 0, 0, 0])])
+  run = schedule.simulate(program, [3, np.array([0, 5, 0, 7])])
+  assert run.hbm == 1000 * schedule.GRANULE
+  each = schedule.LATENCY * chip.clock + run.hbm / chip.bandwidth
+  assert run.stall - idle.stall == pytest.approx(each - 2)  # from 0x6 to 0x8
+
+
+def test_what_is_not_known_is_counted(program):
+  run = schedule.simulate(program)
+  assert run.unknown == 1 and run.visits == [1, 1, 1]
+
+
+def test_a_program_without_end_is_refused(program):
+  with pytest.raises(RuntimeError, match="no end after 5 blocks"):
+    schedule.simulate(program, [100, np.zeros(4, np.int32)], most=5)
+
+
+@needs_compiler
+def test_kernels_compile_and_reach_their_targets(tmp_path):
+  """In a process of its own: the compiler reads its flags once."""
+  out = tmp_path / "cycles.json"
+  done = subprocess.run(
+    [sys.executable, "-m", "benchmarks.tpu_cycles", "--json", out],
+    cwd=ROOT, capture_output=True, text=True, timeout=1800,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  rows = from_json(out.read_text())
+  cases = {row.case for row in rows}
+  assert cases == {
+    f"{chip} {kind}"
+    for chip in ("v5e", "v5p", "v6e")
+    for kind in ("balanced", "skewed", "rows", "dw")
+  }
+  assert sum(row.target is not None for row in rows) == 13
+  missed = [row for row in rows if row.met is False]
+  assert not missed, json.dumps([row.case + row.metric for row in missed])
