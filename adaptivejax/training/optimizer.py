@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW with warm-up, cosine decay, clipping and a weight-decay mask.
 
-Parameters named `balance` are not AdamW's: they balance the load of experts
+Parameters named `load_bias` are not AdamW's: they balance the load of experts
 (Wang et al., 2024, https://arxiv.org/abs/2408.15664), their gradient is by how
 much each expert's load is off, and they take steps of a fixed size against its
 sign, apart from all clipping, momentum, decay and schedule.
@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-NO_DECAY = ("bias", "scale", "balance")
-BALANCE = "balance"
+NO_DECAY = ("bias", "scale", "load_bias")
+BALANCE = "load_bias"
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ call = jax.jit(lambda module, x, live=None, key=None: module(x, live, key))
 
 def with_bias(router, bias):
   router = copy(router)
-  router.bias.set_value(jnp.asarray(bias, jnp.float32))
+  router.load_bias.set_value(jnp.asarray(bias, jnp.float32))
   return router
 
 
@@ -102,7 +102,7 @@ def test_decides_by_groups_and_bias(k, groups, kept, seed):
 def test_shared_experts_always_run(fewer):
   moe = of_golden()
   router, x = moe.router, jnp.asarray(golden("deepseek").x)
-  bias = np.asarray(router.bias.get_value())
+  bias = np.asarray(router.load_bias.get_value())
   gates = rule(scores_of(router, x), bias, 3, 4, 2, 2.5)
   chosen = best_of(np.where(gates > 0, scores_of(router, x) + bias, -9), 3)
   np.put_along_axis(gates, chosen[..., 3 - fewer :], 0, -1)
@@ -139,14 +139,16 @@ def test_the_gradient_of_the_bias_is_its_excess_load(live):
     return moe.router(X, live, KEY).penalty
 
   slope = jax.jit(jax.grad(task))(moe).router
-  assert not np.any(slope.bias.get_value())
+  assert not np.any(slope.load_bias.get_value())
   assert np.any(slope.gate.kernel.get_value())
   value, slope = jax.value_and_grad(penalty)(moe)
   assert value == 0
   count = (gates_of(moe.router(X, live)) > 0).sum((0, 1))
   want = (count - count.mean()) / (B * T)
-  np.testing.assert_allclose(slope.router.bias.get_value(), want, atol=1e-6)
-  slope.router.bias.set_value(jnp.zeros(E))
+  np.testing.assert_allclose(
+    slope.router.load_bias.get_value(), want, atol=1e-6
+  )
+  slope.router.load_bias.set_value(jnp.zeros(E))
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(slope))
 
 
@@ -177,7 +179,7 @@ def test_sign_descent_on_the_bias_balances_the_load():
 
 def _with(router, bias):
   router = copy(router)
-  router.bias.set_value(bias)
+  router.load_bias.set_value(bias)
   return router
 
 

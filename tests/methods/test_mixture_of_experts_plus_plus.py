@@ -60,7 +60,7 @@ def of_golden():
     rngs=nnx.Rngs(0),
   )
   moe = set_gate(moe, g.router)
-  moe.bias.set_value(jnp.asarray(g.bias))
+  moe.load_bias.set_value(jnp.asarray(g.bias))
   return moe
 
 
@@ -218,9 +218,9 @@ def test_the_bias_aims_at_the_active_experts():
   value, slope = jax.value_and_grad(loss)(moe)
   used = (gates_of(moe.route(x), 9) > 0).mean((0, 1))
   want = np.where(np.arange(9) < 6, (used - 2 / 6) / 3, 0)
-  np.testing.assert_allclose(slope.bias.get_value(), want, atol=1e-6)
+  np.testing.assert_allclose(slope.load_bias.get_value(), want, atol=1e-6)
   assert value == 0
-  slope.bias.set_value(jnp.zeros(9))
+  slope.load_bias.set_value(jnp.zeros(9))
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(slope))
 
 
@@ -243,7 +243,7 @@ def test_descent_on_the_bias_reaches_the_active_experts(active):
 
 def _with(moe, bias):
   moe = copy(moe)
-  moe.bias.set_value(bias)
+  moe.load_bias.set_value(bias)
   return moe
 
 

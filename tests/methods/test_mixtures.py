@@ -86,7 +86,7 @@ def test_the_order_of_experts_does_not_matter(name):
   kernel = moe.router.gate.kernel.get_value()
   router = set_gate(moe.router, kernel[:, order])
   if name == "deepseek":  # whose groups are all kept here
-    router.bias.set_value(router.bias.get_value()[order])
+    router.load_bias.set_value(router.load_bias.get_value()[order])
   other = jax.tree.map(lambda a: a[order], moe.experts)
   close(call(MixtureOfExperts(router, other), X)[0], call(moe, X)[0])
 

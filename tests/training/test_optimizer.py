@@ -60,15 +60,15 @@ def test_balance_goes_by_the_sign_of_its_gradient_and_disturbs_nobody():
   )
   optimizer = make_optimizer(config, steps=10)
   rest = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(3)}
-  params = {"router": {"balance": jnp.ones(4), **rest}}
+  params = {"router": {"load_bias": jnp.ones(4), **rest}}
   load = jnp.array([1e6, -1e-6, 0.0, 3.0])
-  grads = {"router": {"balance": load, **jax.tree.map(jnp.ones_like, rest)}}
+  grads = {"router": {"load_bias": load, **jax.tree.map(jnp.ones_like, rest)}}
   state, alone = optimizer.init(params), optimizer.init({"router": rest})
   for _ in range(3):
     updates, state = optimizer.update(grads, state, params)
     without = {"router": {name: grads["router"][name] for name in rest}}
     want, alone = optimizer.update(without, alone, {"router": rest})
-    moved = updates["router"].pop("balance")
+    moved = updates["router"].pop("load_bias")
     np.testing.assert_allclose(moved, [-0.01, 0.01, 0, -0.01], rtol=1e-6)
     chex.assert_trees_all_equal(updates, want)
 

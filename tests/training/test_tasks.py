@@ -76,19 +76,19 @@ class _Skewed(nnx.Module):
 
   def __init__(self, rngs):
     self.gate = nnx.Linear(8, 4, use_bias=False, rngs=rngs)
-    self.balance = nnx.Param(jnp.zeros(4))
+    self.load_bias = nnx.Param(jnp.zeros(4))
 
   def __call__(self, x, live=None, key=None):
     scores = jax.nn.sigmoid(self.gate(x) + jnp.array([3.0, 0.0, 0.0, 0.0]))
-    experts = best(scores + self.balance.get_value(), 1)
+    experts = best(scores + self.load_bias.get_value(), 1)
     taken = load(experts, 4) / experts.size
-    excess = excess_load(self.balance.get_value(), taken - taken.mean())
+    excess = excess_load(self.load_bias.get_value(), taken - taken.mean())
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     return Routing(experts, weights, excess, jnp.float32(0))
 
 
 def test_balancing_without_a_loss_evens_the_load():
-  """The whole path: penalty, gradient, the optimizer's rule for `balance`."""
+  """The whole path: penalty, gradient, the optimizer's rule for `load_bias`."""
 
   def layer(rngs):
     experts = stacked(lambda r: Mlp(8, 8, rngs=r), 4, rngs)
@@ -111,7 +111,7 @@ def test_balancing_without_a_loss_evens_the_load():
     state, metrics = update(state, BATCH, jax.random.key(0))
     seen.append(float(metrics["imbalance"]))
   assert seen[0] > 3 and np.mean(seen[-5:]) < 2
-  balance = state.params["layers"]["mlp"]["router"]["balance"]
+  balance = state.params["layers"]["mlp"]["router"]["load_bias"]
   steps = np.asarray(balance) / 0.02
   np.testing.assert_allclose(steps, steps.round(), atol=1e-3)
   assert (steps[:, 0] < -5).all()

@@ -13,7 +13,8 @@ s_i + b_i are chosen (sec. 2.1.2, eqs. 13-16):
 The bias has no part in the weights, hence no gradient of the task.  After each
 step b_i falls by a fixed rate where expert i had more than the mean load, and
 rises where it had less: here that is sign descent on the gradient of a penalty
-of value 0 (`core.losses.excess_load`), such as `optax.sign_sgd(1e-3)` on it.
+of value 0 (`core.losses.excess_load`), which is how `training.optimizer`
+treats every parameter named `load_bias`.
 In each sequence sum_i f_i P_i is kept low besides (eqs. 17-20), f_i = E / K
 times the share of its tokens that chose i, P_i their mean s_i / sum_j s_j.
 
@@ -74,7 +75,7 @@ class DeepSeekRouter(nnx.Module):
       )
     check_count(kept_groups * experts // groups, top_k)
     self.gate = linear(features, experts, rngs=rngs)
-    self.bias = nnx.Param(jnp.zeros(experts))
+    self.load_bias = nnx.Param(jnp.zeros(experts))
     self.fewer = Setting(jnp.zeros(()))
     self.count = experts
     self.top_k, self.groups, self.kept_groups = top_k, groups, kept_groups
@@ -82,7 +83,7 @@ class DeepSeekRouter(nnx.Module):
 
   def choose(self, scores: Float[Array, "*N E"]) -> Int[Array, "*N K"]:
     """The choices, the best first; scores are unbiased."""
-    biased = scores + self.bias.get_value().astype(jnp.float32)
+    biased = scores + self.load_bias.get_value().astype(jnp.float32)
     split = biased.reshape(*biased.shape[:-1], self.groups, -1)
     two = jax.lax.top_k(split, min(2, split.shape[-1]))[0].sum(-1)
     kept = top_k(two, self.kept_groups)[..., None]
@@ -109,5 +110,5 @@ class DeepSeekRouter(nnx.Module):
     share = rows(renormalise(scores))
     each = jax.vmap(load_balance)(share, rows(experts), rows(live))
     taken = load(experts, self.count) / live.size
-    excess = excess_load(self.bias.get_value(), taken - taken.mean())
+    excess = excess_load(self.load_bias.get_value(), taken - taken.mean())
     return self.balance * each.mean() / self.top_k + excess

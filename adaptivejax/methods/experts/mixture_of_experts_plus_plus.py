@@ -75,7 +75,9 @@ class MoEPlusPlus(nnx.Module):
     if not (tau > 0 and (capacity_factor is None or capacity_factor > 0)):
       raise ValueError(f"{tau=} and {capacity_factor=} must be above 0.")
     self.gate = linear(features, self.count, rngs=rngs)
-    self.bias = None if active is None else nnx.Param(jnp.zeros(self.count))
+    self.load_bias = (
+      None if active is None else nnx.Param(jnp.zeros(self.count))
+    )
     self.lowered = Setting(jnp.zeros(()))
     self.top_k, self.scale, self.active = top_k, scale, active
     self.tau, self.balance, self.capacity_factor = tau, balance, capacity_factor
@@ -85,7 +87,9 @@ class MoEPlusPlus(nnx.Module):
     low, ffn = self.lowered.get_value(), jnp.arange(self.count) < self.ffn
     tax = jnp.where(ffn, jnp.maximum(low, 0), jnp.maximum(-low, 0))
     p = jax.nn.softmax(router_logits(self.gate, x) - tax)  # one side untouched
-    bias = jnp.zeros(()) if self.bias is None else self.bias.get_value()
+    bias = (
+      jnp.zeros(()) if self.load_bias is None else self.load_bias.get_value()
+    )
     wanted = only_live(best(p + bias, self.top_k), live)
     experts, dropped = wanted, jnp.float32(0)
     if key is not None and self.capacity_factor is not None:
