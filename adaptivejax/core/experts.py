@@ -17,6 +17,7 @@ chunks.  Unlike there, the backward pass keeps the matrix products of every slot
 Axes: N items, M slots, E experts, C rows of one chunk, R chunk sizes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -126,6 +127,7 @@ PRICE = 25
 """Rows that reading an expert's weights costs, on CPU (see benchmarks)."""
 
 
+@functools.cache
 def expert_cover(items: int) -> Cover:
   """The chunk sizes that `expert_apply` uses for up to `items` per expert."""
   most = min(CHUNKS[0], -(-items // MIN_CHUNK) * MIN_CHUNK)
