@@ -159,7 +159,7 @@ def executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
     narrow = [d.astype(a.dtype) for d, a in zip(dtheta, differentiable(theta))]
     return narrow, dx.astype(x.dtype), dweight.astype(weight.dtype)
 
-  value = _folded(value)
+  value = fold_items(value)
   forward, backward = looped(forward), looped(backward)
   run = jax.custom_vjp(value)
 
@@ -175,7 +175,7 @@ def executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
   return run
 
 
-def _folded(value: Callable) -> Callable:
+def fold_items(value: Callable) -> Callable:
   """Under `vmap`, a batch of items; where parameters are batched, it loops."""
 
   def rule(op, batch, batched, theta, x, weight, item, sizes):

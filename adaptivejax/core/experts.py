@@ -31,6 +31,7 @@ from adaptivejax.core.cost import Cost, jaxpr_flops
 from adaptivejax.core.covers import MIN_CHUNK, Cover, cheapest
 from adaptivejax.core.dispatch import Dispatch
 from adaptivejax.core.expert_executor import by_row, executor
+from adaptivejax.core.expert_kernel import fits, kernel_executor
 from adaptivejax.core.rowwise import (
   RowFunction,
   trace_rows,
@@ -44,6 +45,7 @@ def expert_apply(
   plan: Dispatch,
   params: Any,
   *,
+  together: Callable[..., Array] | None = None,
   cover: Cover | None = None,
 ) -> tuple[Float[Array, "N ..."], Cost]:
   """Sums what its experts make of each item, at the cost of the slots.
@@ -54,6 +56,9 @@ def expert_apply(
     x: the items.
     plan: who runs what (`dispatch`); dropless.
     params: pytree whose leaves all have the leading axis E.
+    together: `f` of all slots at once, `together(rows, params, product)` with
+      `product(rows, w)` for each `rows @ w`; on a TPU this is what runs, by the
+      grouped-matmul kernel.  It closes over nothing that is traced.
     cover: chunk sizes for the slots of one expert (static); `expert_cover` if
       not given.
 
@@ -67,6 +72,9 @@ def expert_apply(
   """
   call = _trace(f, x, plan, params, cover)
   run = executor(call.f, call.cover, call.shared)
+  if together is not None and fits(call.x, call.theta, *plan):
+    kernel = kernel_executor(together, call.f, jax.tree.structure(params))
+    run = functools.partial(lax.platform_dependent, tpu=kernel, default=run)
   y, slots = run(call.theta, call.x, plan.weight, plan.item, plan.sizes)
   return y, _price(call, plan, slots)
 
@@ -77,9 +85,11 @@ def expert_apply_dense(
   plan: Dispatch,
   params: Any,
   *,
+  together: Callable[..., Array] | None = None,
   cover: Cover | None = None,
 ) -> tuple[Float[Array, "N ..."], Cost]:
   """The dense twin: all experts on all items, weighted by a matrix [N, E]."""
+  del together
   call = _trace(f, x, plan, params, cover)
   n, count = x.shape[0], plan.sizes.shape[0]
   to = jnp.where(plan.valid, plan.item, n)

@@ -156,7 +156,13 @@ def apply_experts(
 def _here(experts: Mlp, x, chosen, weights) -> tuple[Array, Cost]:
   """All experts are on this device."""
   plan = dispatch(chosen, weights, experts.down.kernel.shape[0])
-  return expert_apply(lambda r, m: m.rows(r), x, plan, experts)
+  return expert_apply(
+    lambda r, m: m.rows(r),
+    x,
+    plan,
+    experts,
+    together=lambda r, m, product: m.rows(r, product),
+  )
 
 
 def _there(

@@ -41,12 +41,17 @@ class Mlp(nnx.Module):
     self.down = linear(hidden, features, rngs=rngs)
     self.activation = activation
 
-  def rows(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """The layer itself, row by row."""
-    up = self.up(x)
+  def rows(
+    self,
+    x: Float[Array, "... D"],
+    product: Callable[[Array, Array], Array] = jnp.matmul,
+  ) -> Float[Array, "... D"]:
+    """The layer itself, row by row; `product(rows, kernel)` multiplies."""
+    of = lambda layer, x: product(x, layer.kernel.get_value())
+    up = of(self.up, x)
     if self.gate is None:
-      return self.down(self.activation(up))
-    return self.down(self.activation(self.gate(x)) * up)
+      return of(self.down, self.activation(up))
+    return of(self.down, self.activation(of(self.gate, x)) * up)
 
   def __call__(
     self,

@@ -10,7 +10,9 @@ import pytest
 
 from adaptivejax.core.covers import coins
 from adaptivejax.core.dispatch import NOBODY, Dispatch, dispatch
+from adaptivejax.core.expert_kernel import kernel_executor
 from adaptivejax.core.experts import expert_apply, grouped_matmul
+from adaptivejax.core.rowwise import RowFunction
 
 N, K, E, D, F = 45, 2, 5, 6, 9
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -190,3 +192,38 @@ def test_bad_input(change, says):
   args = {"f": expert, "x": X, "plan": plan, "params": PARAMS, **change}
   with pytest.raises(ValueError, match=says):
     expert_apply(**args)
+
+
+def by_kernel(experts, together):
+  """The kernel's way of the same, on CPU."""
+
+  def run(x, weights, params):
+    plan = dispatch(experts, weights, E)
+    leaves, tree = jax.tree.flatten(params)
+    row = jax.ShapeDtypeStruct((N, D), jnp.float32)
+    function = RowFunction({}, {}, len(leaves), None, [row])
+    go = kernel_executor(together, function, tree, interpret=True)
+    return go(leaves, x, plan.weight, plan.item, plan.sizes)[0]
+
+  return run
+
+
+@pytest.mark.parametrize("name", ["some", "none", "dead expert"])
+def test_the_kernel_is_the_same(name):
+  """Values, gradients and what does not leak, as the TPU runs it."""
+  experts = jnp.asarray(ROUTES[name])
+  together = lambda r, p, product: product(
+    jnp.tanh(product(r, p["up"])), p["down"]
+  )
+  run = by_kernel(experts, together)
+  idle = (experts == NOBODY).all(1)[:, None]
+  x = jnp.where(idle, jnp.nan, X)
+  close(run(x, WEIGHTS, PARAMS), brute(X, WEIGHTS, PARAMS, experts))
+  loss = lambda f: lambda *args: jnp.sin(f(*args)).sum()
+  grads = jax.grad(loss(run), argnums=(0, 1, 2))(x, WEIGHTS, PARAMS)
+  twin = loss(lambda *args: brute(*args, experts))
+  jax.tree.map(
+    close, grads, jax.grad(twin, argnums=(0, 1, 2))(X, WEIGHTS, PARAMS)
+  )
+  twice = jax.vmap(lambda x: run(x, WEIGHTS, PARAMS))(jnp.stack([X, 2 * X]))
+  close(twice[1], brute(2 * X, WEIGHTS, PARAMS, experts))
