@@ -7,12 +7,13 @@ Each expert's slots are covered by chunks of static size (`core.covers`), and
 all chunks of one size run in one loop, whichever expert they are of: few bodies
 compile, whatever E is, and an expert that nobody chose costs nothing.  A chunk
 gathers its rows, runs `f` on them with its expert's parameters, and adds its
-weighted rows to y, so that nothing of the size of all slots is ever stored.
+weighted rows to y; forward, nothing of the size of all slots is ever stored.
 
 It keeps the laws as `bucketed` does: padding repeats a row of the same expert;
 `vmap` folds the batch into the items; in `shard_map` every device runs its own
 chunks.  Unlike there, the backward pass keeps the matrix products of every slot
-(`core.expert_executor`): all slots are used, so nothing is kept in vain.
+(`core.expert_executor`): all slots are used, so nothing is kept in vain.  On a
+TPU layers made of matrix products run by a kernel (`core.expert_kernel`).
 
 Axes: N items, M slots, E experts, C rows of one chunk, R chunk sizes.
 """
@@ -32,10 +33,7 @@ from adaptivejax.core.covers import MIN_CHUNK, Cover, cheapest
 from adaptivejax.core.dispatch import Dispatch
 from adaptivejax.core.expert_executor import by_row, executor
 from adaptivejax.core.expert_kernel import fits, kernel_executor
-from adaptivejax.core.rowwise import (
-  RowFunction,
-  trace_rows,
-)
+from adaptivejax.core.rowwise import RowFunction, trace_rows
 from adaptivejax.core.varying import vary, varying_axes
 
 
