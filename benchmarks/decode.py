@@ -211,7 +211,7 @@ def speculation(bed: Bed, by: float) -> Iterator[Row]:
   )
   name = f"self_speculation tuned, upper layers x {by:g}, batch {bed.batch}"
   per_step = float(made.tokens_per_step)
-  target = (1.2 if per_step > 2 else 0.9) if bed.batch == 1 else None
+  target = 1.2 if per_step > 2 and bed.batch == 1 else 0.9
   speed = [a / b for a, b in zip(plain, ours)]
   yield Row.of(name, "x plain", speed, target=target)
   yield from _facts(name, bed, made, ours)

@@ -28,8 +28,8 @@ from adaptivejax.core.cache import crop
 from adaptivejax.core.cost import Cost, flops
 from adaptivejax.core.drafts import draft_verify
 from adaptivejax.core.sampling import DRAFT
-from adaptivejax.nn.policy import Policy, Step, static
-from adaptivejax.nn.stack import layer_count, run_layers
+from adaptivejax.nn.policy import ByStack, Policy, Step, static
+from adaptivejax.nn.stack import FULL, layer_count, run_layers
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +61,8 @@ class SelfSpeculation(Policy):
       raise ValueError(f"draft={self.draft} must be a number of tokens, or 0.")
 
   def step(self, model, last, cache, memory, draw, live: Bool[Array, " B"]):
+    if not self.draft:
+      return ByStack(FULL).step(model, last, cache, memory, draw, live)
     layers, total = model.layers, layer_count(model.layers)
     start = cache.length
     place = lambda t: jnp.where(live[:, None], t, -1)
