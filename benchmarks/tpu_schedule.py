@@ -160,7 +160,8 @@ class Instruction:
     scalar = re.search(r"_[sp]\d+$", dst)
     if not scalar and not op.startswith(("sst", "sbr", "dma", "sdivrem")):
       return None
-    rest = re.sub(r"\[\w+:\$\w+\]", "", rest)
+    # Notes in brackets: "[thread:$0]", and where an address lies, "1 [#x]".
+    rest = re.sub(r"\[\w+:\$\w+\]|(?<=\w) \[#\w+\]", "", rest)
     guard, other = None, None
     if condition := cls.GUARD.search(rest):
       negated, name, other = condition.groups()
@@ -347,7 +348,8 @@ class Run:
     stall: of these, waiting for transfers.
     visits: of each block.
     hbm: bytes to and from HBM.
-    unknown: branches on values that are not known; not taken.
+    unknown: branches on values that are not known, which are not taken, and
+      waits for what was never started; a figure with any is worth nothing.
   """
 
   program: Program
@@ -501,6 +503,7 @@ class _Machine:
   def wait(self, flag: Any, size: Any) -> None:
     """Stalls until `size` granules have come."""
     end, queue = self.time, self.flags[flag]
+    self.run.unknown += not queue or not size
     while queue and size:
       end = max(end, queue[0][0])
       taken = min(size, queue[0][1])

@@ -40,7 +40,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.picking import Picker
 from pallas_kernels.grouped_matmul.ring import Ring, Scalar
-from pallas_kernels.grouped_matmul.tuned import Tiles
+from pallas_kernels.grouped_matmul.tuned import LANES, Tiles
 from pallas_kernels.grouped_matmul.work import Work
 
 
@@ -114,7 +114,7 @@ def multiply(
 
 def _scratch(x: jax.Array, tiles: Tiles, transpose_w: bool) -> list[Any]:
   """What `Ring`, and with unsorted rows `Picker`, need."""
-  features, lanes = x.shape[1], 128
+  features = x.shape[1]
   buffer = (features, tiles.width)
   ring = [
     pltpu.VMEM((tiles.depth, *buffer[:: -1 if transpose_w else 1]), x.dtype),
@@ -126,7 +126,7 @@ def _scratch(x: jax.Array, tiles: Tiles, transpose_w: bool) -> list[Any]:
   words = tiles.height * x.dtype.itemsize // 4
   return ring + [
     pltpu.VMEM((words, features), jnp.uint32),
-    pltpu.VMEM((x.size // lanes, lanes), jnp.float32),
+    pltpu.VMEM((x.size // LANES, LANES), jnp.float32),
     pltpu.VMEM((2, tiles.slab, features), x.dtype),
     pltpu.SemaphoreType.DMA((2,)),
   ]

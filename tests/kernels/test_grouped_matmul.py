@@ -55,6 +55,7 @@ class Form:
     width = TINY.columns // self.strips
     sums = TINY.features if self.transpose_w else width
     return {
+      "debug": True,
       "transpose_w": self.transpose_w,
       "tiles": Tiles(32, 8, width, 128, 128, 3, slab=slab),
       "sums_tiles": Tiles(32, 16, sums, 128, sums),
