@@ -63,6 +63,8 @@ def dispatch(
   Returns:
     The dispatch of N K slots; all leading axes are item axes.
   """
+  if not jnp.issubdtype(experts.dtype, jnp.integer):
+    raise ValueError(f"`experts` must be integers; got {experts.dtype}.")
   if experts.shape != weights.shape or experts.ndim < 2:
     raise ValueError(
       "`experts` and `weights` must both be [*items, choices]; got"

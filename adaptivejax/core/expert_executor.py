@@ -9,6 +9,7 @@ is all that is dear to compute again; the backward pass is one more such run.
 Axes: N items, M slots, E experts, C slots of one chunk.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -51,33 +52,35 @@ def executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
     own = len(theta) - shared
     return [chunk.of_group(a) for a in theta[:own]] + theta[own:]
 
-  def linearize(rows, theta, axes):
-    """`(y, pull, kept, join)`: the matrix products that `pull` depends on.
-
-    `join(kept)` is `pull` on products that were stored before: then what `pull`
-    was made of is dead code, and nothing is computed twice.
-    """
+  def transpose(rows, theta, axes):
+    """`(y, leaves, tree, given)` of its transpose; which leaves are inputs."""
 
     def apply(rows, moving):
       return vary(row_form(rows, merge(moving, theta)), axes)
 
-    moving = differentiable(theta)
-    y, pull = jax.vjp(apply, rows, moving)
+    y, pull = jax.vjp(apply, rows, differentiable(theta))
     leaves, tree = jax.tree.flatten(pull)
-    given = {id(a) for a in (rows, *theta)}
-    places = [
-      i
-      for i, a in enumerate(leaves)
-      if id(a) not in given and a.shape[:1] == rows.shape[:1]
-    ]
+    inputs = {id(a) for a in (rows, *theta)}
+    return y, leaves, tree, [id(a) in inputs for a in leaves]
 
-    def join(kept):
-      filled = list(leaves)
-      for i, a in zip(places, kept, strict=True):
-        filled[i] = a
-      return jax.tree.unflatten(tree, filled)
+  def by_slot(x, theta, axes):
+    """The places of leaves that grow with the rows: products to keep.
 
-    return y, [leaves[i] for i in places], join
+    By their shapes at two sizes: a weight may be as long as a chunk.
+    """
+    sizes, shapes = sorted(f.jaxprs)[:2], []
+    of_one = [a[0] for a in theta[: len(theta) - shared]]
+    theta = of_one + theta[len(of_one) :]
+
+    def note(size):
+      rows = jnp.broadcast_to(x[:1], (size, *x.shape[1:]))
+      _, leaves, _, given = transpose(rows, theta, axes)
+      shapes.append([() if g else a.shape for a, g in zip(leaves, given)])
+
+    for size in sizes:
+      jax.eval_shape(functools.partial(note, size))
+    grow = lambda a, b: (*a[:1], *b[:1]) == tuple(sizes) and a[1:] == b[1:]
+    return [i for i, (a, b) in enumerate(zip(*shapes)) if grow(a, b)]
 
   def rows_of(chunk, x, item):
     return x.at[chunk.take(item)].get(mode="promise_in_bounds")
@@ -101,18 +104,20 @@ def executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
   def forward(theta, x, weight, item, sizes):
     """`value`, and what the backward pass would else compute again."""
     axes = f.out_axes | varying_axes(x, weight, item, sizes, theta)
+    places = by_slot(x, theta, axes)
 
     def products(chunk):
       rows, given = rows_of(chunk, x, item), of_chunk(chunk, theta)
-      new, kept, _ = linearize(rows, given, axes)
-      return [new, *kept]
+      new, leaves, *_ = transpose(rows, given, axes)
+      return [new, *(leaves[i] for i in places)]
 
     def step(chunk, state):
       y, store = state
       made = products(chunk)
       new = made[0].astype(wide)
       y = add_rows(chunk, y, item, new * by_row(chunk.take(weight), new))
-      return y, [chunk.put(a, vary(b, axes)) for a, b in zip(store, made)]
+      made = [vary(a, axes) for a in made]
+      return y, [chunk.put(a, b) for a, b in zip(store, made, strict=True)]
 
     size = min(cover.sizes)
     some = GroupChunk(jnp.int32(0), jnp.int32(0), jnp.ones(size, bool))
@@ -128,17 +133,22 @@ def executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
     own = len(theta) - shared
     moving = [jnp.issubdtype(a.dtype, jnp.inexact) for a in theta]
     of_group = [i < own for i, m in enumerate(moving) if m]
+    places = by_slot(x, theta, axes)
     wider = lambda a: jnp.promote_types(a.dtype, jnp.float32)
 
     def step(chunk, state):
       dx, dweight, dtheta = state
       rows, given = rows_of(chunk, x, item), of_chunk(chunk, theta)
-      *_, join = linearize(rows, given, axes)
+      _, leaves, tree, _ = transpose(rows, given, axes)
       y, *kept = (chunk.take(a) for a in store)
+      for i, a in zip(places, kept, strict=True):
+        leaves[i] = a  # what it was made of is dead code now
       cot = rows_of(chunk, dy, item).astype(wide)
       cot = where(chunk.live, cot, jnp.zeros_like(cot))
       scaled = cot * by_row(chunk.take(weight), cot)
-      drows, dtheta_one = join(kept)(scaled.astype(y.dtype))
+      drows, dtheta_one = jax.tree.unflatten(tree, leaves)(
+        scaled.astype(y.dtype)
+      )
       gain = (cot * y.astype(wide)).reshape(cot.shape[0], -1).sum(1)
       add = lambda a, b, own: a.at[chunk.group].add(b) if own else a + b
       return (

@@ -32,7 +32,7 @@ DTYPES = (jnp.bfloat16, jnp.float32)
 
 
 def fits(x: Array, params: Any, *more: Array) -> bool:
-  """Whether the kernel takes these arrays: one dtype, and not inside shard_map.
+  """Whether the kernel takes these arrays: one dtype, and not in `shard_map`.
 
   There the tiles of `core.expert_executor` run: the kernel does not say over
   which mesh axes its result varies.
@@ -40,6 +40,25 @@ def fits(x: Array, params: Any, *more: Array) -> bool:
   dtypes = {a.dtype for a in jax.tree.leaves((x, params))}
   alike = len(dtypes) == 1 and x.dtype in DTYPES and x.ndim == 2
   return alike and not varying_axes(x, params, more)
+
+
+def has_tiles(run: Callable, theta, x, weight, *plan: Array) -> bool:
+  """Whether the kernel can cut products of these sizes, and their gradients."""
+
+  def gradients(theta, x, weight):
+    (y, _), pull = jax.vjp(
+      lambda moving, x, weight: run(merge(moving, theta), x, weight, *plan),
+      differentiable(theta),
+      x,
+      weight,
+    )
+    return pull((y, jnp.float32(0)))
+
+  try:
+    jax.eval_shape(gradients, theta, x, weight)
+  except ValueError:
+    return False
+  return True
 
 
 def kernel_executor(

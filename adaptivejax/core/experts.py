@@ -10,10 +10,11 @@ gathers its rows, runs `f` on them with its expert's parameters, and adds its
 weighted rows to y; forward, nothing of the size of all slots is ever stored.
 
 It keeps the laws as `bucketed` does: padding repeats a row of the same expert;
-`vmap` folds the batch into the items; in `shard_map` every device runs its own
-chunks.  Unlike there, the backward pass keeps the matrix products of every slot
-(`core.expert_executor`): all slots are used, so nothing is kept in vain.  On a
-TPU layers made of matrix products run by a kernel (`core.expert_kernel`).
+`vmap` folds the batch into the items, but gradients run example by example; in
+`shard_map` every device runs its own chunks.  Unlike there, the backward pass
+keeps the matrix products, one row for each of the M slots, used or not: a plan
+with as many choices as experts, most of them none, pays for all.  On
+a TPU layers made of matrix products run by a kernel (`core.expert_kernel`).
 
 Axes: N items, M slots, E experts, C rows of one chunk, R chunk sizes.
 """
@@ -32,7 +33,7 @@ from adaptivejax.core.cost import Cost, jaxpr_flops
 from adaptivejax.core.covers import MIN_CHUNK, Cover, cheapest
 from adaptivejax.core.dispatch import Dispatch
 from adaptivejax.core.expert_executor import by_row, executor
-from adaptivejax.core.expert_kernel import fits, kernel_executor
+from adaptivejax.core.expert_kernel import fits, has_tiles, kernel_executor
 from adaptivejax.core.rowwise import RowFunction, trace_rows
 from adaptivejax.core.varying import vary, varying_axes
 
@@ -56,7 +57,9 @@ def expert_apply(
     params: pytree whose leaves all have the leading axis E.
     together: `f` of all slots at once, `together(rows, params, product)` with
       `product(rows, w)` for each `rows @ w`; on a TPU this is what runs, by the
-      grouped-matmul kernel.  It closes over nothing that is traced.
+      grouped-matmul kernel, whose padding `cost` leaves out; elsewhere, in
+      `shard_map`, and where the kernel has no tiles, `f` runs in chunks.  It
+      closes over nothing that is traced.
     cover: chunk sizes for the slots of one expert (static); `expert_cover` if
       not given.
 
@@ -72,7 +75,10 @@ def expert_apply(
   run = executor(call.f, call.cover, call.shared)
   if together is not None and fits(call.x, call.theta, *plan):
     kernel = kernel_executor(together, call.f, jax.tree.structure(params))
-    run = functools.partial(lax.platform_dependent, tpu=kernel, default=run)
+    if has_tiles(
+      kernel, call.theta, call.x, plan.weight, plan.item, plan.sizes
+    ):
+      run = functools.partial(lax.platform_dependent, tpu=kernel, default=run)
   y, slots = run(call.theta, call.x, plan.weight, plan.item, plan.sizes)
   return y, _price(call, plan, slots)
 
@@ -161,7 +167,10 @@ def _trace(f, x, plan: Dispatch, params, cover) -> _Call:
   axes = predicate | varying_axes(x, plan.weight)
   x, params = vary(x, axes), vary(params, axes | varying_axes(params))
   first = jax.tree.map(lambda a: a[0], params)
-  function, theta = trace_rows(f, x, (first,), cover.sizes, predicate)
+  sizes = cover.sizes
+  if len(sizes) == 1:  # two of them tell rows from the rest
+    sizes += (2 * sizes[0],)
+  function, theta = trace_rows(f, x, (first,), sizes, predicate)
   if len(function.out_avals) != 1:
     raise ValueError("`f` must return one array of rows.")
   shared = theta[len(leaves) :]

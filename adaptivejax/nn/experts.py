@@ -131,7 +131,9 @@ def apply_experts(
 ) -> tuple[Float[Array, "*N D"], Cost, Signals]:
   """What the experts make of each item, weighted; zero for items without.
 
-  The penalty of the routing counts in training, where there is a `key`.
+  The penalty of the routing counts in training, where there is a `key`.  The
+  share that the signals tell is realised: it has no gradient, so a budget loss
+  cannot move it.
   """
   count = experts.down.kernel.shape[0]
   if over is not None and over.axis is not None:

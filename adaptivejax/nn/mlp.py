@@ -44,10 +44,15 @@ class Mlp(nnx.Module):
   def rows(
     self,
     x: Float[Array, "... D"],
-    product: Callable[[Array, Array], Array] = jnp.matmul,
+    product: Callable[[Array, Array], Array] | None = None,
   ) -> Float[Array, "... D"]:
-    """The layer itself, row by row; `product(rows, kernel)` multiplies."""
-    of = lambda layer, x: product(x, layer.kernel.get_value())
+    """The layer itself, row by row.
+
+    With `product`, that multiplies: `product(rows, kernel)`.
+    """
+    of = lambda layer, x: (
+      product(x, layer.kernel.get_value()) if product else layer(x)
+    )
     up = of(self.up, x)
     if self.gate is None:
       return of(self.down, self.activation(up))

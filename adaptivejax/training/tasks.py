@@ -95,7 +95,8 @@ def sorted_language_modeling(
     out.hidden, model.readout, targets, exits=exits, weights=weights
   )
   nats = cross_entropy(out.logits, targets).mean()
-  return loss, {"nats": nats, "share": jnp.float32(1)}
+  metrics = {"nats": nats, "share": jnp.float32(1)}
+  return loss + out.signals.penalty, metrics | balance_metrics(out)
 
 
 def layer_skip_language_modeling(
@@ -125,4 +126,5 @@ def layer_skip_language_modeling(
   targets = batch[:, 1:]
   loss = exit_cross_entropy(out.hidden, model.readout, targets, weights)
   nats = cross_entropy(out.logits, targets).mean()
-  return loss, {"nats": nats, "share": out.cost.share}
+  metrics = {"nats": nats, "share": out.cost.share}
+  return loss + out.signals.penalty, metrics | balance_metrics(out)

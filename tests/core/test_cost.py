@@ -103,7 +103,7 @@ def test_cost_is_a_monoid():
   assert float((a + b).share) == 0.75
   assert float(Cost.zero().share) == 1  # nothing was to be saved
   assert all(leaf.dtype == jnp.float32 for leaf in Cost.dense(8.0, 5))
-  assert Signals.none() == (1, 0)
+  assert Signals.none() == (1, 0, (), ())
 
 
 MATRIX = jnp.ones((4, 6)), jnp.ones((6, 5))

@@ -11,7 +11,11 @@ import pytest
 from adaptivejax.core.covers import coins
 from adaptivejax.core.dispatch import NOBODY, Dispatch, dispatch
 from adaptivejax.core.expert_kernel import kernel_executor
-from adaptivejax.core.experts import expert_apply, grouped_matmul
+from adaptivejax.core.experts import (
+  expert_apply,
+  expert_apply_dense,
+  grouped_matmul,
+)
 from adaptivejax.core.rowwise import RowFunction
 
 N, K, E, D, F = 45, 2, 5, 6, 9
@@ -88,6 +92,30 @@ def test_values_and_gradients(name):
   assert cost.spent == cost.capacity * row
   assert cost.full == N * E * row
   assert cost.dropped == 0
+
+
+@pytest.mark.parametrize("features", [3, 8, 16, 32])
+def test_weights_as_long_as_a_chunk(features):
+  """A product of weights is no row, however long (LoRA)."""
+  keys = jax.random.split(jax.random.key(1), 4)
+  d = features
+  params = [
+    jax.random.normal(k, s) / d
+    for k, s in zip(keys, [(E, d, d), (E, d, 2), (E, 2, d)])
+  ]
+  x = jax.random.normal(keys[3], (N, d))
+  low_rank = lambda r, p: jnp.tanh(r @ (p[0] + p[1] @ p[2]))
+  plan = dispatch(jnp.asarray(ROUTES["some"]), WEIGHTS, E)
+
+  def loss(apply, x, params):
+    cover = coins(32, 16, 8, 3) if d != 8 else coins(8)
+    return jnp.sin(apply(low_rank, x, plan, params, cover=cover)[0]).sum()
+
+  ours, twin = (
+    jax.jit(jax.grad(functools.partial(loss, apply), argnums=(0, 1)))(x, params)
+    for apply in (expert_apply, expert_apply_dense)
+  )
+  jax.tree.map(close, ours, twin)
 
 
 def test_one_trace_for_all_routes():

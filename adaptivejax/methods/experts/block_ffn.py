@@ -121,13 +121,16 @@ class BlockFFN(nnx.Module):
     return run(*args), Cost.dense(flops(run, *args), active.size)
 
   def _penalty(self, logits, live) -> Float[Array, ""]:
-    sparse = chunk_sparsification(only(live, jax.nn.relu(logits)), self.chunk)
+    scores = only(live, jax.nn.relu(logits))
+    sparse = chunk_sparsification(scores, self.chunk, live)
     local = activation_locality(self.sharpness * logits, live)
     return self.sparsity * sparse + self.locality * local
 
 
 def chunk_sparsification(
-  s: Float[Array, "*B T E"], chunk: int
+  s: Float[Array, "*B T E"],
+  chunk: int,
+  live: Bool[Array, "*B T"] | None = None,
 ) -> Float[Array, ""]:
   """Probability that a chunk of tokens in a row uses an expert, mean over both.
 
@@ -135,6 +138,7 @@ def chunk_sparsification(
     s: scores of at least 0; a token uses expert i with probability s_i / sum s,
       and none if all are 0.
     chunk: tokens; those of a sequence need not be a multiple (static).
+    live: tokens that count; a chunk without any does not.
   """
   total = s.sum(-1, keepdims=True)
   p = s / jnp.where(total > 0, total, 1)
@@ -142,7 +146,11 @@ def chunk_sparsification(
   rest = -p.shape[-2] % chunk
   p = jnp.pad(p, [(0, 0)] * (p.ndim - 2) + [(0, rest), (0, 0)])
   p = p.reshape(-1, chunk, p.shape[-1])
-  return 1 - jnp.prod(1 - p, axis=1).mean()
+  used = 1 - jnp.prod(1 - p, axis=1).mean(-1)
+  live = jnp.ones(s.shape[:-1], bool) if live is None else live
+  live = jnp.pad(live, [(0, 0)] * (live.ndim - 1) + [(0, rest)])
+  there = live.reshape(-1, chunk).any(1)
+  return (used * there).sum() / jnp.maximum(there.sum(), 1)
 
 
 def activation_locality(

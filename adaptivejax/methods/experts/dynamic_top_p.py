@@ -41,7 +41,8 @@ class TopPRouter(nnx.Module):
   Args:
     features: D.
     experts: E.
-    p: the mass, dynamic; 1 runs all experts, 0 the best one.
+    p: the mass (static; move it by the `Setting`); from 1 on all experts run,
+      at 0 the best one.
     balance: weight of the balance loss.
     entropy: weight of the entropy.
     rngs: for the parameters.

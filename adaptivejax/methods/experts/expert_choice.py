@@ -40,7 +40,8 @@ class ExpertChoiceRouter(nnx.Module):
     features: D.
     experts: E.
     capacity_factor: c, experts per token in the mean (static).
-    allow_noncausal: let a causal model use it (static).
+    allow_noncausal: let a causal model use it (static).  Token by token it is
+      another function, and a dear one: all E experts take the only token.
     rngs: for the parameters.
   """
 

@@ -15,10 +15,11 @@ bias on the choice of FFN experts, so that `active` of them run per token.
 Primitive: `expert_apply` on FFN experts only; the others are elementwise.
 Departs: no gating residuals (eq. 6), which need the router of the layer before.
 The released code renormalises g without the zero expert's and doubles x; the
-paper does not.  A capacity is per sequence, and holds in training only.  Of
-LongCat's controller here is the proportional part, as gradient descent on the
-bias (`core.losses.excess_load`).  A `Setting`, subtracted from the logits of
-FFN experts, moves the budget; it is ours.
+paper does not.  A capacity is per sequence, and holds in training only.  First
+choices are served before second ones (GShard), so in training later tokens may
+take the room of earlier ones.  Of LongCat's controller here is the sign of the
+error: `load_bias` moves by fixed steps (`training.optimizer`).  A `Setting`,
+subtracted from the logits of FFN experts, moves the budget; it is ours.
 Axes: T tokens, D features, E = N + Z experts, K choices.
 """
 

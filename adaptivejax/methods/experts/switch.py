@@ -16,8 +16,9 @@ Primitive: `within_capacity`, `expert_apply`.
 Departs: a capacity is per sequence, so that no token depends on other rows; it
 holds in training only, where T is that of the text: else decoding would not say
 what a prompt says (the paper evaluates with factor 2).  Then a `Setting`, the
-share of the tokens that an expert must refuse, moves the budget.  f_i, P_i are
-those of all sequences together.
+share of the tokens that an expert must refuse, moves the budget, call by call:
+for scoring texts, not for decoding token by token.  f_i, P_i are those of all
+sequences together.
 Axes: B batch, T tokens, D features, E experts.
 """
 
@@ -67,6 +68,8 @@ class SwitchRouter(nnx.Module):
         f"{capacity_factor=} must be above 0: experts without room compute"
         " nothing. 1.25 leaves a quarter to spare, E drops nothing."
       )
+    if not 0 <= jitter < 1:
+      raise ValueError(f"{jitter=} must lie in [0, 1): noise is 1 +- jitter.")
     self.gate = linear(features, experts, rngs=rngs)
     self.refused = Setting(jnp.zeros(()))
     self.count = experts

@@ -20,7 +20,9 @@ puts experts apart ("expert"), in slices (None, width="model"), or both; not
 spread, they are whole everywhere.  `chunks` pipelines, `nn.fastest` chooses.
 
 Primitive: `within_capacity`, `expert_apply_parallel`.
-Departs: another layout is another program; Tutel switches at no cost.  Compute
+Departs: another layout is another program; Tutel switches at no cost.  But for
+f = 0 what an item gets depends on its batch, later items included, as in the
+published code: a decoder refuses it without `allow_noncausal`.  Compute
 follows the load: capacity beyond it is free.  No two-dimensional all-to-all.
 Axes: D features, E experts, K choices per item.
 """
@@ -32,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from adaptivejax.core.dispatch import NOBODY, no_drop_capacity, within_capacity
 from adaptivejax.nn.experts import Routing
-from adaptivejax.nn.setting import Setting
+from adaptivejax.nn.setting import Setting, refuse_nan
 
 
 def tutel_capacity(
@@ -77,6 +79,7 @@ class TutelRouter(nnx.Module):
     factor: f, the capacity factor.  A `Setting` takes a share of the room away.
     prioritized: whether sure items come first (batch-prioritized routing).
     alignment: the capacity is a multiple of it.
+    allow_noncausal: let a causal model use a factor but 0 (static).
   """
 
   def __init__(
@@ -87,8 +90,19 @@ class TutelRouter(nnx.Module):
     factor: float = 1.0,
     prioritized: bool = False,
     alignment: int = 1,
+    allow_noncausal: bool = False,
   ):
+    among = getattr(router, "count", count)
+    if among != count:
+      raise ValueError(
+        f"the router chooses among {among} experts, not {count}."
+      )
+    if alignment < 1:
+      raise ValueError(f"{alignment=} must be at least 1.")
+    refuse_nan(factor=factor)
     self.router = router
+    # what is dropped depends on the rest of the batch
+    self.looks_ahead = factor != 0 and not allow_noncausal
     self.refused = Setting(jnp.zeros(()))
     self.count = count
     self.factor = factor
