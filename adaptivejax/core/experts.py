@@ -134,10 +134,10 @@ def grouped_matmul(
   return expert_apply(lambda r, w: r @ w, x, plan, w)[0]
 
 
-CHUNKS = (512, 128, 40, 24, 8)
+CHUNKS = (512, 256, 128, 40, 8)
 """Chunk sizes: five bodies that serve groups of 8 to many rows alike."""
 
-PRICE = 25
+PRICE = 35
 """Rows that reading an expert's weights costs, on CPU (see benchmarks)."""
 
 
