@@ -22,7 +22,14 @@ from adaptivejax.core.cache import (
 )
 from adaptivejax.core.clusters import balanced_clusters
 from adaptivejax.core.cost import Cost, Signals, flops
-from adaptivejax.core.covers import Cover, coins, default_cover, ladder, tiles
+from adaptivejax.core.covers import (
+  Cover,
+  cheapest,
+  coins,
+  default_cover,
+  ladder,
+  tiles,
+)
 from adaptivejax.core.depth import Depth, depth_loop, depth_scan, only_after
 from adaptivejax.core.dispatch import (
   NOBODY,
@@ -124,6 +131,7 @@ __all__ = [
   "bucketed",
   "budget_loss",
   "cdf",
+  "cheapest",
   "chunk_union",
   "coins",
   "commit_path",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law: a cover runs enough rows for every count, and none for none."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adaptivejax.core import coins, default_cover, ladder, tiles
+from adaptivejax.core import cheapest, coins, default_cover, ladder, tiles
 from tests.core import brute
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4, unique=True).map(
@@ -35,6 +37,28 @@ def test_coins_pay_as_by_hand(sizes):
   counts = np.arange(100)
   want = [brute.coin_slots(count, sizes) for count in counts]
   np.testing.assert_array_equal(slots(coins(*sizes), counts), want)
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(SIZES, st.integers(0, 30))
+def test_the_cheapest_is_the_least_of_all_combinations(sizes, price):
+  """By trying every first chunk, again and again."""
+
+  @functools.cache
+  def least(count):
+    if count <= 0:
+      return 0
+    return min(size + price + least(count - size) for size in sizes)
+
+  cover = cheapest(*sizes[::-1], price=price)
+  most = 2 * sizes[-1]  # beyond, the largest goes first
+  counts = np.arange(most + sizes[-1] + 1)
+  rounds = np.asarray(jax.vmap(cover.trips)(jnp.asarray(counts)))
+  run = rounds @ np.asarray(sizes[::-1])
+  assert np.all(run >= counts) and run[0] == 0
+  paid = run + price * rounds.sum(1)
+  want = [least(int(count)) for count in counts[: sizes[-1] + 1]]
+  np.testing.assert_array_equal(paid[: len(want)], want)
 
 
 @pytest.mark.parametrize("tile", [1, 3, 8])
