@@ -80,7 +80,8 @@ def executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
     for size in sizes:
       jax.eval_shape(functools.partial(note, size))
     grow = lambda a, b: (*a[:1], *b[:1]) == tuple(sizes) and a[1:] == b[1:]
-    return [i for i, (a, b) in enumerate(zip(*shapes)) if grow(a, b)]
+    pairs = zip(*shapes, strict=True)
+    return [i for i, (a, b) in enumerate(pairs) if grow(a, b)]
 
   def rows_of(chunk, x, item):
     return x.at[chunk.take(item)].get(mode="promise_in_bounds")

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from adaptivejax.core.batching import looped
 from adaptivejax.core.chunks import where
-from adaptivejax.core.expert_executor import fold_items
+from adaptivejax.core.expert_executor import by_row, fold_items
 from adaptivejax.core.rowwise import (
   RowFunction,
   differentiable,
@@ -80,10 +80,8 @@ def kernel_executor(
     rows = together(x.at[item].get(mode="promise_in_bounds"), params, product)
     own = jnp.arange(item.shape[0]) < sizes.sum()
     rows = where(own, rows, jnp.zeros_like(rows)).astype(wide)
-    weight = jnp.where(own, weight, 0).astype(wide)
-    rows = rows * weight.reshape(-1, *[1] * (rows.ndim - 1))
-    y = jnp.zeros((x.shape[0], *out.shape[1:]), wide)
-    y = y.at[item].add(rows)
+    rows = rows * by_row(jnp.where(own, weight, 0), rows)
+    y = jnp.zeros((x.shape[0], *out.shape[1:]), wide).at[item].add(rows)
     return y.astype(out.dtype), sizes.sum().astype(jnp.float32)
 
   def backward(theta, x, weight, item, sizes, dy):

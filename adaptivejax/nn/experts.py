@@ -21,12 +21,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from adaptivejax.core.cost import Cost, Signals, flops
-from adaptivejax.core.dispatch import NOBODY, dispatch, load
+from adaptivejax.core.dispatch import dispatch, load
 from adaptivejax.core.expert_parallel import expert_apply_parallel
 from adaptivejax.core.experts import expert_apply
 from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.block import only
 from adaptivejax.nn.mlp import Mlp
+from adaptivejax.nn.routing import only_live
 
 
 class Routing(NamedTuple):
@@ -138,9 +139,7 @@ def apply_experts(
   count = experts.down.kernel.shape[0]
   if over is not None and over.axis is not None:
     count *= lax.axis_size(over.axis)
-  chosen = routing.experts
-  if live is not None:
-    chosen = jnp.where(live[..., None], chosen, NOBODY)
+  chosen = only_live(routing.experts, live)
   flat = lambda a: a.reshape(-1, a.shape[-1])
   run = _here if over is None else functools.partial(_there, over)
   y, cost = run(experts, flat(x), flat(chosen), flat(routing.weights))

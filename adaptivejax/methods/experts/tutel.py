@@ -34,6 +34,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from adaptivejax.core.dispatch import NOBODY, no_drop_capacity, within_capacity
 from adaptivejax.nn.experts import Routing
+from adaptivejax.nn.routing import only_live
 from adaptivejax.nn.setting import Setting, refuse_nan
 
 
@@ -116,9 +117,7 @@ class TutelRouter(nnx.Module):
     key: Key[Array, ""] | None = None,
   ) -> Routing:
     routing = self.router(x, live, key)
-    wanted = routing.experts
-    if live is not None:
-      wanted = jnp.where(live[..., None], wanted, NOBODY)
+    wanted = only_live(routing.experts, live)
     gates = jnp.where(wanted >= 0, routing.weights, 0)
     room = tutel_capacity(
       wanted, self.count, self.factor, alignment=self.alignment
