@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over lists of key blocks, whose contents are data."""
+
+from pallas_kernels.block_sparse_attention.ops import block_sparse_attention
+from pallas_kernels.block_sparse_attention.types import (
+  Attended,
+  BlockLists,
+  Marks,
+  Rule,
+)
+
+__all__ = ["Attended", "BlockLists", "Marks", "Rule", "block_sparse_attention"]
