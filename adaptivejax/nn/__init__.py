@@ -13,19 +13,22 @@ from adaptivejax.nn.confidence import (
 from adaptivejax.nn.exit import early_exit
 from adaptivejax.nn.experts import (
   MixtureOfExperts,
-  Routing,
   Spread,
+  apply_all_experts,
   apply_experts,
+  apply_masked_experts,
+  expert_signals,
   stacked,
 )
 from adaptivejax.nn.functional import functional
-from adaptivejax.nn.mlp import Mlp, split_mlp
+from adaptivejax.nn.mlp import Mlp, cluster_neurons, split_mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
 from adaptivejax.nn.placement import reorder_experts, routing_trace
 from adaptivejax.nn.plan import by_plan
 from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.router import Router
-from adaptivejax.nn.setting import Frozen, Setting, adjust
+from adaptivejax.nn.routing import Routing
+from adaptivejax.nn.setting import Frozen, Setting, adjust, frozen
 from adaptivejax.nn.spread import expert_specs, fastest, spread
 from adaptivejax.nn.stack import (
   FULL,
@@ -61,13 +64,18 @@ __all__ = [
   "Step",
   "ZeroComputationExperts",
   "adjust",
+  "apply_all_experts",
   "apply_experts",
+  "apply_masked_experts",
   "by_plan",
+  "cluster_neurons",
   "early_exit",
   "every_layer",
   "exit_confidence",
+  "expert_signals",
   "expert_specs",
   "fastest",
+  "frozen",
   "functional",
   "plain",
   "present",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from adaptivejax.core.losses import load_balance
+from adaptivejax.core.router_losses import load_balance
 from adaptivejax.methods.experts import MixtralRouter
 from adaptivejax.nn import MixtureOfExperts, adjust
 from tests.methods.mixtures import (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from adaptivejax.core.losses import load_balance, router_z
+from adaptivejax.core.router_losses import load_balance, router_z
 from adaptivejax.methods.experts import SwitchRouter
 from adaptivejax.nn import MixtureOfExperts, adjust
 from tests.methods.mixtures import (

@@ -33,8 +33,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from adaptivejax.core.dispatch import NOBODY, no_drop_capacity, within_capacity
-from adaptivejax.nn.experts import Routing
-from adaptivejax.nn.routing import only_live
+from adaptivejax.nn.routing import Routing, only_live
 from adaptivejax.nn.setting import Setting, refuse_nan
 
 
