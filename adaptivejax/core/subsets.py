@@ -39,6 +39,6 @@ def check_subsets(parts: int, k: int) -> None:
   """Raises ValueError if there are too many subsets to try them all."""
   if math.comb(parts, k) > MOST_SUBSETS:
     raise ValueError(
-      f"{k} of {parts} parts can be chosen in more than {MOST_SUBSETS} ways, too"
-      " many to find the best: take fewer parts, or do without (`prior=0`)."
+      f"{k} of {parts} parts can be chosen in more than {MOST_SUBSETS} ways,"
+      " too many to find the best: take fewer parts, or do without (`prior=0`)."
     )

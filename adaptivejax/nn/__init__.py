@@ -12,8 +12,8 @@ from adaptivejax.nn.confidence import (
 )
 from adaptivejax.nn.exit import early_exit
 from adaptivejax.nn.experts import (
+  ExpertSharding,
   MixtureOfExperts,
-  Spread,
   apply_all_experts,
   apply_experts,
   apply_masked_experts,
@@ -29,7 +29,7 @@ from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.routing import Routing
 from adaptivejax.nn.setting import Frozen, Setting, adjust, frozen
-from adaptivejax.nn.spread import expert_specs, fastest, spread
+from adaptivejax.nn.spread import expert_specs, fastest_program, shard_experts
 from adaptivejax.nn.stack import (
   FULL,
   StackOutput,
@@ -59,7 +59,7 @@ __all__ = [
   "Router",
   "Routing",
   "Setting",
-  "Spread",
+  "ExpertSharding",
   "StackOutput",
   "Step",
   "ZeroComputationExperts",
@@ -74,7 +74,7 @@ __all__ = [
   "exit_confidence",
   "expert_signals",
   "expert_specs",
-  "fastest",
+  "fastest_program",
   "frozen",
   "functional",
   "plain",
@@ -83,6 +83,6 @@ __all__ = [
   "routing_trace",
   "run_layers",
   "split_mlp",
-  "spread",
+  "shard_experts",
   "stacked",
 ]

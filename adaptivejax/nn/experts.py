@@ -4,7 +4,7 @@
 A *router* is a module called as `router(x, live, key)` that returns a
 `Routing`; a method of this family is such a rule and its losses.  Items that
 are not live reach it as zeros, and whatever it says of them is ignored.
-Experts may be spread over devices: see `nn.spread`.
+Experts may be spread over devices: see `nn.shard_experts`.
 
 Axes: D features, E experts, K choices per item.
 """
@@ -41,7 +41,7 @@ def stacked(make: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
+class ExpertSharding:
   """Where the experts of a layer are, which then runs inside `shard_map`."""
 
   axis: str | tuple[str, ...] | None
@@ -59,9 +59,9 @@ class MixtureOfExperts(nnx.Module):
     router: the rule.
     experts: an `Mlp` whose parameters are stacked over E (`stacked`).
     shared: runs on every item besides, if given.
-    over: where the experts are, if not all here (static; see `spread`).  What
-      the layer says of itself, cost, penalty and load, is then of the items of
-      this device.
+    over: where the experts are, if not all here (static; `shard_experts`).
+      What the layer says of itself, cost, penalty and load, is then of the
+      items of this device.
   """
 
   def __init__(
@@ -70,7 +70,7 @@ class MixtureOfExperts(nnx.Module):
     experts: Mlp,
     shared: Mlp | None = None,
     *,
-    over: Spread | None = None,
+    over: ExpertSharding | None = None,
   ):
     self.router = router
     self.experts = experts
@@ -113,7 +113,7 @@ def apply_experts(
   routing: Routing,
   live: Bool[Array, "*N"] | None,
   key: Key[Array, ""] | None = None,
-  over: Spread | None = None,
+  over: ExpertSharding | None = None,
 ) -> tuple[Float[Array, "*N D"], Cost, Signals]:
   """What the experts make of each item, weighted; zero for items without.
 
@@ -188,7 +188,7 @@ def _here(experts: Mlp, x, chosen, weights) -> tuple[Array, Cost]:
 
 
 def _there(
-  over: Spread, experts: Mlp, x, chosen, weights
+  over: ExpertSharding, experts: Mlp, x, chosen, weights
 ) -> tuple[Array, Cost]:
   """Experts, or slices of them, are on several devices."""
   if over.axis is not None:

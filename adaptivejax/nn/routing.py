@@ -57,7 +57,7 @@ class Routing(NamedTuple):
 def router_logits(
   gate: nnx.Module, x: Float[Array, "*N D"]
 ) -> Float[Array, "*N E"]:
-  """The scores of `gate`, in f32 whatever `x` is (Fedus et al., 2021, 2.4).
+  """The scores of `gate`, in f32 whatever `x` is (Fedus et al., 2021).
 
   Raises:
     ValueError: one of them is NaN, unless traced.  No comparison with NaN is

@@ -4,11 +4,11 @@ r"""BlockFFN: a token runs the experts that a ReLU leaves, as many as they are.
 Song et al., 2025, https://arxiv.org/abs/2507.08771
 
     r = W x,   s = relu(r),   A = RMSNorm(s),
-    y = sum_{i: s_i > 0} A_i down_i silu(up_i x)                  (sec. 3.1)
+    y = sum_{i: s_i > 0} A_i down_i silu(up_i x)
 
 The experts are many, narrow and not gated.  Where nothing is cut off, nothing
 is approximated: A_i is 0 wherever expert i is left out.  Two losses make the
-experts that c tokens in a row use few (sec. 3.2), p = s / sum_i s_i:
+experts that c tokens in a row use few, p = s / sum_i s_i:
 
     sparsity  = mean over chunks, i of  1 - prod_{t in chunk} (1 - p_ti)
     locality  = mean over t, i of  BCE(sigmoid(a r_{t-1,i}), sigmoid(a r_ti))

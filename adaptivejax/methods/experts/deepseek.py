@@ -7,7 +7,7 @@ DeepSeek-AI, 2024 (V2), https://arxiv.org/abs/2405.04434
 
 With s = sigmoid(W x) and a bias b per expert, the groups of highest sum of
 their two largest s_i + b_i stay, and of their experts the K of highest
-s_i + b_i are chosen (sec. 2.1.2, eqs. 13-16):
+s_i + b_i are chosen (eqs. 13-16):
 
     y = sum_shared E(x) + scale sum_chosen s_i / (sum_chosen s_j) E_i(x)
 
@@ -105,8 +105,9 @@ class DeepSeekRouter(nnx.Module):
     score = jax.nn.softmax if self.softmax else jax.nn.sigmoid
     scores = score(router_logits(self.gate, x))
     experts = fewer_choices(self.choose(scores), self.fewer.get_value())
-    weigh = {"renormalised": not self.softmax, "scale": self.scale}
-    routing = Routing.of(scores, experts, live, **weigh)
+    routing = Routing.of(
+      scores, experts, live, renormalised=not self.softmax, scale=self.scale
+    )
     penalty = self._penalty(scores, routing.experts, live)
     return routing._replace(penalty=penalty)
 

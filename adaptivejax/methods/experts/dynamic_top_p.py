@@ -7,7 +7,7 @@ Huang et al., 2024, https://arxiv.org/abs/2403.07652
     y = sum_{i in S} P_i E_i(x)
 
 so a token whose router is sure of one expert runs that one.  Lest all P become
-flat, and all experts run, the loss (sec. 3.3) gets
+flat, and all experts run, the loss gets
 
     0.01 E sum_i f_i Q_i - 0.0001 sum_i P_i log P_i
 

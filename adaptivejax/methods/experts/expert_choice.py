@@ -4,7 +4,7 @@ r"""Expert choice: each of E experts takes the tokens that score it best.
 Zhou et al., 2022, https://arxiv.org/abs/2202.09368
 
     p = softmax(W x),   expert e takes its k = c T / E tokens of highest p_te,
-    y_t = sum_{e takes t} p_te E_e(x_t)                               (sec. 3.2)
+    y_t = sum_{e takes t} p_te E_e(x_t)
 
 All experts carry the same load, and a token runs 0 to E of them; the capacity
 factor c is the mean.  Nothing needs balancing.

@@ -3,7 +3,7 @@ r"""Mixtral: a token runs its K best of E experts, weights summing to one.
 
 Jiang et al., 2024, https://arxiv.org/abs/2401.04088
 
-    y = sum_{i in top-K(W x)} softmax(top-K(W x))_i E_i(x)          (sec. 2.1)
+    y = sum_{i in top-K(W x)} softmax(top-K(W x))_i E_i(x)
 
 with SwiGLU experts, K = 2 of E = 8; nothing is dropped.  The softmax over the
 chosen logits is the softmax over all of them, renormalised over the chosen.

@@ -100,7 +100,7 @@ class MoEPlusPlus(nnx.Module):
     used, asked = expert_use(p, wanted, live)
     eta = jnp.where(ffn, 1, self.tau)
     penalty = self.balance * (eta * used * asked).sum()
-    if bias is not None:
+    if bias is not None and self.active is not None:
       excess = (used - self.active / self.ffn) / self.top_k
       penalty = excess_load(bias, jnp.where(ffn, excess, 0))
     return Routing.of(
