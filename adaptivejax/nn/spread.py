@@ -13,10 +13,10 @@ Items travel to their experts and back (`core.expert_parallel`) inside
       out_specs=items,
     )
 
-Under `jit` alone, a model that is not sharded so gives the right result with the
-same specs as `NamedSharding`s, but at a price: the compiler cannot see that
-items go where their experts are.  Every device gets the weights of all experts
-and the items of every chunk, and computes all chunks.
+Under `jit` alone, a model that is not told gives the right result with the same
+specs as `NamedSharding`s, but at a price: the compiler cannot see that items go
+where their experts are.  Every device gets the weights of all experts and the
+items of every chunk, and computes all chunks.
 
 Which layout of equal programs is best depends on the load, which
 `fastest_program` tries.
@@ -44,7 +44,8 @@ def shard_experts(
 ) -> Any:
   """The model with the experts of every mixture over mesh axes.
 
-  Arguments are those of `ExpertSharding`.  The parameters are the same: `expert_specs` says how to lay them out.
+  Arguments are those of `ExpertSharding`.  The parameters are the same:
+  `expert_specs` says how to lay them out.
   """
   model = jax.tree.map(lambda a: a, model)  # a copy
   found = mixtures(model)

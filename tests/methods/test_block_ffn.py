@@ -17,11 +17,11 @@ from adaptivejax.methods.experts import BlockFFN
 from adaptivejax.models import decoder_block
 from adaptivejax.nn import adjust
 from tests.methods.host import CONFIG, PROMPT, TOKENS, decode, model, shaken
+from tests.methods.mixtures import call
 
 B, T, D, F, E = 2, 11, 16, 4, 6
 X = jax.random.normal(jax.random.key(0), (B, T, D))
 KEY = jax.random.key(1)
-call = jax.jit(lambda m, x, live=None, key=None: m(x, live, key))
 
 
 @functools.cache

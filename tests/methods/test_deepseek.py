@@ -25,18 +25,18 @@ from tests.methods.mixtures import (
   assert_golden,
   best_of,
   brute_force,
+  call,
   copy,
   gates_of,
   golden,
-  golden_experts,
+  golden_mixture,
+  logits,
   mixture,
   probabilities,
   run_expert,
   set_gate,
   with_weights,
 )
-
-call = jax.jit(lambda module, x, live=None, key=None: module(x, live, key))
 
 
 def with_bias(router, bias):
@@ -47,14 +47,13 @@ def with_bias(router, bias):
 
 @functools.cache
 def of_golden():
-  g = golden("deepseek")
-  router = DeepSeekRouter(
-    D, E, top_k=3, groups=4, kept_groups=2, rngs=nnx.Rngs(0)
+  moe, g = golden_mixture(
+    "deepseek", DeepSeekRouter, top_k=3, groups=4, kept_groups=2
   )
-  router = with_bias(set_gate(router, g.router), g.bias)
+  router = with_bias(moe.router, g.bias)
   shared = Mlp(D, 2 * F, gated=True, activation=jax.nn.silu, rngs=nnx.Rngs(0))
   shared = with_weights(shared, vars(g), "shared_")
-  return MixtureOfExperts(router, golden_experts(g), shared)
+  return MixtureOfExperts(router, moe.experts, shared)
 
 
 def test_equals_transformers():
@@ -66,8 +65,7 @@ def test_equals_transformers():
 
 
 def scores_of(router, x):
-  kernel = np.asarray(router.gate.kernel.get_value(), np.float64)
-  return special.expit(np.asarray(x, np.float64) @ kernel)
+  return special.expit(logits(router.gate, x))
 
 
 def rule(scores, bias, k, groups, kept, scale):

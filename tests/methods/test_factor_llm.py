@@ -16,11 +16,11 @@ from adaptivejax.nn import Frozen, Mlp, adjust, cluster_neurons
 from adaptivejax.training.step import split
 from tests import reference
 from tests.methods.host import shaken
+from tests.methods.mixtures import call
 
 B, T, D, F, E = 2, 6, 8, 24, 4
 X = jax.random.normal(jax.random.key(0), (B, T, D))
 KEY = jax.random.key(1)
-call = jax.jit(lambda m, x, live=None, key=None: m(x, live, key))
 
 
 @functools.cache
