@@ -12,21 +12,24 @@ from adaptivejax.nn.confidence import (
 )
 from adaptivejax.nn.exit import early_exit
 from adaptivejax.nn.experts import (
+  ExpertSharding,
   MixtureOfExperts,
-  Routing,
-  Spread,
+  apply_all_experts,
   apply_experts,
+  apply_masked_experts,
+  expert_signals,
   stacked,
 )
 from adaptivejax.nn.functional import functional
-from adaptivejax.nn.mlp import Mlp, split_mlp
+from adaptivejax.nn.mlp import Mlp, cluster_neurons, split_mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
 from adaptivejax.nn.placement import reorder_experts, routing_trace
 from adaptivejax.nn.plan import by_plan
 from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.router import Router
-from adaptivejax.nn.setting import Frozen, Setting, adjust
-from adaptivejax.nn.spread import expert_specs, fastest, spread
+from adaptivejax.nn.routing import Routing
+from adaptivejax.nn.setting import Frozen, Setting, adjust, frozen
+from adaptivejax.nn.spread import expert_specs, fastest_program, shard_experts
 from adaptivejax.nn.stack import (
   FULL,
   StackOutput,
@@ -56,18 +59,23 @@ __all__ = [
   "Router",
   "Routing",
   "Setting",
-  "Spread",
+  "ExpertSharding",
   "StackOutput",
   "Step",
   "ZeroComputationExperts",
   "adjust",
+  "apply_all_experts",
   "apply_experts",
+  "apply_masked_experts",
   "by_plan",
+  "cluster_neurons",
   "early_exit",
   "every_layer",
   "exit_confidence",
+  "expert_signals",
   "expert_specs",
-  "fastest",
+  "fastest_program",
+  "frozen",
   "functional",
   "plain",
   "present",
@@ -75,6 +83,6 @@ __all__ = [
   "routing_trace",
   "run_layers",
   "split_mlp",
-  "spread",
+  "shard_experts",
   "stacked",
 ]
