@@ -3,7 +3,8 @@
 
 The slots are gathered, sorted by expert as they are, every matrix product of
 the layer is one grouped product over all slots, and the rows are added up by
-item.  What is nobody's reaches nothing, as in `core.expert_executor`.
+item (`core.combine`).  What is nobody's reaches nothing, as in
+`core.expert_executor`.
 
 Axes: N items, M slots, E experts.
 """
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from adaptivejax.core.batching import looped
-from adaptivejax.core.chunks import where
-from adaptivejax.core.expert_executor import by_row, fold_items
+from adaptivejax.core.combine import combine, spread
+from adaptivejax.core.dispatch import Dispatch
+from adaptivejax.core.expert_executor import kept
 from adaptivejax.core.rowwise import (
   RowFunction,
   differentiable,
@@ -31,23 +33,27 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 DTYPES = (jnp.bfloat16, jnp.float32)
 
 
-def fits(x: Array, params: Any, *more: Array) -> bool:
+def fits(x: Array, params: Any, plan: Dispatch) -> bool:
   """Whether the kernel takes these arrays: one dtype, and not in `shard_map`.
 
   There the tiles of `core.expert_executor` run: the kernel does not say over
-  which mesh axes its result varies.
+  which mesh axes its result varies.  They also run where each item may choose
+  any of many experts: the kernel would make rows for all slots.
   """
   dtypes = {a.dtype for a in jax.tree.leaves((x, params))}
   alike = len(dtypes) == 1 and x.dtype in DTYPES and x.ndim == 2
-  return alike and not varying_axes(x, params, more)
+  bounded = kept(plan, x.shape[0]) == plan.item.shape[0]
+  return alike and bounded and not varying_axes(x, params, plan)
 
 
-def has_tiles(run: Callable, theta, x, weight, *plan: Array) -> bool:
+def has_tiles(run: Callable, theta, x: Array, plan: Dispatch) -> bool:
   """Whether the kernel can cut products of these sizes, and their gradients."""
 
   def gradients(theta, x, weight):
     (y, _), pull = jax.vjp(
-      lambda moving, x, weight: run(merge(moving, theta), x, weight, *plan),
+      lambda moving, x, weight: run(
+        merge(moving, theta), x, plan._replace(weight=weight)
+      ),
       differentiable(theta),
       x,
       weight,
@@ -55,7 +61,7 @@ def has_tiles(run: Callable, theta, x, weight, *plan: Array) -> bool:
     return pull((y, jnp.float32(0)))
 
   try:
-    jax.eval_shape(gradients, theta, x, weight)
+    jax.eval_shape(gradients, theta, x, plan.weight)
   except ValueError:
     return False
   return True
@@ -68,38 +74,34 @@ def kernel_executor(
   *,
   interpret: bool = False,
 ) -> Callable:
-  """`(theta, x, weight, item, sizes) -> (y, slots)`, gradient and batching."""
+  """`(theta, x, plan) -> (y, slots)` and its gradient, which `vmap` loops."""
   (out,) = f.out_avals
-  wide = jnp.promote_types(out.dtype, jnp.float32)
 
-  def value(theta, x, weight, item, sizes):
+  def value(theta, x, plan):
     product = functools.partial(
-      grouped_matmul, sizes=sizes, interpret=interpret
+      grouped_matmul, sizes=plan.sizes, interpret=interpret
     )
     params = jax.tree.unflatten(tree, theta[: tree.num_leaves])
-    rows = together(x.at[item].get(mode="promise_in_bounds"), params, product)
-    own = jnp.arange(item.shape[0]) < sizes.sum()
-    rows = where(own, rows, jnp.zeros_like(rows)).astype(wide)
-    rows = rows * by_row(jnp.where(own, weight, 0), rows)
-    y = jnp.zeros((x.shape[0], *out.shape[1:]), wide).at[item].add(rows)
-    return y.astype(out.dtype), sizes.sum().astype(jnp.float32)
+    rows = together(spread(x, plan), params, product)
+    y = combine(rows, plan, x.shape[0], out.dtype)
+    return y, plan.sizes.sum().astype(jnp.float32)
 
-  def backward(theta, x, weight, item, sizes, dy):
+  def backward(theta, x, plan, dy):
     def apply(moving, x, weight):
-      return value(merge(moving, theta), x, weight, item, sizes)[0]
+      return value(merge(moving, theta), x, plan._replace(weight=weight))[0]
 
-    _, pull = jax.vjp(apply, differentiable(theta), x, weight)
+    _, pull = jax.vjp(apply, differentiable(theta), x, plan.weight)
     return pull(dy)
 
-  batched, backward = fold_items(value), looped(backward)
-  run = jax.custom_vjp(batched)
+  forward, backward = looped(value), looped(backward)
+  run = jax.custom_vjp(value)
 
   def run_forward(*args):
-    return batched(*args), args
+    return forward(*args), args
 
   def run_backward(args, cotangents):
     dtheta, dx, dweight = backward(*args, cotangents[0])
-    return with_none(dtheta, args[0]), dx, dweight, None, None
+    return with_none(dtheta, args[0]), dx, Dispatch(None, dweight, None, None)
 
   run.defvjp(run_forward, run_backward)
   return run

@@ -231,7 +231,7 @@ def by_kernel(experts, together):
     row = jax.ShapeDtypeStruct((N, D), jnp.float32)
     function = RowFunction({}, {}, len(leaves), None, [row])
     go = kernel_executor(together, function, tree, interpret=True)
-    return go(leaves, x, plan.weight, plan.item, plan.sizes)[0]
+    return go(leaves, x, plan)[0]
 
   return run
 
