@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from adaptivejax.core.chunks import where
 from adaptivejax.core.dispatch import Dispatch
+from adaptivejax.core.varying import vary, varying_axes
 
 GATHERS = 8
 """Rows that are gathered in the time in which one is scattered (TPU)."""
@@ -90,21 +91,23 @@ _combine.defvjp(_combine_forward, _combine_backward)
 def _add_up(
   rows: Array, weight: Array | None, plan: Dispatch, items: int
 ) -> Array:
-  """The sum of each item's slots, in f32; as they are without weights."""
+  """The sum of each item's slots, in f32; as they are without weights.
+
+  Rows are weighted before they are gathered: that is one more pass over them,
+  but a TPU takes longer to gather the weights, which are one word each.
+  """
   wide = jnp.promote_types(rows.dtype, jnp.float32)
-  y = jnp.zeros((items, *rows.shape[1:]), wide)
-
-  def add(y, slots, mine, to):
-    """Adds the rows of these slots to `y.at[to]`."""
-    pick = lambda a: a if slots is None else a.at[slots].get(mode="clip")
-    new = pick(rows).astype(wide)
-    new = new if weight is None else new * by_row(pick(weight), new)
-    new = where(mine, new, jnp.zeros_like(new))
-    return y + new if to is None else y.at[to].add(new)
-
+  if weight is not None:
+    rows = rows.astype(wide)
+    rows *= by_row(weight, rows)
+  y = vary(jnp.zeros((items, *rows.shape[1:]), wide), varying_axes(rows, plan))
+  only = lambda mine, rows: where(
+    mine, rows.astype(wide), jnp.zeros_like(y[:1])
+  )
   place = plan.place
   if place is None or place.size > GATHERS * rows.shape[0]:
-    return add(y, None, plan.valid, plan.item)
+    return y.at[plan.item].add(only(plan.valid, rows))
   for slots in place.T:
-    y = add(y, slots, slots < plan.sizes.sum(), None)
+    picked = rows.at[slots].get(mode="clip")
+    y += only(slots < plan.sizes.sum(), picked)
   return y

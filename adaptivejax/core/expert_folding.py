@@ -19,9 +19,9 @@ from adaptivejax.core.dispatch import Dispatch, inverse
 def fold_items(value: Callable, cover: Cover | None) -> Callable:
   """`value(cover, theta, x, plan)`, its batch made items under `vmap`.
 
-  Without a cover the chunks grow with the batch.  So it is under `grad(vmap)`, whose gradient
-  of parameters is one sum; `vmap(grad)` has one for each example, and loops, as
-  does all where parameters are batched.
+  `grad(vmap)` has one gradient of the parameters, and folds; `vmap(grad)` has
+  one for each example, and loops, as does all where parameters are batched.
+  Without a `cover` the chunks grow with the batch.
   """
 
   def rule(op, batch, batched, theta, x, plan):

@@ -34,23 +34,25 @@ DTYPES = (jnp.bfloat16, jnp.float32)
 
 
 def fits(x: Array, params: Any, plan: Dispatch) -> bool:
-  """Whether the kernel takes these arrays: one dtype, and not in `shard_map`.
+  """Whether the kernel takes these arrays: all of one dtype.
 
-  There the tiles of `core.expert_executor` run: the kernel does not say over
-  which mesh axes its result varies.  They also run where each item may choose
-  any of many experts: the kernel would make rows for all slots.
+  In `shard_map` all must also differ over the same mesh axes, so that a
+  gradient is of the type of what it is for.  Where each item may choose any of
+  many experts `core.expert_executor` runs: the kernel would make rows for all
+  slots.
   """
-  dtypes = {a.dtype for a in jax.tree.leaves((x, params))}
-  alike = len(dtypes) == 1 and x.dtype in DTYPES and x.ndim == 2
-  bounded = kept(plan, x.shape[0]) == plan.item.shape[0]
-  return alike and bounded and not varying_axes(x, params, plan)
+  leaves = [x, *jax.tree.leaves(params)]
+  alike = len({a.dtype for a in leaves}) == 1 and x.dtype in DTYPES
+  axes = {varying_axes(a) for a in (*leaves, plan.weight)}
+  alike &= axes == {varying_axes(x, plan)} and x.ndim == 2
+  return alike and kept(plan, x.shape[0]) == plan.item.shape[0]
 
 
 def has_tiles(run: Callable, theta, x: Array, plan: Dispatch) -> bool:
   """Whether the kernel can cut products of these sizes, and their gradients."""
 
   def gradients(theta, x, weight):
-    (y, _), pull = jax.vjp(
+    made, pull = jax.vjp(
       lambda moving, x, weight: run(
         merge(moving, theta), x, plan._replace(weight=weight)
       ),
@@ -58,7 +60,7 @@ def has_tiles(run: Callable, theta, x: Array, plan: Dispatch) -> bool:
       x,
       weight,
     )
-    return pull((y, jnp.float32(0)))
+    return pull(made)
 
   try:
     jax.eval_shape(gradients, theta, x, plan.weight)

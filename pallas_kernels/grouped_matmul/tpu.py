@@ -41,6 +41,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.grouped_matmul.picking import Picker
 from pallas_kernels.grouped_matmul.ring import Ring, Scalar
 from pallas_kernels.grouped_matmul.tuned import LANES, Tiles
+from pallas_kernels.grouped_matmul.varying import result
 from pallas_kernels.grouped_matmul.work import Work
 
 
@@ -82,7 +83,7 @@ def multiply(
   kernel = functools.partial(_kernel, tiles=tiles, transpose_w=transpose_w)
   return pl.pallas_call(
     kernel,
-    out_shape=jax.ShapeDtypeStruct((size, columns), x.dtype),
+    out_shape=result((size, columns), x.dtype, x, w, *lists),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(lists),
       grid=(tiles.cores, strips, count),

@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.tpu import between, loop
 from pallas_kernels.grouped_matmul.tuned import Tiles
+from pallas_kernels.grouped_matmul.varying import result
 from pallas_kernels.grouped_matmul.work import Work
 
 
@@ -48,7 +49,7 @@ def multiply_sums(
   reads = features * strips * tiles.cores + columns
   return pl.pallas_call(
     functools.partial(_kernel, tiles=tiles),
-    out_shape=jax.ShapeDtypeStruct((groups, features, columns), x.dtype),
+    out_shape=result((groups, features, columns), x.dtype, x, dy, *lists),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(lists),
       grid=(tiles.cores, strips, count),
