@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from adaptivejax.core.batching import looped
@@ -37,15 +38,12 @@ def fits(x: Array, params: Any, plan: Dispatch) -> bool:
   """Whether the kernel takes these arrays: all of one dtype.
 
   In `shard_map` all must also differ over the same mesh axes, so that a
-  gradient is of the type of what it is for.  Where each item may choose any of
-  many experts `core.expert_executor` runs: the kernel would make rows for all
-  slots.
+  gradient is of the type of what it is for.
   """
   leaves = [x, *jax.tree.leaves(params)]
   alike = len({a.dtype for a in leaves}) == 1 and x.dtype in DTYPES
   axes = {varying_axes(a) for a in (*leaves, plan.weight)}
-  alike &= axes == {varying_axes(x, plan)} and x.ndim == 2
-  return alike and kept(plan, x.shape[0]) == plan.item.shape[0]
+  return alike and x.ndim == 2 and axes == {varying_axes(x, plan)}
 
 
 def has_tiles(run: Callable, theta, x: Array, plan: Dispatch) -> bool:
@@ -73,13 +71,21 @@ def kernel_executor(
   together: Callable[[Array, Any, Callable[[Array, Array], Array]], Array],
   f: RowFunction,
   tree: Any,
+  chunks: Callable,
   *,
   interpret: bool = False,
 ) -> Callable:
-  """`(theta, x, plan) -> (y, slots)` and its gradient, which `vmap` loops."""
+  """`(theta, x, plan) -> (y, slots)` and its gradient, which `vmap` loops.
+
+  The kernel makes a row for every slot.  Where each item may run all experts
+  it is given the slots that `kept` bounds, and if they are not enough `chunks`,
+  an executor as this one, runs instead.
+  """
   (out,) = f.out_avals
 
   def value(theta, x, plan):
+    slots = kept(plan, x.shape[0])
+    plan = plan._replace(item=plan.item[:slots], weight=plan.weight[:slots])
     product = functools.partial(
       grouped_matmul, sizes=plan.sizes, interpret=interpret
     )
@@ -88,15 +94,27 @@ def kernel_executor(
     y = combine(rows, plan, x.shape[0], out.dtype)
     return y, plan.sizes.sum().astype(jnp.float32)
 
-  def backward(theta, x, plan, dy):
+  def gradient(value, theta, x, plan, dy):
     def apply(moving, x, weight):
       return value(merge(moving, theta), x, plan._replace(weight=weight))[0]
 
     _, pull = jax.vjp(apply, differentiable(theta), x, plan.weight)
     return pull(dy)
 
-  forward, backward = looped(value), looped(backward)
-  run = jax.custom_vjp(value)
+  def either(kernel, chunks):
+    def choose(theta, x, plan, *more):
+      slots = kept(plan, x.shape[0])
+      if slots == plan.item.shape[0]:
+        return kernel(theta, x, plan, *more)
+      enough = plan.sizes.sum() <= slots
+      return lax.cond(enough, kernel, chunks, theta, x, plan, *more)
+
+    return choose
+
+  forward = looped(either(value, chunks))
+  partial = functools.partial
+  backward = looped(either(partial(gradient, value), partial(gradient, chunks)))
+  run = jax.custom_vjp(either(value, chunks))
 
   def run_forward(*args):
     return forward(*args), args

@@ -87,7 +87,7 @@ def _executor(f: RowFunction, shared: int, together, tree) -> Callable:
     cover = cover or _default(f, x.shape[0])
     chunks = executor(f, cover, shared)
     if together is not None and fits(x, theta, plan):
-      kernel = kernel_executor(together, f, tree)
+      kernel = kernel_executor(together, f, tree, chunks)
       if has_tiles(kernel, theta, x, plan):
         return lax.platform_dependent(
           theta, x, plan, tpu=kernel, default=chunks

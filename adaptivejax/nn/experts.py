@@ -3,9 +3,7 @@
 
 A *router* is a module called as `router(x, live, key)` that returns a
 `Routing`; a method of this family is such a rule and its losses.  Items that
-are not live reach it as zeros, and whatever it says of them is ignored.  If it
-knows how many choices it makes at most of so many items, which are fewer than K
-of each, a method `most_choices(items' shape) -> int` says so and saves memory.
+are not live reach it as zeros, and whatever it says of them is ignored.
 Experts may be spread over devices: see `nn.spread`.
 
 Axes: D features, E experts, K choices per item.
@@ -113,9 +111,8 @@ class MixtureOfExperts(nnx.Module):
   ) -> tuple[Float[Array, "*N D"], Cost, Signals]:
     x = only(live, x)
     routing = self.router(x, live, key)
-    most = getattr(self.router, "most_choices", lambda shape: None)
     y, cost, signals = apply_experts(
-      self.experts, x, routing, live, key, self.over, most(x.shape[:-1])
+      self.experts, x, routing, live, key, self.over
     )
     asked = flops(lambda r, x: r(x, live, key), self.router, x)
     cost = cost._replace(spent=cost.spent + asked)
@@ -132,11 +129,8 @@ def apply_experts(
   live: Bool[Array, "*N"] | None,
   key: Key[Array, ""] | None = None,
   over: Spread | None = None,
-  most: int | None = None,
 ) -> tuple[Float[Array, "*N D"], Cost, Signals]:
   """What the experts make of each item, weighted; zero for items without.
-
-  There are at most `most` choices, if given, as for `dispatch` (static).
 
   The penalty of the routing counts in training, where there is a `key`.  The
   share that the signals tell is realised: it has no gradient, so a budget loss
@@ -147,7 +141,7 @@ def apply_experts(
     count *= lax.axis_size(over.axis)
   chosen = only_live(routing.experts, live)
   flat = lambda a: a.reshape(-1, a.shape[-1])
-  run = functools.partial(*(_here, most) if over is None else (_there, over))
+  run = _here if over is None else functools.partial(_there, over)
   y, cost = run(experts, flat(x), flat(chosen), flat(routing.weights))
   cost = cost._replace(dropped=cost.dropped + routing.dropped)
   choices = (chosen >= 0).sum(-1, dtype=jnp.float32)
@@ -160,12 +154,9 @@ def apply_experts(
   return y.reshape(x.shape), cost, signals
 
 
-def _here(
-  most: int | None, experts: Mlp, x, chosen, weights
-) -> tuple[Array, Cost]:
+def _here(experts: Mlp, x, chosen, weights) -> tuple[Array, Cost]:
   """All experts are on this device."""
-  count = experts.down.kernel.shape[0]
-  plan = dispatch(chosen, weights, count, most=most)
+  plan = dispatch(chosen, weights, experts.down.kernel.shape[0])
   return expert_apply(
     lambda r, m: m.rows(r),
     x,
@@ -192,7 +183,7 @@ def _there(
     )
   # what is the same on all slices is summed over them outside of the loops
   x, weights = vary((x, weights), varying_axes(experts))
-  y, cost = _here(None, experts, x, chosen, weights)
+  y, cost = _here(experts, x, chosen, weights)
   if over.width is None:
     return y, cost
   slices = lax.axis_size(over.width)

@@ -225,15 +225,15 @@ def test_bad_input(change, says):
     expert_apply(**args)
 
 
-def by_kernel(experts, together, width=D):
+def by_kernel(experts, together, chunks=None):
   """The kernel's way of the same, on CPU."""
 
   def run(x, weights, params):
     plan = dispatch(experts, weights, E)
     leaves, tree = jax.tree.flatten(params)
-    row = jax.ShapeDtypeStruct((N, width), jnp.float32)
+    row = jax.ShapeDtypeStruct((N, D), jnp.float32)
     function = RowFunction({}, {}, len(leaves), None, [row])
-    go = kernel_executor(together, function, tree, interpret=True)
+    go = kernel_executor(together, function, tree, chunks, interpret=True)
     return go(leaves, x, plan)[0]
 
   return run
@@ -258,6 +258,33 @@ def test_the_kernel_is_the_same(name):
   )
   twice = jax.vmap(lambda x: run(x, WEIGHTS, PARAMS))(jnp.stack([X, 2 * X]))
   close(twice[1], brute(2 * X, WEIGHTS, PARAMS, experts))
+
+
+@pytest.mark.parametrize(("used", "factor"), [(KEPT * N, 1), (KEPT * N + 1, 2)])
+def test_the_kernel_has_slots_enough_or_leaves_it(used, factor):
+  """To the chunks, which here make twice as much."""
+  experts = np.where(np.arange(N * E) < used, np.arange(N * E) % E, NOBODY)
+  experts = jnp.asarray(experts.reshape(N, E))
+  weights = jax.random.normal(KEYS[3], (N, E))
+
+  def chunks(theta, x, plan):
+    f = lambda rows, p: 2 * jnp.tanh(rows @ p)
+    y, cost = expert_apply(f, x, plan, theta[0])
+    return y, cost.capacity
+
+  together = lambda r, w, product: jnp.tanh(product(r, w))
+  w = PARAMS["up"][:, :, :D]
+  loss = lambda f: lambda *args: jnp.sin(f(*args)).sum()
+  run = by_kernel(experts, together, chunks)
+
+  def twin(x, weights, w):
+    plan = dispatch(experts, weights, E)
+    f = lambda rows, w: factor * jnp.tanh(rows @ w)
+    return expert_apply_dense(f, x, plan, w)[0]
+
+  grad = lambda f: jax.value_and_grad(loss(f), argnums=(0, 1, 2))
+  got, wanted = (jax.jit(grad(f))(X, weights, w) for f in (run, twin))
+  jax.tree.map(close, got, wanted)
 
 
 @pytest.mark.parametrize(("data", "kernels"), [(P("data"), 4), (P(), 0)])

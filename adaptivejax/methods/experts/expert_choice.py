@@ -20,8 +20,6 @@ refuses, moves the budget; it is ours.
 Axes: B batch, T tokens, D features, E experts.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -67,12 +65,6 @@ class ExpertChoiceRouter(nnx.Module):
     self.count = experts
     self.capacity_factor = capacity_factor
     self.looks_ahead = not allow_noncausal
-
-  def most_choices(self, shape: tuple[int, ...]) -> int:
-    """Of [*B, T] tokens, all of them live."""
-    *batch, tokens = shape
-    most = math.ceil(tokens * self.capacity_factor / self.count)
-    return math.prod(batch) * self.count * min(most, tokens)
 
   def __call__(
     self,
