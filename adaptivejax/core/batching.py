@@ -6,12 +6,14 @@ branch runs.  So executors bring rules of their own, which keep it.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from adaptivejax.core.covers import Cover
 
@@ -46,13 +48,21 @@ def looped(f: Callable) -> Callable:
 def with_rule(f: Callable, rule: Callable) -> Callable:
   """`f` batched by `rule(op, batch, batched, *args)`.
 
-  Its derivative is that of `f`: JAX's derivative of a `custom_vmap` mixes up
-  the axes where an argument is batched and its tangent is not (`hessian`).
+  Its derivative is that of `f`, in either order: `grad(vmap)` differentiates
+  what the rule made of the batch, and `vmap(grad)` batches what `f` itself has
+  for a derivative.  `custom_vmap` has no reverse mode, and inside of
+  `custom_jvp` the batch would reach the derivative before the rule is asked.
   """
-  op = custom_vmap(f)
-  op.def_vmap(lambda *args: rule(op, *args))
-  run = jax.custom_jvp(op)
-  run.defjvp(lambda primals, tangents: jax.jvp(f, primals, tangents))
+
+  def run(*args):
+    leaves, tree = jax.tree.flatten(args)
+    closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    out = jax.tree.structure(shapes)
+    flat = _ruled.bind(
+      *closed.consts, *leaves, jaxpr=closed.jaxpr, rule=rule, trees=(tree, out)
+    )
+    return jax.tree.unflatten(out, flat)
+
   return run
 
 
@@ -69,3 +79,57 @@ def loop(op, batch, batched, *args):
 
   out = lax.map(one, [a for a, b in zip(leaves, flags) if b])
   return out, jax.tree.map(lambda _: True, out)
+
+
+_ruled = Primitive("with_rule")
+_ruled.multiple_results = True
+
+
+@_ruled.def_impl
+def _run(*args, jaxpr, **_):
+  count = len(jaxpr.constvars)
+  return jax.core.eval_jaxpr(jaxpr, args[:count], *args[count:])
+
+
+@_ruled.def_effectful_abstract_eval
+def _shapes(*_, jaxpr, **__):
+  return [v.aval for v in jaxpr.outvars], jaxpr.effects
+
+
+def _differentiate(primals, tangents, **how):
+  moving = [not isinstance(t, ad.Zero) for t in tangents]
+
+  def at(*values):
+    fresh = iter(values)
+    args = [next(fresh) if m else a for a, m in zip(primals, moving)]
+    return _run(*args, **how)
+
+  pick = lambda a: [each for each, m in zip(a, moving, strict=True) if m]
+  return jax.jvp(at, pick(primals), pick(tangents))
+
+
+def _batch(args: Sequence[Any], dims: Sequence[Any], *, jaxpr, rule, trees):
+  batch = next(a.shape[d] for a, d in zip(args, dims) if d is not None)
+  front = lambda a, d: a if d is None else jnp.moveaxis(a, d, 0)
+  args = [front(a, d) for a, d in zip(args, dims)]
+  batched, count = [d is not None for d in dims], len(jaxpr.constvars)
+
+  def op(consts, *values):
+    leaves = jax.tree.leaves(values)
+    how = {"jaxpr": jaxpr, "rule": rule, "trees": trees}
+    return jax.tree.unflatten(trees[1], _ruled.bind(*consts, *leaves, **how))
+
+  tree = trees[0]
+  split = lambda a: (a[:count], *jax.tree.unflatten(tree, a[count:]))
+  if any(batched[:count]):  # a rule knows nothing of what `f` closes over
+    out = loop(op, batch, split(batched), *split(args))
+  else:
+    call = functools.partial(op, args[:count])
+    out = rule(call, batch, split(batched)[1:], *split(args)[1:])
+  values, flags = map(jax.tree.leaves, out)
+  return values, [0 if b else None for b in flags]
+
+
+ad.primitive_jvps[_ruled] = _differentiate
+batching.primitive_batchers[_ruled] = _batch
+mlir.register_lowering(_ruled, mlir.lower_fun(_run, multiple_results=True))

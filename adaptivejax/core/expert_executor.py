@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How `expert_apply` runs: its chunks, its gradient and its batching rule.
+"""How `expert_apply` runs: its chunks, and its gradient.
 
 Forward, a chunk gathers the rows of its slots, runs them with its expert's
 parameters, and adds them, weighted, to the items' sum.  Under differentiation
 it also keeps, slot by slot, what it made and the matrix products inside, which
 is all that is dear to compute again; the backward pass is one more such run.
+Where each item may run all experts and few do, most slots are nobody's: of such
+a plan the first S slots are kept (`kept`), and the others computed again.
 
-Axes: N items, M slots, E experts, C slots of one chunk.
+Axes: N items, M slots, S of them kept, E experts, C slots of one chunk.
 """
 
 import functools
@@ -14,10 +16,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax import lax
 
-from adaptivejax.core.batching import loop, looped, with_rule
+from adaptivejax.core.batching import looped
 from adaptivejax.core.chunks import where
+from adaptivejax.core.combine import by_row
 from adaptivejax.core.covers import Cover
 from adaptivejax.core.dispatch import Dispatch
 from adaptivejax.core.groups import GroupChunk, run_groups
@@ -29,14 +32,20 @@ from adaptivejax.core.rowwise import (
 )
 from adaptivejax.core.varying import vary, varying_axes
 
+KEPT = 4
+"""Choices of an item whose products are kept where it may make any number."""
 
-def by_row(weight: Array, rows: Array) -> Array:
-  """`weight` against the rows it is of."""
-  return weight.reshape(-1, *[1] * (rows.ndim - 1)).astype(rows.dtype)
+
+def kept(plan: Dispatch, items: int) -> int:
+  """S: all M slots, but few where each item may run all E experts (static)."""
+  slots = plan.item.shape[0]
+  if slots < items * plan.sizes.shape[0]:
+    return slots
+  return min(slots, KEPT * items)
 
 
 def executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
-  """`(theta, x, weight, item, sizes) -> (y, slots)`, gradient and batching."""
+  """`(theta, x, plan) -> (y, slots)` and its gradient, which `vmap` loops."""
   (out,) = f.out_avals
   wide = jnp.promote_types(out.dtype, jnp.float32)  # a sum over experts
   row_form = jax.checkpoint(
@@ -90,63 +99,76 @@ def executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
     to = jnp.where(chunk.live, chunk.take(item), y.shape[0])
     return y.at[to].add(rows.astype(y.dtype), mode="drop")
 
-  def value(theta, x, weight, item, sizes):
-    axes = f.out_axes | varying_axes(x, weight, item, sizes)
+  def products(chunk, theta, x, item, axes):
+    """What the chunk makes, and what is dear in making it."""
+    rows, given = rows_of(chunk, x, item), of_chunk(chunk, theta)
+    new, leaves, *_ = transpose(rows, given, axes)
+    places = by_slot(x, theta, axes)
+    return [vary(a, axes) for a in (new, *(leaves[i] for i in places))]
+
+  def value(theta, x, plan):
+    axes = f.out_axes | varying_axes(x, plan)
 
     def step(chunk, y):
-      (new,) = f.apply([rows_of(chunk, x, item)], of_chunk(chunk, theta))
+      (new,) = f.apply([rows_of(chunk, x, plan.item)], of_chunk(chunk, theta))
       new = vary(new.astype(wide), axes)
-      return add_rows(chunk, y, item, new * by_row(chunk.take(weight), new))
+      new = new * by_row(chunk.take(plan.weight), new)
+      return add_rows(chunk, y, plan.item, new)
 
     start = zeros((x.shape[0], *out.shape[1:]), wide, axes)
-    y, slots = run_groups(cover, sizes, step, start)
+    y, slots = run_groups(cover, plan.sizes, step, start)
     return y.astype(out.dtype), slots
 
-  def forward(theta, x, weight, item, sizes):
+  def forward(theta, x, plan):
     """`value`, and what the backward pass would else compute again."""
-    axes = f.out_axes | varying_axes(x, weight, item, sizes, theta)
-    places = by_slot(x, theta, axes)
-
-    def products(chunk):
-      rows, given = rows_of(chunk, x, item), of_chunk(chunk, theta)
-      new, leaves, *_ = transpose(rows, given, axes)
-      return [new, *(leaves[i] for i in places)]
+    axes = f.out_axes | varying_axes(x, plan, theta)
+    make = lambda chunk: products(chunk, theta, x, plan.item, axes)
 
     def step(chunk, state):
       y, store = state
-      made = products(chunk)
+      made = make(chunk)
       new = made[0].astype(wide)
-      y = add_rows(chunk, y, item, new * by_row(chunk.take(weight), new))
-      made = [vary(a, axes) for a in made]
+      new = new * by_row(chunk.take(plan.weight), new)
+      y = add_rows(chunk, y, plan.item, new)
       return y, [chunk.put(a, b) for a, b in zip(store, made, strict=True)]
 
-    size = min(cover.sizes)
-    some = GroupChunk(jnp.int32(0), jnp.int32(0), jnp.ones(size, bool))
-    shapes = jax.eval_shape(lambda: products(some))
-    m = item.shape[0]
-    store = [zeros((m, *a.shape[1:]), a.dtype, axes) for a in shapes]
+    live = jnp.ones(min(cover.sizes), bool)
+    some = GroupChunk(jnp.int32(0), jnp.int32(0), live)
+    shapes = jax.eval_shape(lambda: make(some))
+    keep = kept(plan, x.shape[0])
+    store = [zeros((keep, *a.shape[1:]), a.dtype, axes) for a in shapes]
     start = zeros((x.shape[0], *out.shape[1:]), wide, axes), store
-    (y, store), slots = run_groups(cover, sizes, step, start)
+    (y, store), slots = run_groups(cover, plan.sizes, step, start)
     return y.astype(out.dtype), slots, store
 
-  def backward(theta, x, weight, item, sizes, store, dy):
-    axes = varying_axes(x, weight, item, sizes, dy, theta)
+  def backward(theta, x, plan, store, dy):
+    axes = varying_axes(x, plan, dy, theta)
     own = len(theta) - shared
     moving = [jnp.issubdtype(a.dtype, jnp.inexact) for a in theta]
     of_group = [i < own for i, m in enumerate(moving) if m]
     places = by_slot(x, theta, axes)
     wider = lambda a: jnp.promote_types(a.dtype, jnp.float32)
+    item, keep = plan.item, kept(plan, x.shape[0])
+
+    def made(chunk):
+      """What `forward` made of the chunk."""
+      take = lambda chunk: [vary(chunk.take(a), axes) for a in store]
+      if keep == item.shape[0]:
+        return take(chunk)
+      again = lambda chunk: products(chunk, theta, x, item, axes)
+      stored = chunk.begin + chunk.live.sum() <= keep
+      return lax.cond(stored, take, again, chunk)
 
     def step(chunk, state):
       dx, dweight, dtheta = state
       rows, given = rows_of(chunk, x, item), of_chunk(chunk, theta)
       _, leaves, tree, _ = transpose(rows, given, axes)
-      y, *kept = (chunk.take(a) for a in store)
-      for i, a in zip(places, kept, strict=True):
+      y, *products = made(chunk)
+      for i, a in zip(places, products, strict=True):
         leaves[i] = a  # what it was made of is dead code now
       cot = rows_of(chunk, dy, item).astype(wide)
       cot = where(chunk.live, cot, jnp.zeros_like(cot))
-      scaled = cot * by_row(chunk.take(weight), cot)
+      scaled = cot * by_row(chunk.take(plan.weight), cot)
       drows, dtheta_one = jax.tree.unflatten(tree, leaves)(
         scaled.astype(y.dtype)
       )
@@ -163,14 +185,13 @@ def executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
 
     start = (
       zeros(x.shape, wider(x), axes),
-      zeros(weight.shape, wide, axes),
+      zeros(plan.weight.shape, wide, axes),
       [zeros(a.shape, wider(a), axes) for a in differentiable(theta)],
     )
-    (dx, dweight, dtheta), _ = run_groups(cover, sizes, step, start)
+    (dx, dweight, dtheta), _ = run_groups(cover, plan.sizes, step, start)
     narrow = [d.astype(a.dtype) for d, a in zip(dtheta, differentiable(theta))]
-    return narrow, dx.astype(x.dtype), dweight.astype(weight.dtype)
+    return narrow, dx.astype(x.dtype), dweight.astype(plan.weight.dtype)
 
-  value = fold_items(value)
   forward, backward = looped(forward), looped(backward)
   run = jax.custom_vjp(value)
 
@@ -179,38 +200,9 @@ def executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
     return (y, slots), (*args, store)
 
   def run_backward(residuals, cotangents):
+    theta = residuals[0]
     dtheta, dx, dweight = backward(*residuals, cotangents[0])
-    return with_none(dtheta, residuals[0]), dx, dweight, None, None
+    return with_none(dtheta, theta), dx, Dispatch(None, dweight, None, None)
 
   run.defvjp(run_forward, run_backward)
   return run
-
-
-def fold_items(value: Callable) -> Callable:
-  """Under `vmap`, a batch of items; where parameters are batched, it loops."""
-
-  def rule(op, batch, batched, theta, x, weight, item, sizes):
-    if any(batched[0]):
-      return loop(op, batch, batched, theta, x, weight, item, sizes)
-    spread = lambda a, b: a if b else jnp.broadcast_to(a, (batch, *a.shape))
-    x, weight, item, sizes = map(
-      spread, (x, weight, item, sizes), tuple(batched[1:])
-    )
-    n, count = x.shape[1], sizes.shape[1]
-    whole = jax.vmap(lambda *a: Dispatch(*a))(item, weight, sizes)
-    valid = jax.vmap(lambda p: p.valid)(whole)
-    expert = jax.vmap(lambda p: p.expert)(whole)
-    order = jnp.argsort(jnp.where(valid, expert, count).reshape(-1))
-    offset = jnp.arange(batch, dtype=jnp.int32)[:, None] * n
-    sort = lambda a: a.reshape(-1)[order]
-    y, slots = op(
-      theta,
-      x.reshape(batch * n, *x.shape[2:]),
-      sort(weight),
-      sort(item + offset),
-      sizes.sum(0),
-    )
-    y = y.reshape(batch, n, *y.shape[1:])
-    return (y, jnp.broadcast_to(slots / batch, (batch,))), (True, True)
-
-  return with_rule(value, rule)

@@ -3,7 +3,8 @@
 
 The slots are gathered, sorted by expert as they are, every matrix product of
 the layer is one grouped product over all slots, and the rows are added up by
-item.  What is nobody's reaches nothing, as in `core.expert_executor`.
+item (`core.combine`).  What is nobody's reaches nothing, as in
+`core.expert_executor`.
 
 Axes: N items, M slots, E experts.
 """
@@ -14,11 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from adaptivejax.core.batching import looped
-from adaptivejax.core.chunks import where
-from adaptivejax.core.expert_executor import by_row, fold_items
+from adaptivejax.core.combine import combine, spread
+from adaptivejax.core.dispatch import Dispatch
+from adaptivejax.core.expert_executor import kept
 from adaptivejax.core.rowwise import (
   RowFunction,
   differentiable,
@@ -31,31 +34,34 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 DTYPES = (jnp.bfloat16, jnp.float32)
 
 
-def fits(x: Array, params: Any, *more: Array) -> bool:
-  """Whether the kernel takes these arrays: one dtype, and not in `shard_map`.
+def fits(x: Array, params: Any, plan: Dispatch) -> bool:
+  """Whether the kernel takes these arrays: all of one dtype.
 
-  There the tiles of `core.expert_executor` run: the kernel does not say over
-  which mesh axes its result varies.
+  In `shard_map` all must also differ over the same mesh axes, so that a
+  gradient is of the type of what it is for.
   """
-  dtypes = {a.dtype for a in jax.tree.leaves((x, params))}
-  alike = len(dtypes) == 1 and x.dtype in DTYPES and x.ndim == 2
-  return alike and not varying_axes(x, params, more)
+  leaves = [x, *jax.tree.leaves(params)]
+  alike = len({a.dtype for a in leaves}) == 1 and x.dtype in DTYPES
+  axes = {varying_axes(a) for a in (*leaves, plan.weight)}
+  return alike and x.ndim == 2 and axes == {varying_axes(x, plan)}
 
 
-def has_tiles(run: Callable, theta, x, weight, *plan: Array) -> bool:
+def has_tiles(run: Callable, theta, x: Array, plan: Dispatch) -> bool:
   """Whether the kernel can cut products of these sizes, and their gradients."""
 
   def gradients(theta, x, weight):
-    (y, _), pull = jax.vjp(
-      lambda moving, x, weight: run(merge(moving, theta), x, weight, *plan),
+    made, pull = jax.vjp(
+      lambda moving, x, weight: run(
+        merge(moving, theta), x, plan._replace(weight=weight)
+      ),
       differentiable(theta),
       x,
       weight,
     )
-    return pull((y, jnp.float32(0)))
+    return pull(made)
 
   try:
-    jax.eval_shape(gradients, theta, x, weight)
+    jax.eval_shape(gradients, theta, x, plan.weight)
   except ValueError:
     return False
   return True
@@ -65,41 +71,57 @@ def kernel_executor(
   together: Callable[[Array, Any, Callable[[Array, Array], Array]], Array],
   f: RowFunction,
   tree: Any,
+  chunks: Callable,
   *,
   interpret: bool = False,
 ) -> Callable:
-  """`(theta, x, weight, item, sizes) -> (y, slots)`, gradient and batching."""
-  (out,) = f.out_avals
-  wide = jnp.promote_types(out.dtype, jnp.float32)
+  """`(theta, x, plan) -> (y, slots)` and its gradient, which `vmap` loops.
 
-  def value(theta, x, weight, item, sizes):
+  The kernel makes a row for every slot.  Where each item may run all experts
+  it is given the slots that `kept` bounds, and if they are not enough `chunks`,
+  an executor as this one, runs instead.
+  """
+  (out,) = f.out_avals
+
+  def value(theta, x, plan):
+    slots = kept(plan, x.shape[0])
+    plan = plan._replace(item=plan.item[:slots], weight=plan.weight[:slots])
     product = functools.partial(
-      grouped_matmul, sizes=sizes, interpret=interpret
+      grouped_matmul, sizes=plan.sizes, interpret=interpret
     )
     params = jax.tree.unflatten(tree, theta[: tree.num_leaves])
-    rows = together(x.at[item].get(mode="promise_in_bounds"), params, product)
-    own = jnp.arange(item.shape[0]) < sizes.sum()
-    rows = where(own, rows, jnp.zeros_like(rows)).astype(wide)
-    rows = rows * by_row(jnp.where(own, weight, 0), rows)
-    y = jnp.zeros((x.shape[0], *out.shape[1:]), wide).at[item].add(rows)
-    return y.astype(out.dtype), sizes.sum().astype(jnp.float32)
+    rows = together(spread(x, plan), params, product)
+    y = combine(rows, plan, x.shape[0], out.dtype)
+    return y, plan.sizes.sum().astype(jnp.float32)
 
-  def backward(theta, x, weight, item, sizes, dy):
+  def gradient(value, theta, x, plan, dy):
     def apply(moving, x, weight):
-      return value(merge(moving, theta), x, weight, item, sizes)[0]
+      return value(merge(moving, theta), x, plan._replace(weight=weight))[0]
 
-    _, pull = jax.vjp(apply, differentiable(theta), x, weight)
+    _, pull = jax.vjp(apply, differentiable(theta), x, plan.weight)
     return pull(dy)
 
-  batched, backward = fold_items(value), looped(backward)
-  run = jax.custom_vjp(batched)
+  def either(kernel, chunks):
+    def choose(theta, x, plan, *more):
+      slots = kept(plan, x.shape[0])
+      if slots == plan.item.shape[0]:
+        return kernel(theta, x, plan, *more)
+      enough = plan.sizes.sum() <= slots
+      return lax.cond(enough, kernel, chunks, theta, x, plan, *more)
+
+    return choose
+
+  forward = looped(either(value, chunks))
+  partial = functools.partial
+  backward = looped(either(partial(gradient, value), partial(gradient, chunks)))
+  run = jax.custom_vjp(either(value, chunks))
 
   def run_forward(*args):
-    return batched(*args), args
+    return forward(*args), args
 
   def run_backward(args, cotangents):
     dtheta, dx, dweight = backward(*args, cotangents[0])
-    return with_none(dtheta, args[0]), dx, dweight, None, None
+    return with_none(dtheta, args[0]), dx, Dispatch(None, dweight, None, None)
 
   run.defvjp(run_forward, run_backward)
   return run

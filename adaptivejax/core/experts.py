@@ -10,11 +10,12 @@ gathers its rows, runs `f` on them with its expert's parameters, and adds its
 weighted rows to y; forward, nothing of the size of all slots is ever stored.
 
 It keeps the laws as `bucketed` does: padding repeats a row of the same expert;
-`vmap` folds the batch into the items, but gradients run example by example; in
-`shard_map` every device runs its own chunks.  Unlike there, the backward pass
-keeps the matrix products, one row for each of the M slots, used or not: a plan
-with as many choices as experts, most of them none, pays for all.  On
-a TPU layers made of matrix products run by a kernel (`core.expert_kernel`).
+`vmap` folds the batch into the items, and so does `grad(vmap)` (gradients for
+each example, `vmap(grad)`, run example by example); in `shard_map` every device
+runs its own chunks.  Unlike there, the backward pass keeps the matrix products,
+one row for each of the M slots, used or not; where an item may run all experts,
+it keeps those of 4 N slots, and computes the rest again.  On a TPU layers made
+of matrix products run by a kernel (`core.expert_kernel`).
 
 Axes: N items, M slots, E experts, C rows of one chunk, R chunk sizes.
 """
@@ -29,10 +30,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.chunks import Leaves, where
+from adaptivejax.core.combine import by_row
 from adaptivejax.core.cost import Cost, jaxpr_flops
 from adaptivejax.core.covers import MIN_CHUNK, Cover, cheapest
 from adaptivejax.core.dispatch import Dispatch
-from adaptivejax.core.expert_executor import by_row, executor
+from adaptivejax.core.expert_executor import executor
+from adaptivejax.core.expert_folding import fold_items
 from adaptivejax.core.expert_kernel import fits, has_tiles, kernel_executor
 from adaptivejax.core.rowwise import RowFunction, trace_rows
 from adaptivejax.core.varying import vary, varying_axes
@@ -72,15 +75,26 @@ def expert_apply(
       notes on `jit`, forward mode and sharding hold here too.
   """
   call = _trace(f, x, plan, params, cover)
-  run = executor(call.f, call.cover, call.shared)
-  if together is not None and fits(call.x, call.theta, *plan):
-    kernel = kernel_executor(together, call.f, jax.tree.structure(params))
-    if has_tiles(
-      kernel, call.theta, call.x, plan.weight, plan.item, plan.sizes
-    ):
-      run = functools.partial(lax.platform_dependent, tpu=kernel, default=run)
-  y, slots = run(call.theta, call.x, plan.weight, plan.item, plan.sizes)
+  run = _executor(call.f, call.shared, together, jax.tree.structure(params))
+  y, slots = fold_items(run, cover)(call.theta, call.x, plan)
   return y, _price(call, plan, slots)
+
+
+def _executor(f: RowFunction, shared: int, together, tree) -> Callable:
+  """`(cover, theta, x, plan) -> (y, slots)`, for any number of items."""
+
+  def run(cover, theta, x, plan):
+    cover = cover or _default(f, x.shape[0])
+    chunks = executor(f, cover, shared)
+    if together is not None and fits(x, theta, plan):
+      kernel = kernel_executor(together, f, tree, chunks)
+      if has_tiles(kernel, theta, x, plan):
+        return lax.platform_dependent(
+          theta, x, plan, tpu=kernel, default=chunks
+        )
+    return chunks(theta, x, plan)
+
+  return run
 
 
 def expert_apply_dense(
@@ -142,6 +156,18 @@ PRICE = 35
 
 
 @functools.cache
+def _folded_cover(items: int) -> Cover:
+  """That of a batch of calls, of sizes that every call traces."""
+  sizes = [size for size in CHUNKS if size <= max(items, CHUNKS[-1])]
+  return cheapest(*sizes, price=PRICE)
+
+
+def _default(f: RowFunction, items: int) -> Cover:
+  cover = expert_cover(items)
+  return cover if set(cover.sizes) <= set(f.jaxprs) else _folded_cover(items)
+
+
+@functools.cache
 def expert_cover(items: int) -> Cover:
   """The chunk sizes that `expert_apply` uses for up to `items` per expert."""
   most = min(CHUNKS[0], -(-items // MIN_CHUNK) * MIN_CHUNK)
@@ -155,28 +181,25 @@ class _Call(NamedTuple):
   theta: Leaves
   shared: int
   x: Array
-  cover: Cover
 
 
 def _trace(f, x, plan: Dispatch, params, cover) -> _Call:
   count = plan.sizes.shape[0]
   leaves = jax.tree.leaves(params)
   _check(x, plan, leaves, count)
-  cover = cover or expert_cover(x.shape[0])
+  if cover:
+    sizes = set(cover.sizes) | {2 * cover.sizes[0]}  # tell rows from the rest
+  else:
+    sizes = {*CHUNKS, *expert_cover(x.shape[0]).sizes}  # see `_default`
   predicate = varying_axes(plan.item, plan.sizes)
   axes = predicate | varying_axes(x, plan.weight)
   x, params = vary(x, axes), vary(params, axes | varying_axes(params))
   first = jax.tree.map(lambda a: a[0], params)
-  sizes = cover.sizes
-  if len(sizes) == 1:  # two of them tell rows from the rest
-    sizes += (2 * sizes[0],)
-  function, theta = trace_rows(f, x, (first,), sizes, predicate)
+  function, theta = trace_rows(f, x, (first,), tuple(sizes), predicate)
   if len(function.out_avals) != 1:
     raise ValueError("`f` must return one array of rows.")
   shared = theta[len(leaves) :]
-  return _Call(
-    function, [*jax.tree.leaves(params), *shared], len(shared), x, cover
-  )
+  return _Call(function, [*jax.tree.leaves(params), *shared], len(shared), x)
 
 
 def _check(x, plan: Dispatch, leaves: Leaves, count: int) -> None:

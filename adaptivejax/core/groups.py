@@ -32,10 +32,9 @@ class GroupChunk(NamedTuple):
     return a.at[self.begin + place].get(mode="promise_in_bounds")
 
   def put(self, a: Array, entries: Array) -> Array:
-    """`a` with the entries of the live slots written."""
+    """`a` with the entries of the live slots written, as far as it goes."""
     place = self.begin + jnp.arange(self.live.size)
-    nowhere = a.shape[0] + jnp.arange(self.live.size)
-    to = jnp.where(self.live, place, nowhere)
+    to = jnp.where(self.live, place, a.shape[0] + place)
     return a.at[to].set(entries, mode="drop", unique_indices=True)
 
   def of_group(self, a: Array) -> Array:

@@ -42,6 +42,7 @@ from pallas_kernels.grouped_matmul.launch import between, launch, loop
 from pallas_kernels.grouped_matmul.picking import Picker
 from pallas_kernels.grouped_matmul.ring import Ring, Scalar
 from pallas_kernels.grouped_matmul.tuned import LANES, Tiles
+from pallas_kernels.grouped_matmul.varying import result
 from pallas_kernels.grouped_matmul.work import Work
 
 
@@ -84,7 +85,7 @@ def multiply(
   return launch(
     kernel,
     "grouped_matmul",
-    jax.ShapeDtypeStruct((size, columns), x.dtype),
+    result((size, columns), x.dtype, x, w, *lists),
     lists,
     (x, w),
     grid=(tiles.cores, strips, count),

@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.launch import between, launch, loop
 from pallas_kernels.grouped_matmul.tuned import Tiles
+from pallas_kernels.grouped_matmul.varying import result
 from pallas_kernels.grouped_matmul.work import Work
 
 
@@ -49,7 +50,7 @@ def multiply_sums(
   return launch(
     functools.partial(_kernel, tiles=tiles),
     "grouped_matmul_sums",
-    jax.ShapeDtypeStruct((groups, features, columns), x.dtype),
+    result((groups, features, columns), x.dtype, x, dy, *lists),
     lists,
     (x, dy),
     grid=(tiles.cores, strips, count),

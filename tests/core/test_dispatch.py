@@ -4,7 +4,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptivejax.core.dispatch import (
@@ -109,6 +109,36 @@ def test_leading_axes_are_item_axes():
     assert np.array_equal(a, b)
 
 
+@settings(max_examples=15)
+@given(choices())
+def test_place_is_where_the_choices_went(case):
+  experts, count = case
+  weights = jnp.arange(1.0 * experts.size).reshape(experts.shape)
+  plan = dispatch(jnp.asarray(experts), weights, count)
+  theirs = np.asarray(plan.place < plan.sizes.sum())
+  assert np.array_equal(theirs, experts != NOBODY)
+  assert np.array_equal(plan.weight[plan.place], weights)
+  assert np.array_equal(plan.expert[plan.place][theirs], experts[theirs])
+
+
+@settings(max_examples=15)
+@given(choices(), st.integers(0, 9))
+def test_a_plan_of_at_most_so_many_slots(case, room):
+  """Exact where the promise holds; else the last experts are cut off."""
+  experts, count = case
+  weights = jnp.arange(1.0 * experts.size).reshape(experts.shape)
+  whole = dispatch(jnp.asarray(experts), weights, count)
+  total = int(whole.sizes.sum())
+  for most in (total + room, room):
+    plan = dispatch(jnp.asarray(experts), weights, count, most=most)
+    used = min(total, most)
+    assert len(plan.item) == len(plan.weight) == min(most, experts.size)
+    assert plan.sizes.sum() == used
+    for a, b in zip(plan[:2], whole[:2]):
+      assert np.array_equal(a[:used], b[:used])
+    assert np.array_equal(plan.expert[:used], whole.expert[:used])
+
+
 def test_more_choices_than_experts_if_some_are_none():
   experts = jnp.array([[NOBODY, 1, NOBODY], [1, NOBODY, 0]])
   plan = dispatch(experts, jnp.arange(6.0).reshape(2, 3), 2)
@@ -122,6 +152,11 @@ def test_a_capacity_for_each_expert():
   served = within_capacity(experts, 3, jnp.array([2, 1, 0]))
   first = [[1, 0], [1, 0], [1, 0], [0, 0]]
   np.testing.assert_array_equal(served, np.array(first, bool))
+
+
+def test_a_promise_of_less_than_nothing():
+  with pytest.raises(ValueError, match="at least 0"):
+    dispatch(jnp.zeros((2, 1), int), jnp.ones((2, 1)), 2, most=-1)
 
 
 @pytest.mark.parametrize(

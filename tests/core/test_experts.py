@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from adaptivejax.core.covers import coins
 from adaptivejax.core.dispatch import NOBODY, Dispatch, dispatch
+from adaptivejax.core.expert_executor import KEPT
 from adaptivejax.core.expert_kernel import kernel_executor
 from adaptivejax.core.experts import (
   expert_apply,
@@ -222,7 +225,7 @@ def test_bad_input(change, says):
     expert_apply(**args)
 
 
-def by_kernel(experts, together):
+def by_kernel(experts, together, chunks=None):
   """The kernel's way of the same, on CPU."""
 
   def run(x, weights, params):
@@ -230,8 +233,8 @@ def by_kernel(experts, together):
     leaves, tree = jax.tree.flatten(params)
     row = jax.ShapeDtypeStruct((N, D), jnp.float32)
     function = RowFunction({}, {}, len(leaves), None, [row])
-    go = kernel_executor(together, function, tree, interpret=True)
-    return go(leaves, x, plan.weight, plan.item, plan.sizes)[0]
+    go = kernel_executor(together, function, tree, chunks, interpret=True)
+    return go(leaves, x, plan)[0]
 
   return run
 
@@ -255,3 +258,86 @@ def test_the_kernel_is_the_same(name):
   )
   twice = jax.vmap(lambda x: run(x, WEIGHTS, PARAMS))(jnp.stack([X, 2 * X]))
   close(twice[1], brute(2 * X, WEIGHTS, PARAMS, experts))
+
+
+@pytest.mark.parametrize(("used", "factor"), [(KEPT * N, 1), (KEPT * N + 1, 2)])
+def test_the_kernel_has_slots_enough_or_leaves_it(used, factor):
+  """To the chunks, which here make twice as much."""
+  experts = np.where(np.arange(N * E) < used, np.arange(N * E) % E, NOBODY)
+  experts = jnp.asarray(experts.reshape(N, E))
+  weights = jax.random.normal(KEYS[3], (N, E))
+
+  def chunks(theta, x, plan):
+    f = lambda rows, p: 2 * jnp.tanh(rows @ p)
+    y, cost = expert_apply(f, x, plan, theta[0])
+    return y, cost.capacity
+
+  together = lambda r, w, product: jnp.tanh(product(r, w))
+  w = PARAMS["up"][:, :, :D]
+  loss = lambda f: lambda *args: jnp.sin(f(*args)).sum()
+  run = by_kernel(experts, together, chunks)
+
+  def twin(x, weights, w):
+    plan = dispatch(experts, weights, E)
+    f = lambda rows, w: factor * jnp.tanh(rows @ w)
+    return expert_apply_dense(f, x, plan, w)[0]
+
+  grad = lambda f: jax.value_and_grad(loss(f), argnums=(0, 1, 2))
+  got, wanted = (jax.jit(grad(f))(X, weights, w) for f in (run, twin))
+  jax.tree.map(close, got, wanted)
+
+
+@pytest.mark.parametrize(("data", "kernels"), [(P("data"), 4), (P(), 0)])
+def test_the_kernel_inside_shard_map(data, kernels):
+  """A TPU runs it where all differs over the same axes, else the chunks.
+
+  With a gradient there are four: y, y again, dx and dw.
+  """
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+  together = lambda r, w, product: jnp.tanh(product(r, w))
+
+  def local(x, weights, w, experts):
+    w = jax.lax.pcast(w, "data", to="varying")
+    f = lambda rows, w: jnp.tanh(rows @ w)
+    plan = dispatch(experts, weights, E)
+    return expert_apply(f, x, plan, w, together=together)[0]
+
+  specs = data, data, P(), data
+  run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("data"))
+  loss = lambda *args: jnp.sin(run(*args)).sum()
+  f = jax.grad(loss, argnums=(0, 1, 2)) if kernels else loss
+  args = X, WEIGHTS, PARAMS["up"], jnp.asarray(ROUTES["some"])
+  module = jax.export.export(jax.jit(f), platforms=["tpu"])(*args)
+  assert module.mlir_module().count("@tpu_custom_call") == kernels
+
+
+@pytest.mark.parametrize("absent", [0.0, 0.1, 0.7])
+def test_a_choice_of_any_number_of_experts(absent):
+  """More slots than are kept, fewer, and in the midst of a chunk."""
+  rng = np.random.default_rng(0)
+  experts = np.where(rng.random((N, E)) < absent, NOBODY, np.arange(E))
+  weights = jax.random.normal(KEYS[3], (N, E))
+  args = X, weights, PARAMS
+  loss = lambda *args: jnp.sin(routed(*args, jnp.asarray(experts))[0]).sum()
+  wanted = lambda *args: jnp.sin(brute(*args, experts)).sum()
+  grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*args)
+  jax.tree.map(close, grads, jax.grad(wanted, argnums=(0, 1, 2))(*args))
+
+
+def test_what_is_kept_is_bounded():
+  """Of a plan with a place for every expert of every item: 4 N rows."""
+  count = 4 * E
+  params = jax.tree.map(lambda a: jnp.tile(a, (4, 1, 1)), PARAMS)
+
+  def rows_kept(choices, most=None):
+    def run(x):
+      experts = jnp.zeros((N, choices), int).at[:, 1:].set(NOBODY)
+      plan = dispatch(experts, jnp.ones((N, choices)), count, most=most)
+      return expert_apply(expert, x, plan, params)[0]
+
+    kept = jax.eval_shape(lambda: jax.vjp(run, X)[1])
+    return {a.shape[0] for a in jax.tree.leaves(kept) if a.shape[1:] == (F,)}
+
+  assert rows_kept(count) == {KEPT * N}
+  assert rows_kept(count - 1) == {(count - 1) * N}  # told apart by its choices
+  assert rows_kept(count, most=N) == {N}
