@@ -40,6 +40,10 @@ class Dispatch(NamedTuple):
   sizes: Array
   place: Array | None = None
 
+  def cotangent(self, weight: Array) -> "Dispatch":
+    """What a backward pass says of a plan: only weights carry a gradient."""
+    return self._replace(item=None, weight=weight, sizes=None, place=None)
+
   @property
   def valid(self) -> Bool[Array, " M"]:
     """Slots that are somebody's."""

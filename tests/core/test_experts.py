@@ -225,7 +225,7 @@ def test_bad_input(change, says):
     expert_apply(**args)
 
 
-def by_kernel(experts, together, chunks=None):
+def by_kernel(experts, together, chunks=lambda *args: args):
   """The kernel's way of the same, on CPU."""
 
   def run(x, weights, params):
