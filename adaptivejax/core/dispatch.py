@@ -9,7 +9,7 @@ the choices that an expert has no room for are marked as no choice.
 Axes: N items, K choices per item, E experts, M = N K slots.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -42,7 +42,8 @@ class Dispatch(NamedTuple):
 
   def cotangent(self, weight: Array) -> "Dispatch":
     """What a backward pass says of a plan: only weights carry a gradient."""
-    return self._replace(item=None, weight=weight, sizes=None, place=None)
+    none: Any = None
+    return Dispatch(none, weight, none)
 
   @property
   def valid(self) -> Bool[Array, " M"]:
