@@ -9,7 +9,7 @@ the choices that an expert has no room for are marked as no choice.
 Axes: N items, K choices per item, E experts, M = N K slots.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -39,6 +39,11 @@ class Dispatch(NamedTuple):
   weight: Array
   sizes: Array
   place: Array | None = None
+
+  def cotangent(self, weight: Array) -> "Dispatch":
+    """What a backward pass says of a plan: only weights carry a gradient."""
+    none: Any = None
+    return Dispatch(none, weight, none)
 
   @property
   def valid(self) -> Bool[Array, " M"]:

@@ -200,9 +200,9 @@ def executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
     return (y, slots), (*args, store)
 
   def run_backward(residuals, cotangents):
-    theta = residuals[0]
+    theta, _, plan, _ = residuals
     dtheta, dx, dweight = backward(*residuals, cotangents[0])
-    return with_none(dtheta, theta), dx, Dispatch(None, dweight, None, None)
+    return with_none(dtheta, theta), dx, plan.cotangent(dweight)
 
   run.defvjp(run_forward, run_backward)
   return run

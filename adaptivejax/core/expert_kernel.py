@@ -120,8 +120,9 @@ def kernel_executor(
     return forward(*args), args
 
   def run_backward(args, cotangents):
+    theta, _, plan = args
     dtheta, dx, dweight = backward(*args, cotangents[0])
-    return with_none(dtheta, args[0]), dx, Dispatch(None, dweight, None, None)
+    return with_none(dtheta, theta), dx, plan.cotangent(dweight)
 
   run.defvjp(run_forward, run_backward)
   return run
