@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Primitives: pure functions of arrays; the one home of control flow."""
 
-from adaptivejax.core.attention import Keys, attend, rotary
+from adaptivejax.core.attention import (
+  Keys,
+  attend,
+  attend_with_mass,
+  attention_weights,
+  rotary,
+)
 from adaptivejax.core.buckets import bucketed, masked
 from adaptivejax.core.budget import (
   budget_loss,
@@ -43,6 +49,15 @@ from adaptivejax.core.dispatch import (
   within_capacity,
 )
 from adaptivejax.core.drafts import Verified, draft_verify
+from adaptivejax.core.eviction import (
+  best,
+  candidates,
+  compacted_positions,
+  evict,
+  merge,
+  replace_victim,
+  victim,
+)
 from adaptivejax.core.expert_parallel import (
   exchange_cover,
   expert_apply_parallel,
@@ -130,16 +145,21 @@ __all__ = [
   "ancestors",
   "append",
   "attend",
+  "attend_with_mass",
+  "attention_weights",
   "binary_cross_entropy",
   "balanced_clusters",
+  "best",
   "bucketed",
   "budget_loss",
+  "candidates",
   "cdf",
   "cheapest",
   "chunk_union",
   "coins",
   "commit_path",
   "compact",
+  "compacted_positions",
   "crop",
   "cross_entropy",
   "default_cover",
@@ -152,6 +172,7 @@ __all__ = [
   "dispatch_mask",
   "draft_verify",
   "entropy",
+  "evict",
   "exchange_cover",
   "exit_cross_entropy",
   "exit_depth",
@@ -180,6 +201,7 @@ __all__ = [
   "margin",
   "masked",
   "masked_scan",
+  "merge",
   "max_prob",
   "no_drop_capacity",
   "only_after",
@@ -188,6 +210,7 @@ __all__ = [
   "ponder",
   "prefix_slice",
   "quantise",
+  "replace_victim",
   "rotary",
   "run_anyway",
   "run_if",
@@ -206,6 +229,7 @@ __all__ = [
   "top_k",
   "top_p",
   "tree_verify",
+  "victim",
   "within_capacity",
   "write",
 ]

@@ -5,8 +5,8 @@ Who may see whom is decided by positions, not by layout: a key is visible if its
 position is in 0..position of the query.  So the same function serves training,
 prefill and decode over a cache with holes.
 
-Axes: B batch, T queries, S keys, H query heads, G key heads, D head width, P
-heads that hold different keys: 1 or G.
+Axes: B batch, T queries, S keys, H query heads, G key heads, D head width, E
+value width, P heads that hold different keys: 1 or G.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Keys(NamedTuple):
 
   Attributes:
     k: f[B, G, S, D], or i8.
-    v: likewise.
+    v: f[B, G, S, E], or i8.
     pos: i32[B, P, S].
     bias: added to the scores of a key, f32[B, P, S]: the log of its size, where
       a key stands for several; 0 if None.
@@ -48,7 +48,7 @@ def attend(
   *,
   window: int | None = None,
   mask: Bool[Array, "B T S"] | None = None,
-) -> Float[Array, "B T H D"]:
+) -> Float[Array, "B T H E"]:
   """Softmax attention in f32; a query that sees no key gets zero.
 
   Args:
@@ -62,12 +62,64 @@ def attend(
   A key is as if it were not there for a query that does not see it, NaN
   included; a query that sees a key or value that is not finite gets NaN.
   """
-  weights, v, broken = _weigh(q, keys, positions, window, mask)
+  return _mix(*_weigh(q, keys, positions, window, mask))
+
+
+def attend_with_mass(
+  q: Float[Array, "B T H D"],
+  keys: Keys,
+  positions: Int[Array, "B T"],
+  *,
+  mask: Bool[Array, "B T S"] | None = None,
+  chunk: int = 256,
+) -> tuple[Float[Array, "B T H E"], Float[Array, "B H S"]]:
+  """`attend`, and the attention that each key got, summed over the queries.
+
+  Args:
+    q, keys, positions, mask: as there.
+    chunk: queries whose weights exist at the same time (static).
+  """
+
+  def some(asked):
+    q, positions, mask = asked
+    weights, *rest = _weigh(q, keys, positions, None, mask)
+    mass = weights.sum(3)  # [B, G, H/G, S]
+    return _mix(weights, *rest), mass.reshape(mass.shape[0], -1, mass.shape[-1])
+
+  tokens = q.shape[1]
+  if tokens <= chunk:
+    return some((q, positions, mask))
+  pieces = -(-tokens // chunk)
+
+  def cut(a, empty):
+    """[pieces, B, chunk, ...] from [B, T, ...]."""
+    spare = [(0, 0), (0, pieces * chunk - tokens), *[(0, 0)] * (a.ndim - 2)]
+    a = jnp.pad(a, spare, constant_values=empty)
+    return jnp.moveaxis(
+      a.reshape(a.shape[0], pieces, chunk, *a.shape[2:]), 1, 0
+    )
+
+  mask = None if mask is None else cut(mask, False)
+  out, mass = jax.lax.map(some, (cut(q, 0), cut(positions, -1), mask))
+  out = jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *out.shape[3:])
+  return out[:, :tokens], mass.sum(0)
+
+
+def attention_weights(
+  q: Float[Array, "B T H D"], keys: Keys, positions: Int[Array, "B T"]
+) -> Float[Array, "B H T S"]:
+  """The softmax of `attend`; 0 for what a query does not see."""
+  weights, *_ = _weigh(q, keys, positions)
+  return weights.reshape(weights.shape[0], -1, *weights.shape[3:])
+
+
+def _mix(weights, v, broken):
+  """[B, T, H, E] of the values."""
   out = jnp.einsum("bgrts,bgsd->btgrd", weights.astype(v.dtype), v)
   if broken is not None:
     broken = jnp.moveaxis(broken, 2, 1)[..., None, None]
     out = jnp.where(broken, jnp.nan, out)
-  return out.reshape(q.shape)
+  return out.reshape(*out.shape[:2], -1, v.shape[-1])
 
 
 def _weigh(q, keys: Keys, positions, window=None, mask=None):

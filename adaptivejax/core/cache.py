@@ -197,10 +197,8 @@ def write(
     keys: of T tokens; position -1 empties the slot.
     slot: where each goes, or S for nowhere (dynamic); no slot twice.
   """
-  if cache.scale is not None and keys.scale is None:
-    codes = quantise(keys.k), quantise(keys.v)
-    (k, v), scale = zip(*codes)
-    keys = keys._replace(k=k, v=v, scale=scale)
+  if cache.scale is not None:
+    keys = coded(keys)
   batch, many, _ = slot.shape
   row = jnp.arange(batch)[:, None]
 
@@ -229,6 +227,22 @@ def write(
     new = [jnp.where(valid[..., 0], a, 0) for a in keys.scale]
     cache = cache._replace(scale=tuple(map(put, cache.scale, new)))
   return cache
+
+
+def put(cache: KVCache, layer: Int[Array, ""] | int, keys: Keys) -> KVCache:
+  """Replaces all S slots of one layer (dynamic), as they are stored."""
+  replaced = lambda old, new: old.at[:, layer].set(new.astype(old.dtype))
+  held = Keys(cache.k, cache.v, cache.pos, cache.bias, cache.scale)
+  held = jax.tree.map(replaced, held, keys)
+  return cache._replace(**held._asdict())
+
+
+def coded(keys: Keys) -> Keys:
+  """Keys and values as 8-bit codes with scales; themselves if they are."""
+  if keys.scale is not None:
+    return keys
+  (k, k_scale), (v, v_scale) = quantise(keys.k), quantise(keys.v)
+  return keys._replace(k=k, v=v, scale=(k_scale, v_scale))
 
 
 def crop(cache: KVCache, length: Int[Array, " B"]) -> KVCache:

@@ -10,6 +10,7 @@ from adaptivejax.nn.confidence import (
   MetaClassifier,
   exit_confidence,
 )
+from adaptivejax.nn.evicting import Evicting, Worth
 from adaptivejax.nn.exit import early_exit
 from adaptivejax.nn.experts import (
   MixtureOfExperts,
@@ -58,6 +59,7 @@ __all__ = [
   "Block",
   "ByStack",
   "Coded",
+  "Evicting",
   "Frozen",
   "Group",
   "LayerNorm",
@@ -74,6 +76,7 @@ __all__ = [
   "Spread",
   "StackOutput",
   "Step",
+  "Worth",
   "ZeroComputationExperts",
   "adjust",
   "apply_experts",
