@@ -22,7 +22,6 @@ from adaptivejax.core.eviction import (
   evict,
   gather,
   replace_victim,
-  victim,
 )
 from adaptivejax.nn.look import Look, Looked, look_cost
 from adaptivejax.nn.setting import Setting
@@ -118,7 +117,7 @@ class Evicting(Look):
     worth = self.worth(q, held, positions, jnp.where(new, 0, score))
     keep = jnp.minimum(worth.keep, cache.slots - 1)
     over = (held.pos >= 0).sum(-1) > jnp.reshape(keep, (-1, 1))
-    least = victim(held.pos, jnp.where(held.pos < 0, jnp.inf, worth.priority))
+    least = jnp.where(held.pos < 0, jnp.inf, worth.priority).argmin(-1)
     gone = over[..., None] & (jnp.arange(cache.slots) == least[..., None])
     pos = jnp.where(gone, -1, held.pos)
     cache = cache._replace(pos=cache.pos.at[:, layer].set(pos))

@@ -94,10 +94,11 @@ class SnapKV(Evicting):
     mean = weights.sum(2) / there
     first = jnp.where(place >= 0, place, jnp.iinfo(place.dtype).max).min(1)
     before = (keys.pos >= 0) & (keys.pos < first[:, None, None])
-    by_head = mean.reshape(*keys.pos.shape[:2], -1, mean.shape[-1])
+    groups = keys.k.shape[1]
+    by_head = mean.reshape(mean.shape[0], groups, -1, mean.shape[-1])
     voted = jnp.where(before[:, :, None], by_head, 0)
     pooled = self._pool(voted, keys.pos[:, :, None]).reshape(mean.shape)
-    score = group_reduce(pooled, keys.pos.shape[1], self.group_reduce)
+    score = group_reduce(pooled, groups, self.group_reduce)
     return jnp.where(before, score, 1.0 + keys.pos)
 
   def _pool(self, score: Float[Array, "*X N"], pos: Int[Array, "*Y N"]):
