@@ -49,23 +49,27 @@ def attention_mass(
     scores = scores + each(marks.kv_bias)[:, :, None]
   scores = jnp.where(seen, scores, -jnp.inf)
   if lse is None:
-    sinks = marks.sinks
     lse = jax.nn.logsumexp(scores, axis=-1)
-    if sinks is not None:
-      lse = jnp.logaddexp(lse, sinks[:, None])
+    if marks.sinks is not None:
+      lse = jnp.logaddexp(lse, marks.sinks[:, None])
   weights = jnp.exp(scores - jnp.where(lse == -jnp.inf, 0, lse)[..., None])
   weights = jnp.where(seen, weights, 0)
   if q_weight is not None:
-    weights = weights * jnp.broadcast_to(
-      q_weight if q_weight.ndim == 3 else q_weight[:, None], lse.shape
-    )[..., None]
-  tiles = -(-queries // (block_q or queries))
-  blocks = -(-keys // block)
+    weights = (
+      weights
+      * jnp.broadcast_to(
+        q_weight if q_weight.ndim == 3 else q_weight[:, None], lse.shape
+      )[..., None]
+    )
   height = block_q or queries
-  pad = [(0, 0), (0, 0), (0, tiles * height - queries), (0, 0)]
-  weights = jnp.pad(weights, pad).reshape(batch, heads, tiles, height, keys)
-  of_key = weights.sum(3) if reduce_q == "sum" else weights.max(3)
-  pad = [(0, 0)] * 3 + [(0, blocks * block - keys)]
-  of_block = jnp.pad(of_key, pad).reshape(batch, heads, tiles, blocks, block)
-  mass = of_block.sum(-1) if reduce_q == "sum" else of_block.max(-1)
+  tiles, blocks = -(-queries // height), -(-keys // block)
+  pad = [
+    (0, 0),
+    (0, 0),
+    (0, tiles * height - queries),
+    (0, blocks * block - keys),
+  ]
+  weights = jnp.pad(weights, pad)
+  weights = weights.reshape(batch, heads, tiles, height, blocks, block).sum(-1)
+  mass = weights.sum(3) if reduce_q == "sum" else weights.max(3)
   return mass if block_q else mass[:, :, 0]

@@ -130,7 +130,9 @@ def _check(q, k, v, units, marks, page_table, k_scale, v_scale):
       f" q{q.shape} there."
     )
   if heads % k.shape[1]:
-    raise ValueError(f"{heads} query heads do not share {k.shape[1]} key heads.")
+    raise ValueError(
+      f"{heads} query heads do not share {k.shape[1]} key heads."
+    )
   if page_table is None and len(k) != batch:
     raise ValueError(
       f"q has {batch} rows and the cache {len(k)}: give the `page_table` of a"

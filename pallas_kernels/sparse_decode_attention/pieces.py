@@ -113,7 +113,7 @@ def seen(
     bool[B, O, T, M * g] and f32[B, O, M * g] or None; O is 1 where all heads
     have the same, else the heads of `read`.
   """
-  batch, lists, *sizes = pieces.slot.shape
+  batch, lists = pieces.slot.shape[:2]
   slot = pieces.slot.reshape(batch, lists, -1)
   take = lambda mark: _at(mark, slot)
   pos = slot if marks.kv_pos is None else take(marks.kv_pos)

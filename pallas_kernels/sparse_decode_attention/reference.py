@@ -54,9 +54,7 @@ def sparse_decode_attention(
     block_q=queries,
     block_kv=units.unit,
   )
-  got = reference.block_sparse_attention(
-    q, k, v, lists, marks, rule, mass=mass
-  )
+  got = reference.block_sparse_attention(q, k, v, lists, marks, rule, mass=mass)
   return got._replace(mass=None if got.mass is None else got.mass[:, :, 0])
 
 

@@ -55,8 +55,8 @@ def forward(
     in_place: a whole cache need not be copied, even in parts; such a cache has
       no safe gradient: 0 times what nobody sees is NaN, if that is.
   """
-  batch, heads, queries, width = q.shape
-  slots, owners = length(k, page_table), 1
+  batch, heads, _, width = q.shape
+  slots = length(k, page_table)
   whole = units is None
   gathered = max(k.shape[1], 1 if whole else units.index.shape[1])
   most = max(CHUNK_BYTES // (4 * batch * gathered * width), 16)
@@ -84,7 +84,6 @@ def forward(
   floats = jnp.issubdtype(k.dtype, jnp.floating)
   if not (whole and in_place and floats) or page_table is not None:
     return in_chunks()
-  del owners
   got = _attend_all(q, k, v, marks, rule, mass)
   # Weights of 0 do not undo a NaN: where one came through, leave it out.
   fine = jnp.isfinite(got.out).all()
@@ -156,10 +155,8 @@ def _attend(
 
 
 def _products(q: jax.Array, k: jax.Array) -> jax.Array:
-  """q k^T, f32[B, n, m, keys]."""
-  return jnp.einsum(
-    "bnmd,bnkd->bnmk", q, k, preferred_element_type=jnp.float32
-  )
+  """Products q k^T, f32[B, n, m, keys]."""
+  return jnp.einsum("bnmd,bnkd->bnmk", q, k, preferred_element_type=jnp.float32)
 
 
 def _sums(weights: jax.Array, v: jax.Array) -> jax.Array:
