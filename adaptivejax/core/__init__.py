@@ -2,6 +2,7 @@
 """Primitives: pure functions of arrays; the one home of control flow."""
 
 from adaptivejax.core.attention import Keys, attend, rotary
+from adaptivejax.core.attention_mass import attention_mass, group_reduce
 from adaptivejax.core.buckets import bucketed, masked
 from adaptivejax.core.budget import (
   budget_loss,
@@ -99,6 +100,11 @@ from adaptivejax.core.select import (
   top_k,
   top_p,
 )
+from adaptivejax.core.sparse_decode import (
+  masked_decode,
+  sparse_decode,
+  units_from_mask,
+)
 from adaptivejax.core.staged import freeze, masked_scan, staged_while
 from adaptivejax.core.trees import Path, Tree, ancestors, depths, tree_verify
 from adaptivejax.core.trigrams import TrigramTable
@@ -126,6 +132,7 @@ __all__ = [
   "ancestors",
   "append",
   "attend",
+  "attention_mass",
   "binary_cross_entropy",
   "balanced_clusters",
   "bucketed",
@@ -159,6 +166,7 @@ __all__ = [
   "expert_cover",
   "flops",
   "freeze",
+  "group_reduce",
   "grouped_matmul",
   "gumbel_sigmoid",
   "gumbel_softmax",
@@ -174,6 +182,7 @@ __all__ = [
   "logit_margin",
   "margin",
   "masked",
+  "masked_decode",
   "masked_scan",
   "max_prob",
   "no_drop_capacity",
@@ -192,6 +201,7 @@ __all__ = [
   "solve_depth_threshold",
   "solve_exit_thresholds",
   "solve_setting",
+  "sparse_decode",
   "specialize",
   "staged_while",
   "straight_through",
@@ -200,5 +210,6 @@ __all__ = [
   "top_k",
   "top_p",
   "tree_verify",
+  "units_from_mask",
   "within_capacity",
 ]
