@@ -98,10 +98,8 @@ def forward(
   call = functools.partial(
     _call, k=k, v=v, rule=rule, mass=mass, interpret=interpret, debug=debug
   )
-  parts = [
-    call(jax.tree.map(lambda a: a[low : low + most], work), cut=cut)
-    for low in range(0, batch, most)
-  ]
+  rows_of = lambda low: jax.tree.map(lambda a: a[low : low + most], work)
+  parts = [call(rows_of(low), cut=cut) for low in range(0, batch, most)]
   out, lse, scores = (jnp.concatenate(part) for part in zip(*parts))
   out = out.reshape(batch, heads, queries, -1)
   lse = lse.reshape(batch, heads, queries)
@@ -410,11 +408,18 @@ def _kernel(*refs, rule: Rule, plan: _Plan, each: int, quantised: bool):
             v = v_ref[slot, h]
             v_ref[slot, h] = jnp.where(seen > NEVER / 2, v, jnp.zeros_like(v))
 
-      for h in range(cut.heads):
-        k, v = k_ref[slot, h], v_ref[slot, h]
-        if quantised:
-          k, v = k.astype(q_ref.dtype), v.astype(q_ref.dtype)
-        s = dot(q_ref[n, h], k, (((1,), (1,)), ((), ()))) * scale
+      def load(ref, h):
+        return ref[slot, h].astype(q_ref.dtype) if quantised else ref[slot, h]
+
+      # Phase by phase, so that heads fill one another's latencies.
+      heads = range(cut.heads)
+      scored = [
+        dot(q_ref[n, h], load(k_ref, h), (((1,), (1,)), ((), ())))
+        for h in heads
+      ]
+      weights, fades = [], []
+      for h, s in zip(heads, scored):
+        s = s * scale
         if quantised:
           s = s * scales[0][n, pl.ds(h, 1), here]
         if rule.softcap is not None:
@@ -425,15 +430,17 @@ def _kernel(*refs, rule: Rule, plan: _Plan, each: int, quantised: bool):
           ref[n, h, :, here] = s
         old = top_ref[h][:, :1]
         top = jnp.maximum(old, s.max(1, keepdims=True))
-        p = jnp.exp(s - top)
-        fade = jnp.exp(old - top)
+        p, fade = jnp.exp(s - top), jnp.exp(old - top)
         total = sum_ref[h][:, :1] * fade + p.sum(1, keepdims=True)
         if quantised:
           p = p * scales[1][n, pl.ds(h, 1), here]
-        values = dot(p.astype(v.dtype), v, (((1,), (0,)), ((), ())))
-        total_ref[h] = total_ref[h] * fade + values
+        weights.append(p.astype(v_ref.dtype if not quantised else q_ref.dtype))
+        fades.append(fade)
         top_ref[h] = jnp.broadcast_to(top, top_ref.shape[1:])
         sum_ref[h] = jnp.broadcast_to(total, sum_ref.shape[1:])
+      for h, p, fade in zip(heads, weights, fades):
+        values = dot(p, load(v_ref, h), (((1,), (0,)), ((), ())))
+        total_ref[h] = total_ref[h] * fade + values
 
     for h in range(cut.heads):
       total = sum_ref[h]
