@@ -5,9 +5,9 @@ from adaptivejax.core.attention import (
   Keys,
   attend,
   attend_with_mass,
-  attention_weights,
   rotary,
 )
+from adaptivejax.core.attention_mass import attention_mass, group_reduce
 from adaptivejax.core.buckets import bucketed, masked
 from adaptivejax.core.budget import (
   budget_loss,
@@ -117,6 +117,11 @@ from adaptivejax.core.select import (
   top_k,
   top_p,
 )
+from adaptivejax.core.sparse_decode import (
+  masked_decode,
+  sparse_decode,
+  units_from_mask,
+)
 from adaptivejax.core.staged import freeze, masked_scan, staged_while
 from adaptivejax.core.trees import Path, Tree, ancestors, depths, tree_verify
 from adaptivejax.core.trigrams import TrigramTable
@@ -146,7 +151,7 @@ __all__ = [
   "append",
   "attend",
   "attend_with_mass",
-  "attention_weights",
+  "attention_mass",
   "binary_cross_entropy",
   "balanced_clusters",
   "best",
@@ -185,6 +190,7 @@ __all__ = [
   "expert_cover",
   "flops",
   "freeze",
+  "group_reduce",
   "grouped_matmul",
   "gumbel_sigmoid",
   "gumbel_softmax",
@@ -200,6 +206,7 @@ __all__ = [
   "logit_margin",
   "margin",
   "masked",
+  "masked_decode",
   "masked_scan",
   "merge",
   "max_prob",
@@ -221,6 +228,7 @@ __all__ = [
   "solve_depth_threshold",
   "solve_exit_thresholds",
   "solve_setting",
+  "sparse_decode",
   "specialize",
   "staged_while",
   "straight_through",
@@ -230,6 +238,7 @@ __all__ = [
   "top_p",
   "tree_verify",
   "victim",
+  "units_from_mask",
   "within_capacity",
   "write",
 ]
