@@ -48,7 +48,7 @@ from pallas_kernels.sparse_decode_attention.tuned import (
 )
 from pallas_kernels.sparse_decode_attention.types import Units
 
-UNROLLED = 8
+UNROLLED = 16
 """Transfers that are started without a branch in between."""
 
 
@@ -94,12 +94,20 @@ def forward(
   work = _Work(
     rows, pieces.lead, pieces.start, _marks(visible, bias, rows), *scales
   )
-  most = max(MOST_SCALARS // (3 * lists * (count + 2)), 1)
+  held = groups if lists == 1 else lists
+  most = max(MOST_SCALARS // (held * (2 * count + 8)), 1)
   call = functools.partial(
-    _call, k=k, v=v, rule=rule, mass=mass, interpret=interpret, debug=debug
+    _call,
+    pooled=page_table is not None,
+    k=k,
+    v=v,
+    rule=rule,
+    mass=mass,
+    interpret=interpret,
+    debug=debug,
   )
   rows_of = lambda low: jax.tree.map(lambda a: a[low : low + most], work)
-  parts = [call(rows_of(low), cut=cut) for low in range(0, batch, most)]
+  parts = [call(rows_of(low), low, cut=cut) for low in range(0, batch, most)]
   out, lse, scores = (jnp.concatenate(part) for part in zip(*parts))
   out = out.reshape(batch, heads, queries, -1)
   lse = lse.reshape(batch, heads, queries)
@@ -147,7 +155,7 @@ def _marks(visible, bias, rows) -> jax.Array:
   return jnp.tile(marks, (1, 1, rows.shape[2] // queries, 1))
 
 
-def _call(work, *, k, v, cut, rule, mass, interpret, debug):
+def _call(work, first_row, *, k, v, cut, pooled, rule, mass, interpret, debug):
   """The kernel: out [W, n', R, E] and lse [W, n', R], f32, and the scores."""
   batch, owners, rows, width = work.q.shape
   lists, count = work.start.shape[1:]
@@ -163,16 +171,29 @@ def _call(work, *, k, v, cut, rule, mass, interpret, debug):
     pads = [(0, 0)] * (a.ndim - 1) + [(0, to - a.shape[-1])]
     return jnp.pad(a, pads, constant_values=fill)
 
-  by_item = lambda a: jnp.broadcast_to(
-    a, (batch, owners if cut.heads > 1 < a.shape[1] else splits, *a.shape[2:])
-  ).reshape(items, -1, *a.shape[2:])
-  marks = by_item(pad(work.marks, slots, NEVER))
+  # By item; lists and marks that all heads share are there once.
+  lists_each = cut.heads if lists > 1 else 1
+  marks_each = cut.heads if work.marks.shape[1] > 1 else 1
+
+  def by_item(a, heads):
+    a = jnp.broadcast_to(a, (batch, splits * heads, *a.shape[2:]))
+    return a.reshape(items, heads, *a.shape[2:])
+
+  marks = by_item(pad(work.marks, slots, NEVER), marks_each)
   some = (marks > NEVER / 2).any(2)  # [W, 1 or n', slots]
   piece = jnp.arange(slots) // cut.piece + 1
-  counts = jnp.where(some.any(1), piece, 0).max(1).astype(jnp.int32)
+  counts = jnp.where(some, piece, 0).max(2).astype(jnp.int32)
+  counts = counts if lists > 1 else counts.max(1, keepdims=True)
   clean = some.all(1).reshape(items, rounds, -1).all(2)
-  scalars = [counts, clean, *(pad(a, rounds * per_block) for a in work[1:3])]
+  whole = lambda a: by_item(pad(a, rounds * per_block), lists_each)
+  scalars = [counts.max(1), counts, clean, whole(work.start)]
+  scalars += [whole(work.lead)] if pooled else []
+  scalars = [
+    jnp.broadcast_to(a, (items, lists_each)) if a is counts else a
+    for a in scalars
+  ]
   scalars = [a.reshape(-1).astype(jnp.int32) for a in scalars]
+  marks = marks.reshape(items, -1, slots)
   heads, groups = cut.heads, k.shape[1]
   q = work.q.reshape(items, heads, rows, width)
   tensors = [q, marks]
@@ -193,9 +214,18 @@ def _call(work, *, k, v, cut, rule, mass, interpret, debug):
     functools.partial(
       _kernel,
       rule=rule,
-      plan=_Plan(cut, rounds, splits, owners // groups, lists > 1),
+      plan=_Plan(
+        cut,
+        rounds,
+        splits,
+        sharers=owners // groups,
+        lists=lists_each,
+        first_row=first_row,
+        pooled=pooled,
+        quantised=work.k_scale is not None,
+        marked=work.marks.shape[2],
+      ),
       each=each,
-      quantised=work.k_scale is not None,
     ),
     out_shape=[jax.ShapeDtypeStruct((items, *s), f32) for s in shapes],
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -241,15 +271,23 @@ class _Plan:
     cut: see `Blocks`.
     rounds: blocks of the longest list.
     splits: items of a row of the batch.
-    sharers: items that share a key head.
-    own: each item of a row has a list, else one list serves them all.
+    sharers: heads of items that share a key head.
+    lists: of an item: 1, or one for each of its heads.
+    first_row: of the batch.
+    pooled: pages lie in a pool.
+    quantised: keys and values have scales.
+    marked: rows of marks of a head: 1, or one for each of its queries.
   """
 
   cut: Blocks
   rounds: int
   splits: int
   sharers: int
-  own: bool
+  lists: int
+  first_row: int
+  pooled: bool
+  quantised: bool
+  marked: int
 
   @property
   def pieces(self) -> int:
@@ -266,9 +304,10 @@ class _Stream:
   """
 
   plan: _Plan
-  counts: Any  # i32[W] in SMEM: pieces of an item
-  start: Any  # i32[lists * pieces]
-  lead: Any
+  most: Any  # i32[W] in SMEM: pieces of an item's longest list
+  counts: Any  # i32[W * lists]: pieces of each
+  start: Any  # i32[W * lists * rounds * pieces]
+  lead: Any  # the same; None where it is the row of the batch
   hbm: Any  # (k, v)
   vmem: Any  # (k, v), [depth, n, C, D]
   sems: Any  # [depth, 2]
@@ -279,13 +318,17 @@ class _Stream:
     """Starts the first loads."""
     for n, value in enumerate((item, 0, 0, 0)):
       self.state[n] = value
-    for _ in range(self.plan.cut.depth - 1):
-      self.issue()
+    pl.loop(0, self.plan.cut.depth - 1)(lambda _: self.issue())
 
-  def pieces(self, item: Any, block: Any) -> Any:
-    """Pieces to load of a block of an item."""
+  def pieces(self, of: Any, block: Any) -> Any:
+    """Pieces to load of a block of a list."""
     most = self.plan.pieces
-    return jnp.clip(self.counts[item] - block * most, 0, most)
+    return jnp.clip(self.counts[of] - block * most, 0, most)
+
+  def heads(self, n: Any) -> tuple[Any, int]:
+    """Those of an item that list n of it is for: the first, how many."""
+    each = self.plan.cut.heads // self.plan.lists
+    return n * each, each
 
   def issue(self) -> None:
     """Starts to load the next block, if there is one."""
@@ -293,79 +336,84 @@ class _Stream:
 
     @pl.when(item < self.end)
     def _():
-      plan = self.plan
-      row = lax.div(item, plan.splits)
-      head = lax.rem(item, plan.splits)
-      first = item if plan.own else row
-      first = (first * plan.rounds + block) * plan.pieces
-      head = lax.div(head * plan.cut.heads, plan.sharers)
-      slot = lax.rem(self.state[2], plan.cut.depth)
-      count = self.pieces(item, block)
-
-      def load(n):
-        size = plan.cut.piece
-        start = pl.multiple_of(self.start[first + n], size)
-        heads = pl.ds(head, plan.cut.heads)
-        there = pl.ds(pl.multiple_of(n * size, size), size)
-        lead = self.lead[first + n]
-        for a, (hbm, vmem) in enumerate(zip(self.hbm, self.vmem)):
-          pltpu.make_async_copy(
-            hbm.at[lead, heads, pl.ds(start, size), :],
-            vmem.at[slot, :, there, :],
-            self.sems.at[slot, a],
-          ).start()
-
-      many = min(UNROLLED, plan.pieces)
-
-      @pl.loop(0, lax.div(count, many))
-      def _(n):
-        for m in range(many):
-          load(n * many + m)
-
-      @pl.loop(lax.div(count, many) * many, count)
-      def _(n):
-        load(n)
-
-      more = (block + 1) * plan.pieces < self.counts[item]
+      slot = lax.rem(self.state[2], self.plan.cut.depth)
+      pl.loop(0, self.plan.lists)(lambda n: self.load(item, block, slot, n))
+      more = (block + 1) * self.plan.pieces < self.most[item]
       self.state[0] = jnp.where(more, item, item + 1)
       self.state[1] = jnp.where(more, block + 1, 0)
       self.state[2] += 1
 
+  def load(self, item: Any, block: Any, slot: Any, n: Any) -> None:
+    """Starts the transfers of a block of list n of an item."""
+    plan, size = self.plan, self.plan.cut.piece
+    of = item * plan.lists + n
+    first = (of * plan.rounds + block) * plan.pieces
+    head, heads = self.heads(n)
+    owner = lax.rem(item, plan.splits) * plan.cut.heads + head
+    here, there = pl.ds(head, heads), pl.ds(lax.div(owner, plan.sharers), heads)
+    count = self.pieces(of, block)
+    row = plan.first_row + lax.div(item, plan.splits)
+
+    def start(m):
+      lead = self.lead[first + m] if plan.pooled else row
+      begin = self.start[first + m]
+      source = pl.ds(pl.multiple_of(begin, size), size)
+      target = pl.ds(pl.multiple_of(m * size, size), size)
+      for a, (hbm, vmem) in enumerate(zip(self.hbm, self.vmem)):
+        pltpu.make_async_copy(
+          hbm.at[lead, there, source, :],
+          vmem.at[slot, here, target, :],
+          self.sems.at[slot, a],
+        ).start()
+
+    many = min(UNROLLED, plan.pieces)
+    rounds = lax.div(count, many)
+
+    @pl.loop(0, rounds)
+    def _(m):
+      for k in range(many):
+        start(m * many + k)
+
+    pl.loop(rounds * many, count)(start)
+
   def wait(self, item: Any, block: Any) -> Any:
     """Waits for the next block; the buffer it is in."""
-    cut = self.plan.cut
-    slot = lax.rem(self.state[3], cut.depth)
+    slot = lax.rem(self.state[3], self.plan.cut.depth)
     self.state[3] += 1
-    count = self.pieces(item, block)
-    whole = count == self.plan.pieces
 
-    def arrived(part):
+    def arrived(heads, size):
       for a, vmem in enumerate(self.vmem):
-        place = vmem.at[slot, :, part, :]
+        place = vmem.at[slot, heads, pl.ds(0, size), :]
         pltpu.make_async_copy(place, place, self.sems.at[slot, a]).wait()
 
-    pl.when(whole)(lambda: arrived(pl.ds(0, cut.slots)))
-
-    @pl.loop(0, jnp.where(whole, 0, count))
+    @pl.loop(0, self.plan.lists)
     def _(n):
-      arrived(pl.ds(0, cut.piece))
+      here = pl.ds(*self.heads(n))
+      count = self.pieces(item * self.plan.lists + n, block)
+      whole = count == self.plan.pieces
+      pl.when(whole)(functools.partial(arrived, here, self.plan.cut.slots))
+
+      @pl.loop(0, jnp.where(whole, 0, count))
+      def _(_):
+        arrived(here, self.plan.cut.piece)
 
     return slot
 
 
-def _kernel(*refs, rule: Rule, plan: _Plan, each: int, quantised: bool):
+def _kernel(*refs, rule: Rule, plan: _Plan, each: int):
   """A step: `each` items, one after the other.
 
-  Scalars in SMEM: pieces of an item i32[W]; whether all slots of a block are
-  seen i32[W * rounds]; lead and start of the pieces.
-  In, of each item: q [n, R, D], marks [1 or n, 1 or R, X], and with quantised
-  keys their scales and those of values [n, X]; k and v, in HBM.
+  Scalars in SMEM: see `_Stream`, and whether all slots of a block are seen,
+  i32[W * rounds].
+  In, of each item: q [n, R, D], marks [1 or R, or n times as many, X], and with
+  quantised keys their scales and those of values [n, X]; k and v, in HBM.
   Out: out [n, R, E], lse [n, R, 128] and, if asked for, scores [n, R, X].
   Scratch: see `_Stream`; top of the scores, sum of exp, sum of values.
   """
-  counts, clean, lead, start, *refs = refs
+  most, counts, clean, start, *refs = refs
+  lead, refs = (refs[0], refs[1:]) if plan.pooled else (None, refs)
   q_ref, marks_ref, *refs = refs
-  scales, refs = (refs[:2], refs[2:]) if quantised else ((), refs)
+  scales, refs = (refs[:2], refs[2:]) if plan.quantised else ((), refs)
   k_hbm, v_hbm, out_ref, lse_ref, *scores, k_ref, v_ref = refs[:-5]
   sems, state, top_ref, sum_ref, total_ref = refs[-5:]
   core, step = pl.program_id(0), pl.program_id(1)
@@ -373,8 +421,9 @@ def _kernel(*refs, rule: Rule, plan: _Plan, each: int, quantised: bool):
   first = (core * steps + step) * each
   end = (core + 1) * steps * each
   stream = _Stream(
-    plan, counts, start, lead, (k_hbm, v_hbm), (k_ref, v_ref), sems, state, end
-  )
+    plan, most, counts, start, lead, (k_hbm, v_hbm), (k_ref, v_ref), sems,
+    state, end,
+  )  # fmt: skip
   pl.when(step == 0)(lambda: stream.begin(first))
   precise = lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
   dot = functools.partial(
@@ -390,15 +439,16 @@ def _kernel(*refs, rule: Rule, plan: _Plan, each: int, quantised: bool):
     total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
     for ref in scores:
       ref[n] = jnp.full(ref.shape[1:], NEVER)
-    most = lax.div(counts[item] + plan.pieces - 1, plan.pieces)
+    rounds = lax.div(most[item] + plan.pieces - 1, plan.pieces)
 
-    @pl.loop(0, jnp.maximum(most, 1))
+    @pl.loop(0, jnp.maximum(rounds, 1))
     def _(block):
       stream.issue()
       slot = stream.wait(item, block)
       here = pl.ds(pl.multiple_of(block * cut.slots, cut.slots), cut.slots)
-      of_head = lambda h: marks_ref[n, min(h, marks_ref.shape[1] - 1), :, here]
-      if not quantised:
+      row = lambda h: pl.ds(h * plan.marked % marks_ref.shape[1], plan.marked)
+      of_head = lambda h: marks_ref[n, row(h), here]
+      if not plan.quantised:
 
         @pl.when(clean[item * plan.rounds + block] == 0)
         def _():  # a weight of 0 does not undo what may be NaN
@@ -409,7 +459,9 @@ def _kernel(*refs, rule: Rule, plan: _Plan, each: int, quantised: bool):
             v_ref[slot, h] = jnp.where(seen > NEVER / 2, v, jnp.zeros_like(v))
 
       def load(ref, h):
-        return ref[slot, h].astype(q_ref.dtype) if quantised else ref[slot, h]
+        return (
+          ref[slot, h].astype(q_ref.dtype) if plan.quantised else ref[slot, h]
+        )
 
       # Phase by phase, so that heads fill one another's latencies.
       heads = range(cut.heads)
@@ -420,7 +472,7 @@ def _kernel(*refs, rule: Rule, plan: _Plan, each: int, quantised: bool):
       weights, fades = [], []
       for h, s in zip(heads, scored):
         s = s * scale
-        if quantised:
+        if plan.quantised:
           s = s * scales[0][n, pl.ds(h, 1), here]
         if rule.softcap is not None:
           s = rule.softcap * jnp.tanh(s / rule.softcap)
@@ -432,9 +484,11 @@ def _kernel(*refs, rule: Rule, plan: _Plan, each: int, quantised: bool):
         top = jnp.maximum(old, s.max(1, keepdims=True))
         p, fade = jnp.exp(s - top), jnp.exp(old - top)
         total = sum_ref[h][:, :1] * fade + p.sum(1, keepdims=True)
-        if quantised:
+        if plan.quantised:
           p = p * scales[1][n, pl.ds(h, 1), here]
-        weights.append(p.astype(v_ref.dtype if not quantised else q_ref.dtype))
+        weights.append(
+          p.astype(v_ref.dtype if not plan.quantised else q_ref.dtype)
+        )
         fades.append(fade)
         top_ref[h] = jnp.broadcast_to(top, top_ref.shape[1:])
         sum_ref[h] = jnp.broadcast_to(total, sum_ref.shape[1:])

@@ -40,7 +40,7 @@ class Blocks:
   Attributes:
     slots: of a block; a multiple of the lanes and of a piece.
     piece: slots of one transfer.
-    heads: key heads of an item; 1 unless lists are shared by all heads.
+    heads: that are gathered for an item.
     items: of a step of the grid.
     cores: TensorCores that share the items.
     depth: blocks there is room for, at least 2.
@@ -75,7 +75,7 @@ def blocks(
   tile = SUBLANES * (4 // itemsize)
   lists = 1 if units is None else units.index.shape[1]
   owners = max(groups, lists)
-  share = 1 if lists > 1 else divisor(groups, MOST_HEADS)
+  share = divisor(owners if lists > 1 else groups, MOST_HEADS)
   wide = itemsize * (width + v.shape[3])
   most = max(BLOCK_BYTES // (share * wide), LEAST_SLOTS)
   if units is not None:
@@ -106,7 +106,10 @@ def blocks(
     if work // cores % items:
       continue
     row = round_up(rows, SUBLANES)
-    of_item = lanes * SUBLANES * 2 + share * row * lanes  # marks, scores
+    of_item = (
+      2 * round_up(share * (1 if queries == 1 else rows), SUBLANES)
+      + share * row
+    ) * lanes  # marks, scales, scores
     of_item += share * row * (width + v.shape[3] + LANES) * 4
     need = 3 * share * size * wide + 2 * items * of_item
     need += share * size * (row * 8 + v.shape[3] * 4)
