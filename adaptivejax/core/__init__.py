@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Primitives: pure functions of arrays; the one home of control flow."""
 
-from adaptivejax.core.attention import Keys, attend, rotary
+from adaptivejax.core.attention import (
+  Keys,
+  attend,
+  attend_with_mass,
+  rotary,
+)
+from adaptivejax.core.attention_mass import attention_mass, group_reduce
 from adaptivejax.core.buckets import bucketed, masked
 from adaptivejax.core.budget import (
   budget_loss,
@@ -12,6 +18,7 @@ from adaptivejax.core.budget import (
   solve_setting,
 )
 from adaptivejax.core.cache import (
+  Evicts,
   KVCache,
   append,
   commit_path,
@@ -19,6 +26,7 @@ from adaptivejax.core.cache import (
   kv_propagate,
   leave_empty,
   share_from,
+  write,
 )
 from adaptivejax.core.clusters import balanced_clusters
 from adaptivejax.core.cost import Cost, Signals, flops
@@ -41,6 +49,15 @@ from adaptivejax.core.dispatch import (
   within_capacity,
 )
 from adaptivejax.core.drafts import Verified, draft_verify
+from adaptivejax.core.eviction import (
+  best,
+  candidates,
+  compacted_positions,
+  evict,
+  merge,
+  replace_victim,
+  victim,
+)
 from adaptivejax.core.expert_parallel import (
   exchange_cover,
   expert_apply_parallel,
@@ -81,6 +98,7 @@ from adaptivejax.core.plans import (
   run_times,
   specialize,
 )
+from adaptivejax.core.quantise import dequantise, quantise
 from adaptivejax.core.risk import (
   hoeffding,
   hoeffding_bentkus,
@@ -98,6 +116,11 @@ from adaptivejax.core.select import (
   top_k,
   top_p,
 )
+from adaptivejax.core.sparse_decode import (
+  masked_decode,
+  sparse_decode,
+  units_from_mask,
+)
 from adaptivejax.core.staged import freeze, masked_scan, staged_while
 from adaptivejax.core.trees import Path, Tree, ancestors, depths, tree_verify
 from adaptivejax.core.trigrams import TrigramTable
@@ -109,6 +132,7 @@ __all__ = [
   "Dispatch",
   "Draw",
   "EntropyRing",
+  "Evicts",
   "KVCache",
   "Keys",
   "NOBODY",
@@ -125,16 +149,21 @@ __all__ = [
   "ancestors",
   "append",
   "attend",
+  "attend_with_mass",
+  "attention_mass",
   "binary_cross_entropy",
   "balanced_clusters",
+  "best",
   "bucketed",
   "budget_loss",
+  "candidates",
   "cdf",
   "cheapest",
   "chunk_union",
   "coins",
   "commit_path",
   "compact",
+  "compacted_positions",
   "crop",
   "cross_entropy",
   "default_cover",
@@ -142,10 +171,12 @@ __all__ = [
   "depth_loop",
   "depth_scan",
   "depths",
+  "dequantise",
   "dispatch",
   "dispatch_mask",
   "draft_verify",
   "entropy",
+  "evict",
   "exchange_cover",
   "exit_cross_entropy",
   "exit_depth",
@@ -158,6 +189,7 @@ __all__ = [
   "expert_cover",
   "flops",
   "freeze",
+  "group_reduce",
   "grouped_matmul",
   "gumbel_sigmoid",
   "gumbel_softmax",
@@ -173,13 +205,17 @@ __all__ = [
   "logit_margin",
   "margin",
   "masked",
+  "masked_decode",
   "masked_scan",
+  "merge",
   "max_prob",
   "no_drop_capacity",
   "only_after",
   "patience",
   "ponder",
   "prefix_slice",
+  "quantise",
+  "replace_victim",
   "rotary",
   "run_anyway",
   "run_if",
@@ -190,6 +226,7 @@ __all__ = [
   "solve_depth_threshold",
   "solve_exit_thresholds",
   "solve_setting",
+  "sparse_decode",
   "specialize",
   "staged_while",
   "straight_through",
@@ -198,5 +235,8 @@ __all__ = [
   "top_k",
   "top_p",
   "tree_verify",
+  "victim",
+  "units_from_mask",
   "within_capacity",
+  "write",
 ]

@@ -10,6 +10,7 @@ from adaptivejax.nn.confidence import (
   MetaClassifier,
   exit_confidence,
 )
+from adaptivejax.nn.evicting import Evicting, Worth
 from adaptivejax.nn.exit import early_exit
 from adaptivejax.nn.experts import (
   ExpertSharding,
@@ -21,6 +22,13 @@ from adaptivejax.nn.experts import (
   stacked,
 )
 from adaptivejax.nn.functional import functional
+from adaptivejax.nn.look import Coded, Look, Looked, look_cost
+from adaptivejax.nn.looks import (
+  empty_cache_of,
+  looks_of,
+  refuse_drafts,
+  with_look,
+)
 from adaptivejax.nn.mlp import Mlp, cluster_neurons, split_mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
 from adaptivejax.nn.placement import reorder_experts, routing_trace
@@ -41,16 +49,20 @@ from adaptivejax.nn.stack import (
 from adaptivejax.nn.zero_computation import ZeroComputationExperts
 
 __all__ = [
-  "FULL",
-  "MARGIN",
-  "MAX_PROB",
-  "STATE",
   "Attention",
   "Block",
   "ByStack",
+  "Coded",
+  "Evicting",
+  "ExpertSharding",
+  "FULL",
   "Frozen",
   "Group",
   "LayerNorm",
+  "Look",
+  "Looked",
+  "MARGIN",
+  "MAX_PROB",
   "MetaClassifier",
   "MixtureOfExperts",
   "Mlp",
@@ -58,10 +70,11 @@ __all__ = [
   "RMSNorm",
   "Router",
   "Routing",
+  "STATE",
   "Setting",
-  "ExpertSharding",
   "StackOutput",
   "Step",
+  "Worth",
   "ZeroComputationExperts",
   "adjust",
   "apply_all_experts",
@@ -70,6 +83,7 @@ __all__ = [
   "by_plan",
   "cluster_neurons",
   "early_exit",
+  "empty_cache_of",
   "every_layer",
   "exit_confidence",
   "expert_signals",
@@ -77,12 +91,16 @@ __all__ = [
   "fastest_program",
   "frozen",
   "functional",
+  "look_cost",
+  "looks_of",
   "plain",
   "present",
+  "refuse_drafts",
   "reorder_experts",
   "routing_trace",
   "run_layers",
-  "split_mlp",
   "shard_experts",
+  "split_mlp",
   "stacked",
+  "with_look",
 ]

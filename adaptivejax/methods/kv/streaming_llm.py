@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""StreamingLLM: the first few keys and the last ones, whatever the length.
+
+Xiao et al., 2023, https://arxiv.org/abs/2309.17453
+
+A query sees the first n tokens, the attention sinks, where softmax leaves what
+it has no use for, and a window of the last w tokens, its own included.
+Positions are those in the cache (sec. 3.2): keys are cached without, and what
+is kept counts 0, 1, .., n + w - 1 when it is read.  So neither memory nor
+positions grow with the text.
+
+Primitive: `replace_victim`, the oldest key but for the sinks.
+Departs: the prompt, too, is read through sinks and window, each token as if it
+were decoded, so that it does not matter how a text is cut into calls.
+Axes: B batch, T tokens, N keys, H query heads, G key heads, W head width.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from adaptivejax.core.attention import Keys, attend, rotary
+from adaptivejax.core.cache import KVCache, put
+from adaptivejax.core.eviction import best, candidates, evict, replace_victim
+from adaptivejax.nn.look import Look, Looked, look_cost
+from adaptivejax.nn.setting import Setting
+
+
+class StreamingLLM(Look):
+  """A look at sinks and a window; see `nn.with_look`.
+
+  Args:
+    sinks: n, first tokens that stay (static).
+    window: w, last tokens that stay (static).
+
+  The `Setting` is the share of the window that is not used, 1 leaves the token
+  itself.
+  """
+
+  rotated = False
+  evicts = True
+
+  def __init__(self, sinks: int = 4, window: int = 512):
+    if sinks < 0 or window < 1:
+      raise ValueError(f"{sinks=} must not be negative, {window=} at least 1.")
+    self.sinks, self.window = sinks, window
+    self.level = Setting(jnp.zeros(()))
+
+  def span(self) -> Int[Array, ""]:
+    """Tokens of the window that are used, at least one."""
+    left = jnp.round(self.window * (1 - self.level.get_value()))
+    return jnp.maximum(left, 1).astype(jnp.int32)
+
+  def slots(self, slots: int) -> int:
+    return min(slots, self.sinks + self.window)
+
+  def __call__(
+    self, q, keys: Keys, positions, layer=0, *, x=None, live=None, mask=None,
+    key=None,
+  ) -> Looked:  # fmt: skip
+    del layer, x, key
+    seen = self.sees(keys.pos, positions)
+    seen = seen if mask is None else seen & mask
+    out = attend(*self.placed(q, keys, positions), positions, mask=seen)
+    return Looked(out, look_cost(q, keys.k.shape[2], live))
+
+  def step(
+    self, q, keys: Keys, positions, cache: KVCache, layer=0, *, x=None,
+    live=None, key=None,
+  ) -> tuple[Looked, KVCache]:  # fmt: skip
+    pos = cache.read(layer).pos
+    asked = {"x": x, "live": live, "key": key}
+    if keys.k.shape[2] == 1:
+      cache, _ = replace_victim(cache, layer, keys, pos, pos < self.sinks)
+      looked = self(q, cache.read(layer), positions, layer, **asked)
+    else:
+      both = candidates(cache, layer, keys)
+      looked = self(q, both, positions, layer, **asked)
+      worth = jnp.where(both.pos < self.sinks, jnp.inf, both.pos)
+      worth = jnp.where(both.pos < 0, -jnp.inf, worth)
+      index = best(worth, cache.slots, cache.slots)
+      cache = put(cache, layer, evict(both, index))
+    full = cache.length.mean(dtype=jnp.float32) + keys.k.shape[2]
+    cost = looked.cost._replace(full=4.0 * q.size * full)
+    return looked._replace(cost=cost), cache
+
+  def sees(self, pos, positions) -> Bool[Array, "B T N"]:
+    """Sinks and window; one table for all heads."""
+    near = pos[:, 0, None, :] > positions[:, :, None] - self.span()
+    return near | (pos[:, 0, None, :] < self.sinks)
+
+  def placed(
+    self, q: Float[Array, "B T H W"], keys: Keys, positions: Int[Array, "B T"]
+  ) -> tuple[Array, Keys]:
+    """Queries and keys turned so that products are those by cache position.
+
+    One query per row: keys take their rank.  More: sinks and window differ in
+    the distance to a query, so each product is the sum of two, one of them 0,
+    of heads twice as wide.
+    """
+    last = self.sinks + self.span() - 1  # the rank of a query, at most
+    rank = jnp.minimum(positions, last)
+    pos, sink = keys.pos, keys.pos < self.sinks
+    if q.shape[1] == 1:
+      shift = (positions - rank)[:, :, None]
+      at = jnp.where(sink, pos, pos - shift)
+      return rotary(q, rank), keys._replace(k=_turned(keys.k, at))
+    begin = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions).min(1)
+    begin = jnp.maximum(begin - self.window, 0)[:, None]  # keeps angles small
+    far = jnp.where(sink[..., None], _turned(keys.k, pos), 0)
+    near = _turned(keys.k, pos - begin[..., None])
+    near = jnp.where(sink[..., None], 0, near)
+    q = jnp.concatenate([rotary(q, rank), rotary(q, positions - begin)], -1)
+    k = jnp.concatenate([far, near], -1)
+    return q * jnp.sqrt(2.0).astype(q.dtype), keys._replace(k=k)
+
+
+def _turned(k: Float[Array, "B G N W"], at: Int[Array, "B 1 N"]) -> Array:
+  """Keys with rotary positions, the same for all heads."""
+  at = jnp.broadcast_to(at, k.shape[:3])
+  return rotary(k[..., None, :], at)[..., 0, :]
