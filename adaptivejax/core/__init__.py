@@ -2,6 +2,20 @@
 """Primitives: pure functions of arrays; the one home of control flow."""
 
 from adaptivejax.core.attention import Keys, attend, rotary
+from adaptivejax.core.block_lists import (
+  causal_blocks,
+  full_lists,
+  lists_from_function,
+  lists_from_mask,
+  lists_from_rows,
+  lists_from_tables,
+  lists_from_tokens,
+  mask_from_lists,
+  shared_by_group,
+  sink_blocks,
+  visible_blocks,
+  window_blocks,
+)
 from adaptivejax.core.buckets import bucketed, masked
 from adaptivejax.core.budget import (
   budget_loss,
@@ -99,6 +113,7 @@ from adaptivejax.core.select import (
   top_k,
   top_p,
 )
+from adaptivejax.core.sparse_attention import attend_blocks
 from adaptivejax.core.staged import freeze, masked_scan, staged_while
 from adaptivejax.core.trees import Path, Tree, ancestors, depths, tree_verify
 from adaptivejax.core.trigrams import TrigramTable
@@ -126,10 +141,12 @@ __all__ = [
   "ancestors",
   "append",
   "attend",
-  "binary_cross_entropy",
+  "attend_blocks",
   "balanced_clusters",
+  "binary_cross_entropy",
   "bucketed",
   "budget_loss",
+  "causal_blocks",
   "cdf",
   "cheapest",
   "chunk_union",
@@ -159,6 +176,7 @@ __all__ = [
   "expert_cover",
   "flops",
   "freeze",
+  "full_lists",
   "grouped_matmul",
   "gumbel_sigmoid",
   "gumbel_softmax",
@@ -169,10 +187,16 @@ __all__ = [
   "learn_then_test",
   "leave_empty",
   "level_apply",
+  "lists_from_function",
+  "lists_from_mask",
+  "lists_from_rows",
+  "lists_from_tables",
+  "lists_from_tokens",
   "load",
   "log_probs",
   "logit_margin",
   "margin",
+  "mask_from_lists",
   "masked",
   "masked_scan",
   "max_prob",
@@ -189,6 +213,8 @@ __all__ = [
   "run_times",
   "saturation",
   "share_from",
+  "shared_by_group",
+  "sink_blocks",
   "solve_depth_threshold",
   "solve_exit_thresholds",
   "solve_setting",
@@ -200,5 +226,7 @@ __all__ = [
   "top_k",
   "top_p",
   "tree_verify",
+  "visible_blocks",
+  "window_blocks",
   "within_capacity",
 ]
