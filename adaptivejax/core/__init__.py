@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Primitives: pure functions of arrays; the one home of control flow."""
 
-from adaptivejax.core.attention import (
-  Keys,
-  attend,
-  attend_with_mass,
-  rotary,
-)
+from adaptivejax.core.attention import Keys, attend, attend_with_mass, rotary
 from adaptivejax.core.attention_mass import attention_mass, group_reduce
+from adaptivejax.core.block_lists import (
+  causal_blocks,
+  full_lists,
+  lists_from_function,
+  lists_from_mask,
+  lists_from_rows,
+  lists_from_tables,
+  lists_from_tokens,
+  mask_from_lists,
+  shared_by_group,
+  sink_blocks,
+  visible_blocks,
+  window_blocks,
+)
 from adaptivejax.core.buckets import bucketed, masked
 from adaptivejax.core.budget import (
   budget_loss,
@@ -99,11 +108,7 @@ from adaptivejax.core.plans import (
   specialize,
 )
 from adaptivejax.core.quantise import dequantise, quantise
-from adaptivejax.core.risk import (
-  hoeffding,
-  hoeffding_bentkus,
-  learn_then_test,
-)
+from adaptivejax.core.risk import hoeffding, hoeffding_bentkus, learn_then_test
 from adaptivejax.core.sampling import Draw, Sampling, log_probs
 from adaptivejax.core.select import (
   chunk_union,
@@ -116,6 +121,7 @@ from adaptivejax.core.select import (
   top_k,
   top_p,
 )
+from adaptivejax.core.sparse_attention import attend_blocks
 from adaptivejax.core.sparse_decode import (
   masked_decode,
   sparse_decode,
@@ -149,14 +155,16 @@ __all__ = [
   "ancestors",
   "append",
   "attend",
+  "attend_blocks",
   "attend_with_mass",
   "attention_mass",
-  "binary_cross_entropy",
   "balanced_clusters",
   "best",
+  "binary_cross_entropy",
   "bucketed",
   "budget_loss",
   "candidates",
+  "causal_blocks",
   "cdf",
   "cheapest",
   "chunk_union",
@@ -189,6 +197,7 @@ __all__ = [
   "expert_cover",
   "flops",
   "freeze",
+  "full_lists",
   "group_reduce",
   "grouped_matmul",
   "gumbel_sigmoid",
@@ -200,15 +209,21 @@ __all__ = [
   "learn_then_test",
   "leave_empty",
   "level_apply",
+  "lists_from_function",
+  "lists_from_mask",
+  "lists_from_rows",
+  "lists_from_tables",
+  "lists_from_tokens",
   "load",
   "log_probs",
   "logit_margin",
   "margin",
+  "mask_from_lists",
   "masked",
   "masked_decode",
   "masked_scan",
-  "merge",
   "max_prob",
+  "merge",
   "no_drop_capacity",
   "only_after",
   "patience",
@@ -223,6 +238,8 @@ __all__ = [
   "run_times",
   "saturation",
   "share_from",
+  "shared_by_group",
+  "sink_blocks",
   "solve_depth_threshold",
   "solve_exit_thresholds",
   "solve_setting",
@@ -235,8 +252,10 @@ __all__ = [
   "top_k",
   "top_p",
   "tree_verify",
-  "victim",
   "units_from_mask",
+  "victim",
+  "visible_blocks",
+  "window_blocks",
   "within_capacity",
   "write",
 ]
