@@ -76,7 +76,7 @@ def byte_lm(
   """A model with this feed-forward half, the dense one if not given."""
 
   def layer(rngs):
-    return decoder_block(beds.MODEL, rngs, mlp and mlp(rngs))
+    return decoder_block(beds.MODEL, rngs, None if mlp is None else mlp(rngs))
 
   config = TrainConfig(
     name=f"headlines/{name}",

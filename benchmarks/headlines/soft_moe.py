@@ -64,12 +64,15 @@ def measure(quick: bool) -> Headline:
     f"{figures[f'{name}_nats']:.3f} ({figures[f'{name}_accuracy']:.1%} right,"
     f" {figures[f'{name}_flops'] / figures['dense_flops']:.0%} of the FLOPs)"
   )
+  over = ", ".join(
+    f"{figures[f'over_{name}']:.3f} ± {figures[f'error_{name}']:.3f}"
+    for name in rivals
+  )
   words = (
     f"held-out loss {say('soft')}, with half the slots {say('soft_half')};"
     f" dense {say('dense')}, tokens choose {say('tokens')}, experts choose"
-    f" {say('experts')}; gains over these"
-    f" {', '.join(f'''{figures[f'over_{n}']:.3f} ± {figures[f'error_{n}']:.3f}''' for n in rivals)}"
-    f"; {SEEDS} seeds, {STEPS} steps, noise {NOISE}"
+    f" {say('experts')}; gains over these {over}; {SEEDS} seeds, {STEPS} steps,"
+    f" noise {NOISE}"
   )
   return Headline(words, figures, all(better))
 

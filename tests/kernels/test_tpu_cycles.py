@@ -24,7 +24,8 @@ needs_compiler = pytest.mark.skipif(
 UTILIZATION = "== UTILIZATION:\n" + "0 0 0 0 0 0 0 0 2 0\n" * 16
 LOOP = """
      0   : { %s9_s0 = inlined_call_operand.<no memory space> [shape: s32[], index: 0, kind: input]  ;;  %s8_s1 = inlined_call_operand.vmem [shape: s32[4], index: 1, kind: input] }
-  0x1   : { %s1_s2 = smov [#allocation1] /* a list %s5 */ ;;  %s2_s3 = sshll.u32 %s8_s1, 4 }
+  0x1   : { %s1_s2 = smov [#allocation1] /* a list %s5
+of: 2 lines */ ;;  %s2_s3 = sshll.u32 %s8_s1, 4 }
   0x2   : { %3 = dma.vmem_to_smem /*vmem=*/%s2_s3, /*size_in_granules=*/16, /*smem=*/%s1_s2, /*flag=*/[#allocation9] }
   0x3   : { %4 = dma.done.wait [#allocation9], 16 ;; %s5_s4 = smov 0 }
   0x4 LB: > { %s6_s5 = sld [smem:[#allocation1 + %s7_s4]] ;; %s7_s4 = sphi %s5_s4, %s10_s4 }
