@@ -3,9 +3,9 @@
 
 What a layer needs in order to drop nothing, batch by batch; what a static
 capacity that never drops would execute and take, as padded batched products;
-and what too little capacity costs, by position and by priority.  The claim holds
-here if the static layer, whose results are the same, is slower in three quarters
-of the rounds over all layers; how much faster many GPUs get cannot be measured
+and what too little capacity costs, by position and by priority.  The claim
+holds here if the static layer, of the same results, is slower in three quarters
+of the rounds over all layers.  How much faster many GPUs get cannot be measured
 on one device, which has no all-to-all.
 """
 
