@@ -6,7 +6,8 @@ QUICK ?=
 quick := $(if $(QUICK),--quick)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench aot-tpu aot-gpu aot-gpu-312 clean
+.PHONY: help demo test test-all smoke lint bench aot-tpu aot-gpu aot-gpu-312
+.PHONY: extras if-it-installs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -29,6 +30,10 @@ test-all: test ## run every test on python3 and, where there is one, python3.12
 	@$(call python312,test VENV=.venv312); \
 	  echo 'no working python3.12 here: tested on $(PYTHON) only'
 
+smoke: $(VENV)/.test ## the tests of the kernels and of what most rests on
+	$(BIN)/python -m pytest -n 2 tests/kernels tests/test_package.py \
+	  $(addprefix tests/core/test_,buckets.py dispatch.py experts.py select.py)
+
 lint: $(VENV)/.dev ## format, lint, types, import contracts (changes nothing)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -45,9 +50,25 @@ aot-gpu: ## compile the GPU kernels for an H100 and read them (python3.12, 5 GB)
 aot-gpu-312: $(VENV)/.aot-gpu
 	$(BIN)/python -m benchmarks.gpu_static $(quick)
 
-aot-tpu: $(VENV)/.aot-tpu ## kernels as the TPU compiler sees them, without a TPU (700 MB)
-	$(BIN)/python -m pytest tests/kernels/test_tpu_cycles.py
-	$(BIN)/python -m benchmarks.tpu_cycles
+aot-tpu: $(VENV)/.aot-tpu ## compile the TPU kernels without a TPU (700 MB; QUICK=1: a few)
+	$(BIN)/python -m pytest tests/kernels/test_tpu_cycles.py \
+	  $(if $(QUICK),-k 'not others')
+	$(if $(QUICK),,$(BIN)/python -m benchmarks.tpu_cycles)
+
+# What needs more than most machines have.  A package that does not install is
+# said and skipped; a check that fails, fails.
+extras: ## `aot-tpu QUICK=1`, and `smoke` on python3.12, where they install
+	@$(MAKE) -s if-it-installs EXTRA=aot-tpu GOAL=aot-tpu QUICK=1
+	@$(call python312,if-it-installs EXTRA=test GOAL=smoke VENV=.venv312); \
+	  echo 'skipped: make smoke on python3.12: no working python3.12 here'
+
+if-it-installs:
+	@if said=$$(PIP_RETRIES=1 $(MAKE) -s $(VENV)/.$(EXTRA) 2>&1); then \
+	  exec $(MAKE) $(GOAL); \
+	fi; \
+	why=$$(printf '%s\n' "$$said" | grep -m1 ^ERROR); \
+	echo "skipped: make $(GOAL) with $(PYTHON):" \
+	  "adaptivejax[$(EXTRA)] does not install: $${why:-$$said}"
 
 clean: ## remove environments, caches and build outputs; runs/ stays
 	rm -rf .venv .venv312 .venv-gpu .cache .hypothesis .pytest_cache .ruff_cache build dist

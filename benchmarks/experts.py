@@ -8,10 +8,13 @@ ideal.  Routes are balanced, or Zipf-distributed (`skewed`: the time over that
 of the balanced route).  Forward + backward is the gradient by the items, the
 experts and the router.  A case is `E experts, top-k`.
 
-`ragged_dot` does the same with `lax.ragged_dot`, forward.  `fewer rows`: a
+`ragged_dot` does the same with `lax.ragged_dot`, forward; `tokamax` and
+`ejkernel` with the grouped matmul of these, where they are installed (in an
+environment of their own), as they are on CPU.  `fewer rows`: a
 share of the choices goes to experts that cost nothing; the time over that of
 all rows, beside the share that `Cost` says was spent.  `torch`: the eager
-Mixtral block of transformers with the same shapes, where it is installed.
+Mixtral block of transformers with the same weights, on the same items, where it
+is installed.
 
     python -m benchmarks.experts --json out.json
     python -m benchmarks.experts --cases '8 experts*' 'fewer rows'
@@ -19,6 +22,7 @@ Mixtral block of transformers with the same shapes, where it is installed.
 
 import dataclasses
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterator
 
@@ -35,6 +39,7 @@ FORWARD = {8: 0.9, 32: 0.75, 128: 0.6}
 BACKWARD = {8: 0.85, 32: 0.7, 128: 0.55}
 RAGGED = {8: 7.0, 32: 20.0}
 SKEWED = 1.15
+Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +99,14 @@ def mixture(x, params, experts):
   return expert_apply(lambda rows, p: ffn(rows, *p), x, plan, tuple(rest))
 
 
-def ragged(x, params, experts):
-  """The same by `lax.ragged_dot`."""
+def ragged(product: Product, x, params, experts):
+  """The same by another grouped matmul."""
   router, up, down = params
   gates = jax.nn.softmax(x @ router)
   weights = jnp.take_along_axis(gates, experts, axis=1)
   plan = dispatch(experts, weights, router.shape[1])
-  hidden = jax.nn.gelu(lax.ragged_dot(x[plan.item], up, plan.sizes))
-  out = lax.ragged_dot(hidden, down, plan.sizes) * plan.weight[:, None]
+  hidden = jax.nn.gelu(product(x[plan.item], up, plan.sizes))
+  out = product(hidden, down, plan.sizes) * plan.weight[:, None]
   return jnp.zeros_like(x).at[plan.item].add(out)
 
 
@@ -159,23 +164,43 @@ def against_dense(bed: Bed, seconds: float) -> Iterator[Row]:
     )
 
 
-def against_ragged(bed: Bed, seconds: float) -> Iterator[Row]:
+def tokamax() -> Product:
+  """Its flags are told that they are read: else it reads our command line."""
+  importlib.import_module("absl.flags").FLAGS.mark_as_parsed()
+  module = importlib.import_module("tokamax")
+  return functools.partial(module.ragged_dot, implementation="xla")
+
+
+def products() -> dict[str, Callable[[], Product]]:
+  """The grouped matmuls of others, each imported when it is called."""
+  ejkernel = "ejkernel.modules"
+  return {
+    "ragged_dot": lambda: lax.ragged_dot,
+    "tokamax": tokamax,
+    "ejkernel": lambda: importlib.import_module(ejkernel).grouped_matmul,
+  }
+
+
+def against_ragged(bed: Bed, seconds: float, name: str) -> Iterator[Row]:
   """`lax.ragged_dot` computes every expert on every row on CPU."""
+  try:
+    other = jax.jit(functools.partial(ragged, products()[name]()))
+  except ImportError as error:
+    print(f"{name}: not compared: {error}")
+    return
   route = bed.route(False)
-  other = jax.jit(ragged)
+  want, given = forward(bed.x, bed.params, route), (bed.x, bed.params, route)
+  np.testing.assert_allclose(other(*given), want, rtol=1e-3, atol=1e-4)
   theirs, ours = interleave(
-    [
-      lambda _: other(bed.x, bed.params, route),
-      lambda _: forward(bed.x, bed.params, route),
-    ],
+    [lambda _: other(*given), lambda _: forward(*given)],
     seconds=seconds,
     least=3,
   )
   yield Row.of(
     bed.name,
-    "x ragged_dot",
+    f"x {name}",
     [a / b for a, b in zip(theirs, ours)],
-    target=RAGGED.get(bed.experts),
+    target=RAGGED.get(bed.experts) if name == "ragged_dot" else None,
   )
 
 
@@ -207,10 +232,8 @@ def against_torch(bed: Bed, seconds: float) -> Iterator[Row]:
     from transformers.models.mixtral import (  # pyrefly: ignore[missing-import]
       modeling_mixtral,
     )
-  except ImportError:
-    print(
-      "torch: not installed, so not compared (pip install torch transformers)"
-    )
+  except ImportError as error:
+    print(f"torch: not compared: {error} (pip install torch transformers)")
     return
   config = MixtralConfig(
     hidden_size=bed.features,
@@ -220,12 +243,17 @@ def against_torch(bed: Bed, seconds: float) -> Iterator[Row]:
   )
   config._experts_implementation = "eager"
   block = modeling_mixtral.MixtralSparseMoeBlock(config).eval()
-  with torch.no_grad():
-    for p in block.parameters():
-      p.normal_(0, 0.02)
-  given = torch.from_numpy(np.array(bed.x))[None]
   keys = [_normal(i, bed.experts, bed.features, bed.hidden) for i in (5, 6)]
-  swiglu = (*keys, bed.params[2])
+  router, _, down = bed.params
+  swiglu = (*(k / math.sqrt(bed.features) for k in keys), down)
+  tensor = lambda a: torch.from_numpy(np.array(a))
+  across = lambda a: np.swapaxes(a, -1, -2)
+  with torch.no_grad():
+    block.gate.weight.copy_(tensor(across(router)))
+    both = np.concatenate([across(a) for a in swiglu[:2]], 1)
+    block.experts.gate_up_proj.copy_(tensor(both))
+    block.experts.down_proj.copy_(tensor(across(down)))
+  given = tensor(bed.x)[None]
 
   @jax.jit
   def ours(x, router, params):
@@ -238,10 +266,13 @@ def against_torch(bed: Bed, seconds: float) -> Iterator[Row]:
 
   def theirs(_):
     with torch.no_grad():
-      block(given)
+      out = block(given)
+    return (out[0] if isinstance(out, tuple) else out).reshape(bed.x.shape)
 
+  made = ours(bed.x, router, swiglu)
+  np.testing.assert_allclose(made, theirs(0), rtol=1e-3, atol=1e-3)
   torch_times, times = interleave(
-    [theirs, lambda _: ours(bed.x, bed.params[0], swiglu)], seconds=seconds
+    [theirs, lambda _: ours(bed.x, router, swiglu)], seconds=seconds
   )
   speed = [a / b for a, b in zip(torch_times, times)]
   yield Row.of(bed.name, "x torch, eager", speed, target=1.0)
@@ -256,8 +287,12 @@ def rows(options: Options) -> Iterator[Row]:
   for bed in beds:
     parts[bed.name] = functools.partial(against_dense, bed, seconds)
   for bed in beds[:2]:
-    name = f"ragged_dot, {bed.name}"
-    parts[name] = functools.partial(against_ragged, bed, seconds)
+    parts |= {
+      f"{name}, {bed.name}": functools.partial(
+        against_ragged, bed, seconds, name
+      )
+      for name in products()
+    }
   parts["fewer rows"] = functools.partial(fewer_rows, beds[0], seconds)
   parts["torch"] = functools.partial(against_torch, beds[0], seconds)
   for name in options.select(parts):

@@ -5,8 +5,9 @@ Read from the schedules of the TPU compiler (`benchmarks.tpu_schedule`); needs
 libtpu, `pip install 'adaptivejax[aot-tpu]'`.  Figures are thousands of cycles
 of a whole kernel for the shape `EXPERTS` of `pallas_kernels.grouped_matmul`, in
 bf16, on one core; work lists are not counted, for anyone.  `megablox` is
-jax.experimental.pallas.ops.tpu.megablox with the best tiles found (the grouped
-matmul of tokamax is of the same design), `ragged_dot` is lax.ragged_dot,
+jax.experimental.pallas.ops.tpu.megablox with the best tiles found, `tokamax` is
+its kernel for TPUs with the same tiles, where it is installed (its typeguard is
+not tyro's: in an environment of its own), `ragged_dot` is lax.ragged_dot,
 `dense` is XLA's matmul of as many rows.  `skewed` groups have sizes drawn from
 Dirichlet(1); `rows` picks them from half as many tokens; `dw` is the gradient
 of the weights.  `spills` are vector registers put away in the main block.
@@ -161,6 +162,19 @@ def theirs(chip_name: str, kind: str) -> Kernel:
 
 
 @functools.cache
+def tokamax(chip_name: str, kind: str) -> Kernel:
+  """That of tokamax, of the design of megablox, with the same scalars."""
+  module = importlib.import_module(
+    "tokamax._src.ops.ragged_dot.pallas_mosaic_tpu_kernel"
+  )
+  chip, tiles = CHIPS[chip_name], MEGABLOX[chip_name, kind]
+  how = {"precision": jax.lax.Precision.DEFAULT, "tiling": tiles}
+  f = lambda x, w, sizes: module.gmm(x, w, sizes, out_dtype=BF16, **how)
+  programs = schedule.compile_for(chip, f, X, W, SIZES)
+  return Kernel(programs, lambda s: megablox_work(s, tiles[0], False))
+
+
+@functools.cache
 def ragged(chip: Chip) -> Kernel:
   """lax.ragged_dot, a kernel of the compiler's own."""
   f = lambda x, w, sizes: jax.lax.ragged_dot(
@@ -197,6 +211,9 @@ def forward_rows(chip_name: str, kind: str) -> Iterator[Row]:
   yield figure(
     case, "megablox", theirs(chip_name, kind).run(sizes).cycles / 1e3
   )
+  if importlib.util.find_spec("tokamax") is not None:
+    cycles = tokamax(chip_name, kind).run(sizes).cycles
+    yield figure(case, "tokamax", cycles / 1e3)
   yield figure(case, "ragged_dot", ragged(chip).run(sizes).cycles / 1e3)
   yield figure(case, "dense", dense(chip).run(sizes).cycles / 1e3)
   floor = M * K * N / chip.macs / chip.cores
@@ -247,6 +264,8 @@ def rows(options: Options) -> Iterator[Row]:
     print("no libtpu: pip install 'adaptivejax[aot-tpu]'", file=sys.stderr)
     return
   schedule.prepare()
+  if importlib.util.find_spec("tokamax") is None:
+    print("no tokamax: not compared (pip install tokamax)", file=sys.stderr)
   for name in names[:1] if options.quick else names:
     yield from CASES[name]()
 

@@ -18,6 +18,7 @@ from flax import nnx
 
 from adaptivejax.core.losses import cross_entropy
 from adaptivejax.models import Classifier, ClassifierConfig
+from adaptivejax.nn import Attention, Block
 from benchmarks.headlines.beds import Images, digits
 
 CONFIG = ClassifierConfig(features=32, hidden=128)
@@ -54,6 +55,18 @@ def data(noise: float = 0.0) -> Data:
 def build(seed: int = 0) -> Classifier:
   """An untrained classifier of digits with six exits."""
   return Classifier(CONFIG, rngs=nnx.Rngs(seed))
+
+
+def with_mlp(
+  config: ClassifierConfig, mlp: Callable[[nnx.Rngs], nnx.Module], seed: int
+) -> Classifier:
+  """An untrained encoder whose feed-forward halves are made by `mlp`."""
+
+  def layer(rngs):
+    attention = Attention(config.features, config.heads, rngs=rngs)
+    return Block(config.features, attention, mlp(rngs))
+
+  return Classifier(config, layer=layer, rngs=nnx.Rngs(seed))
 
 
 def exit_losses(model: Classifier, batch: Set, key=None):
