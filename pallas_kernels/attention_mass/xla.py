@@ -43,7 +43,7 @@ class _Keys(NamedTuple):
   segment: jax.Array | None
   bias: jax.Array | None
 
-  def chunk(self, n: jax.Array, size: int) -> "_Keys":
+  def chunk(self, n: jax.Array | int, size: int) -> "_Keys":
     """Keys n * size and so on."""
     take = lambda a: lax.dynamic_slice_in_dim(a, n * size, size, axis=2)
     return jax.tree.map(take, self)

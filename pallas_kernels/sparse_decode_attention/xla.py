@@ -33,6 +33,8 @@ from pallas_kernels.sparse_decode_attention.types import Units
 
 CHUNK_BYTES = 4 << 20
 """Of keys, in f32, that are gathered at a time."""
+LEAST_SLOTS = 16
+"""Of a head, that are gathered at a time."""
 
 
 def forward(
@@ -59,7 +61,7 @@ def forward(
   slots = length(k, page_table)
   whole = units is None
   gathered = max(k.shape[1], 1 if whole else units.index.shape[1])
-  most = max(CHUNK_BYTES // (4 * batch * gathered * width), 16)
+  most = max(CHUNK_BYTES // (4 * batch * gathered * width), LEAST_SLOTS)
   if whole:
     units = everything(k, page_table, most)
 
