@@ -10,10 +10,10 @@ the bandwidth each) to what the kernel takes; 1 is the best there is.  Only the
 kernel counts, not the gathers of marks by XLA before it.  Lists name a quarter
 of the keys.
 
-`cache` and `int8` read all keys; `shared` lists pages of 16 that all heads share, `heads`
-lists of each key head, here of pages of 16 and 32; `int8` lists
-pages of 32 that all heads share.  Dense paged attention of jax (ragged_paged_attention, its
-best blocks) takes 252 (v5e), 192 (v6e) and 199 (v5p, on one core) thousand
+`cache` and `int8` read all keys; `shared` lists pages of 16 that all heads
+share, `heads` pages of 16 or 32 for each key head; `int8` lists pages of 32
+that all heads share.  Dense paged attention of jax (ragged_paged_attention,
+its best blocks) takes 252 (v5e), 192 (v6e) and 199 (v5p, on one core) thousand
 cycles for `cache`.
 
     python -m benchmarks.tpu_decode --cases 'v5e *'

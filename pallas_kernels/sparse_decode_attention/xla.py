@@ -72,9 +72,9 @@ def forward(
     got = _attend(
       q, k, v, pieces, each, marks, rule, k_scale, v_scale, slots, gathered
     )
-    if not mass:
-      return got._replace(mass=None)
     of_slot = got.mass
+    if not mass or of_slot is None:
+      return got._replace(mass=None)
     if whole:  # the last piece begins early where it would end too late
       tail = slots - (count - 1) * size
       parts = of_slot[..., : -size or None], of_slot[..., -tail:]
