@@ -51,9 +51,10 @@ aot-gpu-312: $(VENV)/.aot-gpu
 	$(BIN)/python -m benchmarks.gpu_static $(quick)
 
 aot-tpu: $(VENV)/.aot-tpu ## compile the TPU kernels without a TPU (700 MB; QUICK=1: a few)
-	$(BIN)/python -m pytest tests/kernels/test_tpu_cycles.py \
+	$(BIN)/python -m pytest tests/kernels/test_tpu_*.py \
 	  $(if $(QUICK),-k 'not others')
 	$(if $(QUICK),,$(BIN)/python -m benchmarks.tpu_cycles)
+	$(if $(QUICK),,$(BIN)/python -m benchmarks.tpu_decode)
 
 # What needs more than most machines have.  A package that does not install is
 # said and skipped; a check that fails, fails.
