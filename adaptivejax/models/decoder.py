@@ -24,7 +24,7 @@ from adaptivejax.nn.attention import Attention
 from adaptivejax.nn.block import Block, Layer
 from adaptivejax.nn.linear import linear
 from adaptivejax.nn.look import Look
-from adaptivejax.nn.looks import empty_cache_of
+from adaptivejax.nn.looks import empty_cache_of, refuse_drafts
 from adaptivejax.nn.mlp import Mlp
 from adaptivejax.nn.norm import RMSNorm
 from adaptivejax.nn.stack import plain
@@ -199,6 +199,8 @@ class DecoderLM(nnx.Module):
     batch, length = tokens.shape
     if cache is not None:
       _check_cache(cache, self, batch)
+      if tree is not None:
+        refuse_drafts(self, "a tree of tokens")
       cache = cache._replace(tree=tree)
     elif tree is not None:
       raise ValueError("a tree of tokens needs a `cache` to be appended to.")

@@ -67,9 +67,9 @@ def refuse_drafts(module: nnx.Module, who: str) -> None:
   for look in looks_of(module):
     if look.evicts:
       raise ValueError(
-        f"{who} drafts tokens and takes some back, but {type(look).__name__}"
-        " gives keys up for each new one: decode without drafts, or with a look"
-        " that keeps all keys."
+        f"{who} needs drafts taken back, but {type(look).__name__} gives keys"
+        " up for each new one: decode without drafts, or with a look that keeps"
+        " all keys."
       )
 
 

@@ -99,9 +99,13 @@ def forward(
     return each.reshape(batch, heads, -1, each.shape[4])[
       :, :, : -(-queries // block_q)
     ]
-  zeros = jnp.zeros((batch, heads, -(-keys // block)), jnp.float32)
-  add = lambda total, tile: (reduce(total, reduced(tile)[:, :, 0]), None)
-  return lax.scan(add, zeros, tile)[0]
+  of_all = lambda tile: reduced(tile)[:, :, 0]
+  # no zeros to start from: in `jax.shard_map` these would not vary
+  total = of_all(jax.tree.map(lambda a: a[0], tile))
+  if len(tile.q) == 1:
+    return total
+  add = lambda total, tile: (reduce(total, of_all(tile)), None)
+  return lax.scan(add, total, jax.tree.map(lambda a: a[1:], tile))[0]
 
 
 def _look(sinks, rule, block, keys, size, chunks, tile, of_query):

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adaptivejax.core.attention import Keys, attend, rotary
+from adaptivejax.core.attention import Keys, attend, attend_with_mass, rotary
+from adaptivejax.core.quantise import quantise
 
 B, T, S, H, W = 2, 3, 7, 4, 6
 
@@ -108,3 +109,62 @@ def test_a_broken_key_breaks_those_who_see_it_and_nobody_else():
     seen = lambda q, k, v: out(q, k, v)[:, np.array([0, 1, 3])].sum()
     grads = jax.grad(seen, (0, 1, 2))(q, *broken)
     assert all(jnp.isfinite(g).all() for g in grads)
+
+
+def test_heads_may_hold_different_keys_that_stand_for_several():
+  """Positions, sizes and codes by head, against brute force head by head."""
+  rng = np.random.default_rng(0)
+  q = rng.normal(size=(B, T, H, W)).astype(np.float32)
+  k, v = rng.normal(size=(2, B, 2, S, W)).astype(np.float32)
+  pos = rng.integers(-1, 5, (B, 2, S)).astype(np.int32)
+  size = rng.integers(1, 4, (B, 2, S))
+  positions = np.array([[0, 2, 4], [-1, 1, 3]], np.int32)
+  bias = jnp.log(size.astype(np.float32))
+  keys = Keys(jnp.asarray(k), jnp.asarray(v), jnp.asarray(pos), bias)
+  got = attend(jnp.asarray(q), keys, jnp.asarray(positions))
+  for g in range(2):
+    heads = slice(2 * g, 2 * g + 2)
+    for b in range(B):  # a key of size n is n keys
+      times = np.repeat(np.arange(S), size[b, g])
+      want = brute_row(
+        q[b, :, heads], k[b, g, times], v[b, g, times], pos[b, g, times],
+        positions[b],
+      )  # fmt: skip
+      np.testing.assert_allclose(got[b, :, heads], want, rtol=1e-4, atol=1e-5)
+  (k8, ks), (v8, vs) = quantise(keys.k), quantise(keys.v)
+  coded = attend(
+    jnp.asarray(q),
+    keys._replace(k=k8, v=v8, scale=(ks, vs)),
+    jnp.asarray(positions),
+  )
+  np.testing.assert_allclose(coded, got, atol=0.05)
+  assert np.abs(coded - got).max() > 0
+
+
+def brute_row(q, k, v, pos, positions):
+  out = np.zeros(q.shape)
+  for t, r in np.ndindex(*q.shape[:2]):
+    seen = (pos >= 0) & (pos <= positions[t])
+    if seen.any():
+      odds = np.exp(k[seen] @ q[t, r] / np.sqrt(W))
+      out[t, r] = odds / odds.sum() @ v[seen]
+  return out
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 64])
+def test_mass_is_the_attention_summed_over_queries(chunk):
+  many = 9
+  q = jax.random.normal(jax.random.key(0), (B, many, H, W))
+  k, v = jax.random.normal(jax.random.key(1), (2, B, 2, many, W))
+  at = jnp.arange(many)[None] - jnp.array([[0], [2]])  # row 1: two are none
+  at = jnp.maximum(at, -1)
+  keys = Keys(k, v, at[:, None])
+  out, mass = attend_with_mass(q, keys, at, chunk=chunk)
+  np.testing.assert_allclose(out, attend(q, keys, at), atol=1e-5)
+  want = np.zeros((B, H, many))
+  for b, t, h in np.ndindex(B, many, H):
+    seen = [s for s in range(many) if 0 <= at[b, s] <= at[b, t]]
+    if seen:
+      odds = np.exp(np.asarray(k)[b, h // 2, seen] @ q[b, t, h] / np.sqrt(W))
+      want[b, h, seen] += odds / odds.sum()
+  np.testing.assert_allclose(mass, want, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,9 @@ from flax import nnx
 from jax.tree_util import Partial
 
 from adaptivejax.core.attention import rotary
+from adaptivejax.core.trigrams import TrigramTable
 from adaptivejax.decode import generate
+from adaptivejax.methods.decode import ADED, SelfSpeculation
 from adaptivejax.methods.depth import MixtureOfRecursions, calm, ffn_skip
 from adaptivejax.methods.kv import H2O, SnapKV, StreamingLLM
 from adaptivejax.models import DecoderLM, decoder_block
@@ -177,6 +179,19 @@ def test_what_cannot_evict_says_so():
     generate(
       with_look(host.model(), H2O(2, 2)), host.TOKENS, steps=3, policy=policy
     )
+
+
+def test_drafts_refuse_it_before_anything_is_traced():
+  model = with_look(host.model(), StreamingLLM(1, 3))
+  table = TrigramTable.build([])
+  for policy in (SelfSpeculation(1, 2), ADED(table)):
+    with pytest.raises(ValueError, match=r"drafts.*StreamingLLM"):
+      policy.check(model)
+  SelfSpeculation(1, 0).check(model)  # without a draft it is plain decoding
+  tree = jnp.ones((host.B, 1, 1), bool)
+  cache = model.empty_cache(host.B, 5)
+  with pytest.raises(ValueError, match=r"tree.*StreamingLLM"):
+    model(host.TOKENS[:, :1], cache, tree=tree)
 
 
 LOOKS = {
