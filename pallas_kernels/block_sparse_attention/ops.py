@@ -80,14 +80,14 @@ def _attention_forward(how, *operands):
 def _attention_backward(how, residuals, cotangents):
   *arrays, marks, out, lse = residuals
   dout, dlse = cotangents.out, cotangents.lse
-  gain = dlse - (out.astype(jnp.float32) * dout).sum(-1)
-  gain = jnp.where(jnp.isfinite(lse), gain, 0)  # d loss / d lse, out as it is
   dsinks = None
-  if marks.sinks is not None:
-    sinks = marks.sinks.astype(jnp.float32)[:, None]
-    share = jnp.exp(jnp.where(jnp.isfinite(lse), sinks - lse, -jnp.inf))
-    dsinks = (share * gain).sum((0, 2)).astype(marks.sinks.dtype)
-  marks = marks._replace(sinks=None)  # they are in `lse`
+  if marks.sinks is not None:  # they are in `lse`, for all that follows
+    live, sinks = jnp.isfinite(lse), marks.sinks.astype(jnp.float32)[:, None]
+    share = jnp.exp(jnp.where(live, sinks - lse, -jnp.inf))
+    gain = dlse - jnp.einsum("bhte,bhte->bht", out, dout).astype(jnp.float32)
+    dsinks = jnp.where(live, share * gain, 0).sum((0, 2))
+    dsinks = dsinks.astype(marks.sinks.dtype)
+    marks = marks._replace(sinks=None)
   run = _folded(functools.partial(_backward, how[0]))
   *d, dbias = run(*arrays, marks, out, lse, dout, dlse)
   return *d, None, Marks(kv_bias=dbias, sinks=dsinks)

@@ -132,18 +132,18 @@ def backward(
   """
   job = _job(q, k, v, lists, marks, rule)
   cut, dout = job.cut, dout.astype(jnp.float32)
-  gain = dlse - (out.astype(jnp.float32) * dout).sum(-1)
+  out = out.astype(jnp.float32)
+  gain = dlse - jnp.einsum("bhte,bhte->bht", out, dout)  # sum(-1) is slower
   gain = jnp.where(jnp.isfinite(lse), gain, 0)
   divisor = cut.tile(_divisor(lse, marks), -NEVER)
   dout, gain = cut.tile(dout), cut.tile(gain)
-  # A product that sums over rows is fast where its small side is transposed.
-  q_columns, dout_columns = (jnp.swapaxes(a, 1, 2) for a in (job.q, dout))
   columns = lambda a: job.full((a.shape[0], a.shape[2], a.shape[1]), 0)
 
   def step(part, state):
     dq, dk, dv, *dbias = state
     of_lse = part.take(divisor, -NEVER)[..., None]
     of_out, of_gain = part.take(dout), part.take(gain)[..., None]
+    of_q = part.take(job.q)
     scores, slope = job.scores(part)
     given = jnp.einsum("mxe,mye->mxy", of_out, job.gather(part, job.v))
 
@@ -152,14 +152,14 @@ def backward(
       return weights, weights * (given + of_gain)
 
     weights, dscores = job.where_seen(part, soften, scores)
-    new = jnp.einsum("mex,mxy->mey", part.take(dout_columns), weights)
+    new = jnp.einsum("mex,mxy->mey", _flipped(of_out), weights)
     dv = job.scatter(part, dv, new)
     if dbias:
       new = dscores.sum(1, keepdims=True)
       dbias = [job.scatter(part, dbias[0], new, job.owners)]
     if slope is not None:
       dscores = dscores * slope
-    new = jnp.einsum("mdx,mxy->mdy", part.take(q_columns), dscores)
+    new = jnp.einsum("mdx,mxy->mdy", _flipped(of_q), dscores)
     dk = job.scatter(part, dk, new)
     new = jnp.einsum("mxy,myd->mxd", dscores, job.gather(part, job.k))
     return [part.put(dq, part.take(dq) + new), dk, dv, *dbias]
@@ -365,6 +365,15 @@ def _job(q, k, v, lists, marks, rule) -> _Job:
     if marks.kv_segment is None
     else cut.block(marks.kv_segment[:, None], -1),
   )
+
+
+def _flipped(a: jax.Array) -> jax.Array:
+  """[M, X, E] -> [M, E, X], in memory.
+
+  A product that sums over rows is slow unless its left side lies so, and XLA
+  would rather turn the larger side.
+  """
+  return lax.optimization_barrier(jnp.swapaxes(a, 1, 2))
 
 
 def _divisor(lse: jax.Array, marks: Marks = UNMARKED) -> jax.Array:

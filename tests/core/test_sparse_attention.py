@@ -68,7 +68,9 @@ def test_the_twin_agrees_in_all():
     "scale": 0.3,
     "mass": True,
   }
-  static = {name: more.pop(name) for name in ("window", "softcap", "mass")}
+  static = {
+    name: more.pop(name) for name in ("window", "softcap", "scale", "mass")
+  }
 
   @jax.jit
   def both(**more):

@@ -25,6 +25,7 @@ from tests.laws.case import (
   F,
   L,
   M,
+  T,
   gaussian,
   poisoned_items,
   some_rows,
