@@ -166,11 +166,18 @@ class _Grid:
   @classmethod
   def of(cls, q, v, marks, reverse: bool = False) -> "_Grid":
     size = marks.shape[-1]
-    shared = tuple(n == 1 for n in marks.shape[:3])
+    batch, heads, tokens, width = q.shape
     return cls(
-      *q.shape[:2], q.shape[2] // size, size, q.shape[3], v.shape[3], shared,
-      reverse, jax.typeof(q).manual_axis_type,
-    )  # fmt: skip
+      batch=batch,
+      heads=heads,
+      chunks=tokens // size,
+      size=size,
+      width=width,
+      out_width=v.shape[3],
+      shared=(marks.shape[0] == 1, marks.shape[1] == 1, marks.shape[2] == 1),
+      reverse=reverse,
+      varies=jax.typeof(q).manual_axis_type,
+    )
 
   def at(self, n):
     return self.chunks - 1 - n if self.reverse else n

@@ -93,9 +93,13 @@ def close(got, want, tolerance=1e-5):
     np.testing.assert_allclose(a, b, atol=tolerance * scale, err_msg=str(path))
 
 
-chunks = lambda **how: functools.partial(
-  linear_attention, chunk=TINY.chunk, **how
-)
+@functools.cache
+def chunks(interpret=None, chunk=TINY.chunk):
+  run = functools.partial(linear_attention, chunk=chunk, interpret=interpret)
+  return jax.jit(run)
+
+
+recurrent = jax.jit(reference.recurrent)
 
 
 @pytest.mark.parametrize("case", DECAYS.values(), ids=DECAYS)
@@ -104,7 +108,7 @@ def test_three_forms_agree(case):
   q, k, v, state = arrays()
   decay, segment = case
   given = q, k, v, decay, segment, state
-  want = values_and_gradients(reference.recurrent)(*given)
+  want = values_and_gradients(recurrent)(*given)
   close(values_and_gradients(reference.quadratic)(*given)[0], want[0])
   close(values_and_gradients(chunks())(*given), want, 2e-5)
 
@@ -116,7 +120,7 @@ def test_three_forms_agree(case):
 def test_the_kernels_agree(name):
   q, k, v, state = arrays()
   given = q, k, v, *DECAYS[name], state
-  want = values_and_gradients(reference.recurrent)(*given)
+  want = values_and_gradients(recurrent)(*given)
   got = values_and_gradients(chunks(interpret=True))(*given)
   close(got, want, 2e-5)
 
@@ -133,23 +137,20 @@ def test_sixteen_bits(interpret):
     q.dtype
   }
   assert got[0][1].dtype == got[1]["log_decay"].dtype == jnp.float32
-  want = values_and_gradients(reference.recurrent)(*wide, decay, None, state)
+  want = values_and_gradients(recurrent)(*wide, decay, None, state)
   close(got, want, 2e-2)
 
 
 def test_no_chunk_changes_the_result():
   spec = TINY._replace(tokens=96)
   q, k, v, state = arrays(spec)
-  for decay in (uniform(1, 1, H, 1, most=0.5), uniform(1, B, H, 96, most=0.5)):
-    given = q, k, v, decay, None, state
-    results = [
-      values_and_gradients(functools.partial(linear_attention, chunk=chunk))(
-        *given
-      )
-      for chunk in (16, 32, 48, 128)
-    ]
-    for other in results[1:]:
-      close(other, results[0])
+  decay = uniform(1, B, H, 96, most=0.5)
+  given = q, k, v, decay, None, state
+  want = values_and_gradients(chunks(chunk=32))(*given)
+  for chunk in (48, 128):
+    close(values_and_gradients(chunks(chunk=chunk))(*given), want)
+    few = q, k, v, decay[..., :1], None, state
+    close(chunks(chunk=chunk)(*few), chunks()(*few))
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 32])
@@ -159,14 +160,14 @@ def test_any_length(tokens, interpret):
   q, k, v, state = arrays(TINY._replace(tokens=tokens))
   decay = DECAYS["by head"][0]
   got = chunks(interpret=interpret)(q, k, v, decay, None, state)
-  close(got, reference.recurrent(q, k, v, decay, None, state))
+  close(got, recurrent(q, k, v, decay, None, state))
 
 
 def test_wide_heads_are_not_split():
   spec = TINY._replace(width=136, out_width=260, tokens=40)
   q, k, v, state = arrays(spec)
   given = q, k, v, DECAYS["by head"][0], None, state
-  want = values_and_gradients(reference.recurrent)(*given)
+  want = values_and_gradients(recurrent)(*given)
   for interpret in (None, True):
     close(values_and_gradients(chunks(interpret=interpret))(*given), want, 2e-5)
 
@@ -177,7 +178,7 @@ def test_heads_share_keys():
   each = (jnp.repeat(a, 2, axis=1) for a in few)
   decay = uniform(1, 1, 4, 1, most=0.5)
   close(chunks()(q, *few, decay), chunks()(q, *each, decay))
-  close(reference.recurrent(q, *few, decay), chunks()(q, *few, decay))
+  close(recurrent(q, *few, decay), chunks()(q, *few, decay))
 
 
 def test_a_state_goes_on():
@@ -214,7 +215,7 @@ def test_nothing_overflows_at_any_decay():
   for decay in (-1e30, -1e4, -30.0, -29.9, -1e-30):
     decay = jnp.where(jnp.arange(T) % 2, 0.0, decay)[None, None]
     got = values_and_gradients(chunks())(q, k, v, decay, None, state)
-    want = reference.recurrent(q, k, v, decay, None, state)
+    want = recurrent(q, k, v, decay, None, state)
     close(got[0], want)
     chex.assert_tree_all_finite(got)
 
@@ -288,7 +289,7 @@ def test_no_races(name):
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call as module
 
   assert not module.races.races_found
-  close(got, values_and_gradients(reference.recurrent)(*given), 2e-5)
+  close(got, values_and_gradients(recurrent)(*given), 2e-5)
 
 
 BAD = {
