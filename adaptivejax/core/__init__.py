@@ -12,6 +12,7 @@ from adaptivejax.core.budget import (
   solve_setting,
 )
 from adaptivejax.core.cache import (
+  Evicts,
   KVCache,
   append,
   commit_path,
@@ -19,6 +20,7 @@ from adaptivejax.core.cache import (
   kv_propagate,
   leave_empty,
   share_from,
+  write,
 )
 from adaptivejax.core.clusters import balanced_clusters
 from adaptivejax.core.cost import Cost, Signals, flops
@@ -81,6 +83,7 @@ from adaptivejax.core.plans import (
   run_times,
   specialize,
 )
+from adaptivejax.core.quantise import dequantise, quantise
 from adaptivejax.core.risk import (
   hoeffding,
   hoeffding_bentkus,
@@ -110,6 +113,7 @@ __all__ = [
   "Dispatch",
   "Draw",
   "EntropyRing",
+  "Evicts",
   "KVCache",
   "Keys",
   "NOBODY",
@@ -143,6 +147,7 @@ __all__ = [
   "depth_loop",
   "depth_scan",
   "depths",
+  "dequantise",
   "dispatch",
   "dispatch_mask",
   "draft_verify",
@@ -182,6 +187,7 @@ __all__ = [
   "patience",
   "ponder",
   "prefix_slice",
+  "quantise",
   "rotary",
   "run_anyway",
   "run_if",
@@ -201,4 +207,5 @@ __all__ = [
   "top_p",
   "tree_verify",
   "within_capacity",
+  "write",
 ]

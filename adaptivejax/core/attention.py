@@ -5,7 +5,8 @@ Who may see whom is decided by positions, not by layout: a key is visible if its
 position is in 0..position of the query.  So the same function serves training,
 prefill and decode over a cache with holes.
 
-Axes: B batch, T queries, S keys, H query heads, G key heads, D head width.
+Axes: B batch, T queries, S keys, H query heads, G key heads, D head width, P
+heads that hold different keys: 1 or G.
 """
 
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from adaptivejax.core.quantise import dequantise
 
 NEVER = -1e30
 """Score of an invisible key; finite, so that an empty row stays finite."""
@@ -22,14 +25,20 @@ class Keys(NamedTuple):
   """Keys, values and their positions (-1 = no key here).
 
   Attributes:
-    k: f[B, G, S, D].
-    v: f[B, G, S, D].
-    pos: i32[B, S].
+    k: f[B, G, S, D], or i8.
+    v: likewise.
+    pos: i32[B, P, S].
+    bias: added to the scores of a key, f32[B, P, S]: the log of its size, where
+      a key stands for several; 0 if None.
+    scale: what one unit of `k` and one of `v` stand for, two f32[B, G, S],
+      where these are i8; else None.
   """
 
   k: Array
   v: Array
   pos: Array
+  bias: Array | None = None
+  scale: tuple[Array, Array] | None = None
 
 
 def attend(
@@ -53,41 +62,68 @@ def attend(
   A key is as if it were not there for a query that does not see it, NaN
   included; a query that sees a key or value that is not finite gets NaN.
   """
+  weights, v, broken = _weigh(q, keys, positions, window, mask)
+  out = jnp.einsum("bgrts,bgsd->btgrd", weights.astype(v.dtype), v)
+  if broken is not None:
+    broken = jnp.moveaxis(broken, 2, 1)[..., None, None]
+    out = jnp.where(broken, jnp.nan, out)
+  return out.reshape(q.shape)
+
+
+def _weigh(q, keys: Keys, positions, window=None, mask=None):
+  """`(weights f32[B, G, H/G, T, S], values, broken bool[B, G, T] | None)`."""
   batch, tokens, heads, width = q.shape
+  keys = dequantised(keys, q.dtype)
   groups = keys.k.shape[1]
-  pos, at = keys.pos[:, None, :], positions[:, :, None]
-  visible = (pos >= 0) & (pos <= at)
-  if window is not None:
-    visible &= pos > at - window
+  visible = visible_keys(keys.pos, positions, window)
   if mask is not None:
-    visible &= mask
+    visible &= mask[:, None]
   k, v, broken = _readable(keys, visible)
   q = q.reshape(batch, tokens, groups, heads // groups, width)
   scores = jnp.einsum(
     "btgrd,bgsd->bgrts", q, k, preferred_element_type=jnp.float32
   )
-  visible = visible[:, None, None]
-  scores = jnp.where(visible, scores / jnp.sqrt(jnp.float32(width)), NEVER)
+  scores = scores / jnp.sqrt(jnp.float32(width))
+  if keys.bias is not None:
+    scores += keys.bias[:, :, None, None]
+  visible = visible[:, :, None]
+  scores = jnp.where(visible, scores, NEVER)
   weights = jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0)
-  out = jnp.einsum("bgrts,bgsd->btgrd", weights.astype(v.dtype), v)
-  if broken is not None:
-    out = jnp.where(broken[:, :, :, None, None], jnp.nan, out)
-  return out.reshape(batch, tokens, heads, width)
+  return weights, v, broken
 
 
-def _readable(keys: Keys, visible: Bool[Array, "B T S"]):
+def visible_keys(
+  pos: Int[Array, "B P S"],
+  positions: Int[Array, "B T"],
+  window: int | None = None,
+) -> Bool[Array, "B P T S"]:
+  """Which queries see which keys, by their positions and a window."""
+  pos, at = pos[:, :, None, :], positions[:, None, :, None]
+  visible = (pos >= 0) & (pos <= at)
+  return visible if window is None else visible & (pos > at - window)
+
+
+def dequantised(keys: Keys, dtype: jnp.dtype) -> Keys:
+  """Keys and values as numbers; themselves where these are no codes."""
+  if keys.scale is None:
+    return keys
+  k, v = map(dequantise, (keys.k, keys.v), keys.scale)
+  return keys._replace(k=k.astype(dtype), v=v.astype(dtype), scale=None)
+
+
+def _readable(keys: Keys, visible: Bool[Array, "B P T S"]):
   """Keys and values that 0 can be multiplied with, and who should get NaN.
 
   A query's weight of 0 does not undo a NaN, so what is not finite is set to 0,
-  and the queries that see it are told: bool[B, T, G].  For one query per row it
+  and the queries that see it are told: bool[B, G, T].  For one query per row it
   is enough, and cheaper, to set to 0 what it does not see.
   """
-  if visible.shape[1] == 1:
-    seen = visible[:, 0, None, :, None]
+  if visible.shape[2] == 1:
+    seen = visible[:, :, 0, :, None]
     return jnp.where(seen, keys.k, 0), jnp.where(seen, keys.v, 0), None
   fine = lambda a: jnp.where(jnp.isfinite(a), a, 0)
   bad = ~(jnp.isfinite(keys.k) & jnp.isfinite(keys.v)).all(-1)
-  broken = (visible[:, :, None] & bad[:, None]).any(-1)
+  broken = (visible & bad[:, :, None]).any(-1)
   return fine(keys.k), fine(keys.v), broken
 
 

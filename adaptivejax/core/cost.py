@@ -82,6 +82,10 @@ class Signals(NamedTuple):
     """The signals of a layer that does not adapt."""
     return cls(jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32))
 
+  def owing(self, penalty: Float[Array, "..."]) -> "Signals":
+    """With a penalty more."""
+    return self._replace(penalty=self.penalty + penalty)
+
   def mean(self) -> "Signals":
     """Of stacked signals (a leading layer axis); what they tell stays as is."""
     return self._replace(share=self.share.mean(), penalty=self.penalty.mean())

@@ -23,6 +23,8 @@ from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.attention import Attention
 from adaptivejax.nn.block import Block, Layer
 from adaptivejax.nn.linear import linear
+from adaptivejax.nn.look import Look
+from adaptivejax.nn.looks import empty_cache_of
 from adaptivejax.nn.mlp import Mlp
 from adaptivejax.nn.norm import RMSNorm
 from adaptivejax.nn.stack import plain
@@ -82,11 +84,14 @@ class LMOutput(NamedTuple):
 
 
 def decoder_block(
-  config: DecoderConfig, rngs: nnx.Rngs, mlp: nnx.Module | None = None
+  config: DecoderConfig,
+  rngs: nnx.Rngs,
+  mlp: nnx.Module | None = None,
+  look: Look | None = None,
 ) -> Block:
-  """The default layer of `config`, with another feed-forward if given."""
+  """The default layer of `config`, with another feed-forward or look."""
   attention = Attention(
-    config.features, config.heads, config.kv_heads, rngs=rngs
+    config.features, config.heads, config.kv_heads, look=look, rngs=rngs
   )
   if mlp is None:
     activation = jax.nn.silu if config.gated else jax.nn.gelu
@@ -153,11 +158,16 @@ class DecoderLM(nnx.Module):
     )
 
   def empty_cache(self, batch: int, slots: int) -> KVCache:
-    """A cache for `batch` rows of up to `slots` tokens (static)."""
+    """A cache for `batch` rows of up to `slots` tokens (static).
+
+    Raises:
+      ValueError: layers whose looks need different caches.
+    """
     c = self.config
     width = c.features // c.heads
     dtype = self.embedding.get_value().dtype
-    return KVCache.empty(c.layers, batch, c.kv_heads, slots, width, dtype)
+    shape = c.layers, batch, c.kv_heads, slots, width, dtype
+    return empty_cache_of(self.layers, *shape)
 
   def __call__(
     self,
@@ -242,10 +252,12 @@ def _check_tokens(tokens) -> None:
 
 def _check_cache(cache: KVCache, model: DecoderLM, batch: int) -> None:
   wanted = jax.eval_shape(lambda: model.empty_cache(batch, cache.slots))
-  if cache.k.shape != wanted.k.shape:
+  shapes = lambda c: jax.tree.map(jnp.shape, c._replace(tree=None))
+  if shapes(cache) != shapes(wanted):
     raise ValueError(
       f"the cache, {cache.k.shape}, is not of this model and batch,"
-      f" {wanted.k.shape}: make it with `model.empty_cache({batch}, slots)`."
+      f" {wanted.k.shape}, with what its looks keep beside: make it with"
+      f" `model.empty_cache({batch}, slots)`."
     )
 
 

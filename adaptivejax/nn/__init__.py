@@ -19,6 +19,18 @@ from adaptivejax.nn.experts import (
   stacked,
 )
 from adaptivejax.nn.functional import functional
+from adaptivejax.nn.look import (
+  Coded,
+  Look,
+  Looked,
+  look_cost,
+)
+from adaptivejax.nn.looks import (
+  empty_cache_of,
+  looks_of,
+  refuse_drafts,
+  with_look,
+)
 from adaptivejax.nn.mlp import Mlp, split_mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
 from adaptivejax.nn.placement import reorder_experts, routing_trace
@@ -45,9 +57,12 @@ __all__ = [
   "Attention",
   "Block",
   "ByStack",
+  "Coded",
   "Frozen",
   "Group",
   "LayerNorm",
+  "Look",
+  "Looked",
   "MetaClassifier",
   "MixtureOfExperts",
   "Mlp",
@@ -64,17 +79,22 @@ __all__ = [
   "apply_experts",
   "by_plan",
   "early_exit",
+  "empty_cache_of",
   "every_layer",
   "exit_confidence",
   "expert_specs",
   "fastest",
   "functional",
+  "look_cost",
+  "looks_of",
   "plain",
   "present",
+  "refuse_drafts",
   "reorder_experts",
   "routing_trace",
   "run_layers",
   "split_mlp",
   "spread",
   "stacked",
+  "with_look",
 ]

@@ -8,18 +8,27 @@ Axes: B batch, T tokens, D features, H query heads, G key heads, W head width.
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from adaptivejax.core.attention import Keys, attend, rotary
+from adaptivejax.core.attention import Keys, rotary
 from adaptivejax.core.buckets import bucketed
-from adaptivejax.core.cache import KVCache, append
+from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost, flops
 from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.linear import linear
+from adaptivejax.nn.look import Look
 
 
 class Attention(nnx.Module):
-  """Queries, keys and values of a token depend on that token alone."""
+  """Queries, keys and values of a token depend on that token alone.
+
+  Args:
+    features: D.
+    heads: H.
+    kv_heads: G, which divides H; H if not given.
+    look: how queries look at keys; at all of them if not given.
+    rngs: for the parameters.
+  """
 
   def __init__(
     self,
@@ -27,6 +36,7 @@ class Attention(nnx.Module):
     heads: int,
     kv_heads: int | None = None,
     *,
+    look: Look | None = None,
     rngs: nnx.Rngs,
   ):
     kv_heads = heads if kv_heads is None else kv_heads
@@ -41,31 +51,35 @@ class Attention(nnx.Module):
     self.query = linear(features, features, rngs=rngs)
     self.key_value = linear(features, 2 * kv_heads * self.width, rngs=rngs)
     self.out = linear(features, features, rngs=rngs)
+    self.look = Look() if look is None else look
 
   def queries(
     self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
   ) -> Float[Array, "*N H W"]:
     q = self.query(x).reshape(*x.shape[:-1], -1, self.width)
-    return rotary(q, positions)
+    return self._placed(q, positions)
 
   def keys(
     self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
   ) -> tuple[Float[Array, "*N G W"], Float[Array, "*N G W"]]:
     """Keys and values of each token."""
     kv = self.key_value(x).reshape(*x.shape[:-1], 2, -1, self.width)
-    return rotary(kv[..., 0, :, :], positions), kv[..., 1, :, :]
+    return self._placed(kv[..., 0, :, :], positions), kv[..., 1, :, :]
+
+  def _placed(self, x, positions):
+    """With rotary positions, unless the look applies them."""
+    return rotary(x, positions) if self.look.rotated else x
 
   def empty_cache(self, x: Float[Array, "B T D"]) -> KVCache:
     """One layer with room for the keys of these tokens, see `recall`."""
     heads = self.key_value.kernel.shape[-1] // (2 * self.width)
     batch, tokens, _ = x.shape
-    cache = KVCache.empty(1, batch, heads, tokens, self.width, x.dtype)
+    cache = self.look.empty_cache(1, batch, heads, tokens, self.width, x.dtype)
     return vary(cache, varying_axes(x))
 
   def project(self, x, positions) -> Keys:
     """The `Keys` that a block's tokens would write into the cache."""
-    k, v = self.keys(x, positions)
-    return Keys(jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), positions)
+    return _keys(*self.keys(x, positions), positions)
 
   def __call__(
     self,
@@ -74,23 +88,28 @@ class Attention(nnx.Module):
     cache: KVCache | None = None,
     layer: Int[Array, ""] | int = 0,
     live: Bool[Array, "B T"] | None = None,
-  ) -> tuple[Float[Array, "B T D"], KVCache | None, Cost]:
+    key: Key[Array, ""] | None = None,
+  ) -> tuple[Float[Array, "B T D"], KVCache | None, Cost, Float[Array, ""]]:
     """Attends from the live tokens to the live tokens seen so far.
 
     Returns:
-      `(y, cache, cost)`: zero for tokens that are not live, which also have no
-      key at this layer; the cache with this layer's keys appended.
+      `(y, cache, cost, penalty)`: zero for tokens that are not live, which also
+      have no key at this layer; the cache with this layer's keys written; the
+      look's auxiliary loss.
     """
-    count = positions.size
-    (q, k, v), cost = self._items(_project, (x, positions), live, count)
-    pos = positions if live is None else jnp.where(live, positions, -1)
-    keys = Keys(jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), pos)
-    mask = None
-    if cache is not None:
-      cache = append(cache, layer, keys)
-      keys, mask = cache.read(layer), _tree_mask(cache, positions.shape[1])
-    y, look_cost = self._look(q, keys, mask, positions, live)
-    return y, cache, cost + look_cost
+    place = _place(positions, live)
+    (q, k, v), cost = self._items(
+      _project, (x, positions), live, positions.size
+    )
+    keys = _keys(k, v, place)
+    asked = {"x": x, "live": live, "key": key}
+    if cache is None:
+      looked = self.look(q, keys, place, layer, **asked)
+    else:
+      looked, cache = self.look.step(q, keys, place, cache, layer, **asked)
+    y, out_cost = self._items(_output, _flat(looked), live, positions.size)
+    cost = cost + looked.cost + out_cost
+    return y, cache, cost, jnp.asarray(looked.penalty, jnp.float32)
 
   def recall(
     self,
@@ -99,23 +118,19 @@ class Attention(nnx.Module):
     cache: KVCache,
     layer: Int[Array, ""] | int = 0,
     live: Bool[Array, "B T"] | None = None,
-  ) -> tuple[Float[Array, "B T D"], Cost]:
+    key: Key[Array, ""] | None = None,
+  ) -> tuple[Float[Array, "B T D"], Cost, Float[Array, ""]]:
     """Attends from the live tokens to the keys that a layer holds already.
 
     The tokens' own keys are among them if these were written before; nothing is
-    written now.
+    written now.  Returns `(y, cost, penalty)`.
     """
     q, cost = self._items(_query, (x, positions), live, positions.size)
-    keys, mask = cache.read(layer), _tree_mask(cache, positions.shape[1])
-    y, look_cost = self._look(q, keys, mask, positions, live)
-    return y, cost + look_cost
-
-  def _look(self, q, keys, mask, positions, live) -> tuple[Array, Cost]:
-    """From queries to the output, over the keys."""
-    mixed = attend(q, keys, positions, mask=mask)
-    mixed = mixed.reshape(*positions.shape, -1)
-    y, cost = self._items(_output, mixed, live, positions.size)
-    return y, _attend_cost(q, keys, live) + cost
+    place = _place(positions, live)
+    looked = self.look.recall(q, place, cache, layer, x=x, live=live, key=key)
+    y, out_cost = self._items(_output, _flat(looked), live, positions.size)
+    cost = cost + looked.cost + out_cost
+    return y, cost, jnp.asarray(looked.penalty, jnp.float32)
 
   def _items(self, f, x, live, count):
     """`f(x, self)` on the live items only, or on all."""
@@ -124,14 +139,19 @@ class Attention(nnx.Module):
     return f(x, self), Cost.dense(flops(f, x, self), count)
 
 
-def _tree_mask(cache: KVCache, tokens: int) -> Bool[Array, "B T S"] | None:
-  """Which slots the new tokens may see, when they are a tree of drafts."""
-  if cache.tree is None:
-    return None
-  node = jnp.arange(cache.slots) - cache.length[:, None]  # [B, S]
-  new = (node >= 0) & (node < tokens)
-  at = jnp.clip(node, 0, tokens - 1)[:, None]
-  return jnp.take_along_axis(cache.tree, at, axis=2) | ~new[:, None]
+def _place(positions, live):
+  """The position of a token, -1 where it is not live."""
+  return positions if live is None else jnp.where(live, positions, -1)
+
+
+def _keys(k, v, positions) -> Keys:
+  """Head-major, the same tokens for all heads."""
+  head_major = lambda a: jnp.moveaxis(a, 2, 1)
+  return Keys(head_major(k), head_major(v), positions[:, None])
+
+
+def _flat(looked):
+  return looked.out.reshape(*looked.out.shape[:2], -1)
 
 
 def _project(x_positions, attention):
@@ -145,13 +165,3 @@ def _query(x_positions, attention):
 
 def _output(mixed, attention):
   return attention.out(mixed)
-
-
-def _attend_cost(q, keys: Keys, live) -> Cost:
-  """Scores and mixing are computed densely over the slots."""
-  items = jnp.float32(q.shape[0] * q.shape[1])
-  work = 4.0 * q.size * keys.k.shape[2]
-  asked = items if live is None else live.sum(dtype=jnp.float32)
-  return Cost(
-    jnp.float32(work), jnp.float32(work), asked, items, jnp.float32(0)
-  )

@@ -52,12 +52,14 @@ class Block(Layer):
     self.mlp = mlp
 
   def attend(
-    self, x, positions, cache=None, index=0, live=None
-  ) -> tuple[Array, KVCache | None, Cost]:
-    """The attention half."""
+    self, x, positions, cache=None, index=0, live=None, key=None
+  ) -> tuple[Array, KVCache | None, Cost, Array]:
+    """The attention half; the last is the penalty of its look, f32[]."""
     h = self.norm_attention(only(live, x))
-    y, cache, cost = self.attention(h, positions, cache, index, live)
-    return x + y, cache, cost
+    y, cache, cost, penalty = self.attention(
+      h, positions, cache, index, live, key
+    )
+    return x + y, cache, cost, penalty
 
   def feed(self, x, live=None, key=None) -> tuple[Array, Cost, Signals]:
     """The feed-forward half."""
@@ -69,9 +71,11 @@ class Block(Layer):
   ) -> LayerOutput:
     """The block again, over the keys it wrote: see `Attention.recall`."""
     h = self.norm_attention(only(live, x))
-    y, cost = self.attention.recall(h, positions, cache, index, live)
+    y, cost, penalty = self.attention.recall(
+      h, positions, cache, index, live, key
+    )
     x, feed_cost, signals = self.feed(x + y, live, key)
-    return x, cache, cost + feed_cost, signals
+    return x, cache, cost + feed_cost, signals.owing(penalty)
 
   def project_keys(self, x, positions):
     """The keys that tokens of value `x` would have at this layer."""
@@ -86,9 +90,9 @@ class Block(Layer):
     live: Bool[Array, "B T"] | None = None,
     key: Key[Array, ""] | None = None,
   ) -> LayerOutput:
-    x, cache, cost = self.attend(x, positions, cache, index, live)
+    x, cache, cost, penalty = self.attend(x, positions, cache, index, live, key)
     x, feed_cost, signals = self.feed(x, live, key)
-    return x, cache, cost + feed_cost, signals
+    return x, cache, cost + feed_cost, signals.owing(penalty)
 
 
 class Group(Layer):

@@ -94,7 +94,9 @@ def early_exit(
     del cache
     return layer_at(layers, l).project_keys(out.x, positions)
 
-  cache = kv_propagate(cache, jnp.where(live, ran, total), project)
+  cache = kv_propagate(
+    cache, jnp.where(live, ran, total), project, layers.attention.look.append
+  )
   l = jnp.arange(total)
   asked = flops(lambda x: leave(jnp.int32(0), x, x, memory), x)
   fill = flops(

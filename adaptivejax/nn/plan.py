@@ -54,9 +54,9 @@ def by_plan(
   # weights of a half that is skipped while decoding are not even read
   pick = (lambda block, l: block) if trains else layer_at
 
-  def attend(carry, weights, l, positions):
-    x, cache, _ = carry
-    return pick(weights, l).attend(x, positions, cache, l)
+  def attend(carry, weights, l, positions, key):
+    x, cache, *_ = carry
+    return pick(weights, l).attend(x, positions, cache, l, None, key)
 
   def feed(carry, weights, l, key):
     return pick(weights, l).feed(carry[0], None, key)
@@ -65,13 +65,15 @@ def by_plan(
   def body(carry, step):
     l, block, key, attends, feeds = step
     weights = block if trains else layers
-    _, _, price = attend((*carry, None), weights, l, positions)
-    start = (*carry, _unspent(price))
-    x, cache, cost = run(attends, attend, start, weights, l, positions)
+    _, _, price, penalty = attend(carry, weights, l, positions, key)
+    start = *carry, _unspent(price), _zero(penalty)
+    x, cache, cost, penalty = run(
+      attends, attend, start, weights, l, positions, key
+    )
     _, price, signals = feed((x,), weights, l, key)
     start = x, _unspent(price), jax.tree.map(_zero, signals)
     x, feed_cost, signals = run(feeds, feed, start, weights, l, key)
-    return (x, cache), (cost + feed_cost, signals)
+    return (x, cache), (cost + feed_cost, signals.owing(penalty))
 
   keys = None if key is None else jax.random.split(key, total)
   steps = jnp.arange(total, dtype=jnp.int32), layers, keys, *plan.T

@@ -31,7 +31,7 @@ def test_equals_brute_force_over_unordered_slots(groups):
   pos = np.stack([rng.permutation(S), rng.permutation(S)]) - 2
   pos = np.maximum(pos, -1).astype(np.int32)
   positions = np.array([[0, 2, 4], [-1, 1, 3]], np.int32)  # -1 sees nothing
-  keys = Keys(jnp.asarray(k), jnp.asarray(v), jnp.asarray(pos))
+  keys = Keys(jnp.asarray(k), jnp.asarray(v), jnp.asarray(pos)[:, None])
   got = jax.jit(attend)(jnp.asarray(q), keys, jnp.asarray(positions))
   want = brute(q, k, v, pos, positions)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -39,7 +39,7 @@ def test_equals_brute_force_over_unordered_slots(groups):
 
 
 def test_a_query_without_keys_has_no_gradient():
-  keys = Keys(*jnp.ones((2, 1, 1, S, W)), jnp.full((1, S), -1))
+  keys = Keys(*jnp.ones((2, 1, 1, S, W)), jnp.full((1, 1, S), -1))
   read = lambda q: attend(q, keys, jnp.zeros((1, 1), jnp.int32)).sum()
   value, grad = jax.value_and_grad(read)(jnp.ones((1, 1, 1, W)))
   assert value == 0
@@ -48,7 +48,7 @@ def test_a_query_without_keys_has_no_gradient():
 
 def test_a_key_that_nobody_sees_may_be_nan():
   """Empty slots, and slots of positions yet to come."""
-  pos = jnp.array([[0, -1, 1, 7]])
+  pos = jnp.array([[[0, -1, 1, 7]]])
   bad = jnp.array([False, True, False, True])[:, None]
   k, v = jax.random.normal(jax.random.key(0), (2, 1, 1, 4, W))
   q = jax.random.normal(jax.random.key(1), (1, 2, 1, W))
@@ -64,14 +64,15 @@ def test_a_key_that_nobody_sees_may_be_nan():
 
 def test_a_window_hides_what_is_further_back():
   keys = Keys(
-    *jax.random.normal(jax.random.key(0), (2, 1, 1, 4, W)), jnp.arange(4)[None]
+    *jax.random.normal(jax.random.key(0), (2, 1, 1, 4, W)),
+    jnp.arange(4)[None, None],
   )
   q = jax.random.normal(jax.random.key(1), (1, 1, 1, W))
   near = jax.tree.map(lambda a: a[..., 2:, :], (keys.k, keys.v))
   at = jnp.array([[3]])
   np.testing.assert_allclose(
     attend(q, keys, at, window=2),
-    attend(q, Keys(*near, jnp.array([[2, 3]])), at),
+    attend(q, Keys(*near, jnp.array([[[2, 3]]])), at),
     rtol=1e-5,
     atol=1e-6,
   )
@@ -93,7 +94,7 @@ def test_a_broken_key_breaks_those_who_see_it_and_nobody_else():
   mask = jnp.tril(jnp.ones((1, 4, 4), bool)).at[0, 3, 2].set(False)
 
   def out(q, k, v):
-    return attend(q, Keys(k, v, at), at, mask=mask)
+    return attend(q, Keys(k, v, at[None]), at, mask=mask)
 
   want = out(q, k, v)
   for broken in (

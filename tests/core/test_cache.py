@@ -26,7 +26,7 @@ L, B, H, S, W = 3, 2, 2, 6, 4
 
 def keys(seed, pos):
   k, v = jax.random.normal(jax.random.key(seed), (2, B, H, len(pos[0]), W))
-  return Keys(k, v, jnp.asarray(pos, jnp.int32))
+  return Keys(k, v, jnp.asarray(pos, jnp.int32)[:, None])
 
 
 class Notebook:
@@ -36,15 +36,15 @@ class Notebook:
     self.held = {}
 
   def write(self, layer, new, slots=None):
-    for b, t in np.ndindex(*new.pos.shape):
-      p = int(new.pos[b, t])
+    for b, t in np.ndindex(*new.pos[:, 0].shape):
+      p = int(new.pos[b, 0, t])
       if p >= 0:
         self.held[layer, b, p] = new.k[b, :, t], new.v[b, :, t]
 
   def check(self, cache):
     seen = set()
     for l, b, s in np.ndindex(L, B, S):
-      p = int(cache.pos[b, l, s])
+      p = int(cache.pos[b, l, 0, s])
       if p < 0:
         assert not np.any(cache.k[b, l, :, s]), "an empty slot holds zeros"
         continue
@@ -83,7 +83,7 @@ def test_a_full_cache_says_so_and_loses_nothing():
     np.testing.assert_array_equal(cache.full(), t >= S)
     np.testing.assert_array_equal(cache.full(2), t >= S - 1)
     cache = append(cache, 0, keys(t, np.asarray(cache.positions(1)))).advance(1)
-  np.testing.assert_array_equal(cache.pos[0, 0], np.arange(S))
+  np.testing.assert_array_equal(cache.pos[0, 0, 0], np.arange(S))
   np.testing.assert_array_equal(
     cache.k[:, 0, :, 0], keys(0, [[0], [0]]).k[:, :, 0]
   )
@@ -95,8 +95,8 @@ def test_cropped_tokens_are_gone_in_every_layer():
     cache = append(cache, layer, keys(layer, [[0, 1, 2], [0, 1, 2]]))
   cut = crop(cache.advance(3), jnp.array([1, 3], jnp.int32))
   np.testing.assert_array_equal(cut.length, [1, 3])
-  np.testing.assert_array_equal(cut.pos[0], [[0, -1, -1, -1, -1, -1]] * L)
-  np.testing.assert_array_equal(cut.pos[1], [[0, 1, 2, -1, -1, -1]] * L)
+  np.testing.assert_array_equal(cut.pos[0, :, 0], [[0, -1, -1, -1, -1, -1]] * L)
+  np.testing.assert_array_equal(cut.pos[1, :, 0], [[0, 1, 2, -1, -1, -1]] * L)
 
 
 def test_a_committed_path_is_what_appending_it_gives():
@@ -111,10 +111,13 @@ def test_a_committed_path_is_what_appending_it_gives():
   for layer in range(L):
     tree = keys(layer, np.asarray(past.length)[:, None] + np.asarray(depth))
     got = append(got, layer, tree)
-    here = jnp.where(jnp.arange(3) < count[:, None], tree.pos[rows, nodes], -1)
+    here = jnp.where(
+      jnp.arange(3) < count[:, None], tree.pos[rows, 0, nodes], -1
+    )
+    here = here[:, None]
     want = append(want, layer, Keys(pick(tree.k), pick(tree.v), here))
   got, want = jax.jit(commit_path)(got, nodes, count), want.advance(count)
-  held = (want.pos >= 0)[:, :, None, :, None]
+  held = (want.pos >= 0)[..., None]
   np.testing.assert_array_equal(got.pos, want.pos)
   np.testing.assert_array_equal(got.length, want.length)
   np.testing.assert_array_equal(jnp.where(held, got.k, 0), want.k)
@@ -143,7 +146,7 @@ def test_policies_fill_only_skipped_layers():
     np.testing.assert_array_equal(
       got["share"].v[0, l, :, 0], cache.v[0, 0, :, 0]
     )
-  np.testing.assert_array_equal(got["empty"].pos[0, 1:, 0], -1)
+  np.testing.assert_array_equal(got["empty"].pos[0, 1:, 0, 0], -1)
   assert not np.any(got["empty"].k[0, 1:, :, 0])
 
 

@@ -134,7 +134,7 @@ def test_decisions_and_caches_equal_the_replay(name, threshold, settings):
       keys = np.where(here[:, None, :, None], keys, 0)
       np.testing.assert_allclose(got[:, i], keys, rtol=1e-4, atol=1e-5)
     place = np.where(here, np.arange(T), -1)
-    np.testing.assert_array_equal(cache.pos[:, i], place)
+    np.testing.assert_array_equal(cache.pos[:, i, 0], place)
 
 
 @pytest.mark.parametrize(("name", "threshold", "settings"), CASES)

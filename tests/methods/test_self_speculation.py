@@ -93,7 +93,7 @@ def test_the_cache_after_a_step_is_that_of_reading_the_text():
     text = jnp.concatenate(text)[None]
     want = m(text, m.empty_cache(1, 20)).cache
     np.testing.assert_array_equal(out.cache.pos[b], want.pos[0])
-    held = (want.pos[0] >= 0)[:, None, :, None]
+    held = (want.pos[0] >= 0)[..., None]
     for got, that in ((out.cache.k, want.k), (out.cache.v, want.v)):
       np.testing.assert_allclose(
         jnp.where(held, got[b], 0), that[0], rtol=1e-4, atol=1e-5

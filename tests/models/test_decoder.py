@@ -103,7 +103,7 @@ def test_each_branch_of_a_tree_is_a_text(model):
 def test_a_row_set_back_forgets_what_came_after(model):
   """Moving `length` back is enough to continue elsewhere, NaN or not."""
   cache = model(TOKENS, model.empty_cache(2, T + 3)).cache
-  stale = (cache.pos >= 4)[:, :, None, :, None]
+  stale = (cache.pos >= 4)[..., None]
   cache = cache._replace(
     k=jnp.where(stale, jnp.nan, cache.k),
     v=jnp.where(stale, jnp.nan, cache.v),

@@ -53,7 +53,7 @@ def routed(model, windows):
   for l in range(jax.tree.leaves(model.layers)[0].shape[0]):
     group = jax.tree.map(lambda a, l=l: a[l], model.layers)
     for block in group.layers:
-      mid, _, _ = block.attend(x, positions)
+      mid = block.attend(x, positions)[0]
       taken = block.mlp.router(block.norm_mlp(mid)).experts
       count = block.mlp.count
       found.append(np.asarray((taken[..., None] == np.arange(count)).any(-2)))

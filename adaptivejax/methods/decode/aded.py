@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool
 from adaptivejax.core.cache import commit_path
 from adaptivejax.core.trees import ABSENT, ancestors, tree_verify
 from adaptivejax.core.trigrams import Recent, TrigramTable, draft
+from adaptivejax.nn.looks import refuse_drafts
 from adaptivejax.nn.policy import Policy, Step, static
 from adaptivejax.nn.setting import refuse_nan
 
@@ -66,6 +67,7 @@ class ADED(Policy):
     return self.nodes
 
   def check(self, model) -> None:
+    refuse_drafts(model, "ADED")
     if not 1 <= self.depth < self.nodes:
       raise ValueError(
         f"depth={self.depth} must lie in 1..{self.nodes - 1}, of {self.nodes=}."

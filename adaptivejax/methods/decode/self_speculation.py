@@ -28,6 +28,7 @@ from adaptivejax.core.cache import crop
 from adaptivejax.core.cost import Cost, flops
 from adaptivejax.core.drafts import draft_verify
 from adaptivejax.core.sampling import DRAFT
+from adaptivejax.nn.looks import refuse_drafts
 from adaptivejax.nn.policy import ByStack, Policy, Step, static
 from adaptivejax.nn.stack import FULL, layer_count, run_layers
 
@@ -59,6 +60,8 @@ class SelfSpeculation(Policy):
       )
     if self.draft < 0 or self.draft != int(self.draft):
       raise ValueError(f"draft={self.draft} must be a number of tokens, or 0.")
+    if self.draft:
+      refuse_drafts(model, "self-speculation")
 
   def step(self, model, last, cache, memory, draw, live: Bool[Array, " B"]):
     if not self.draft:

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adaptivejax.core.attention import Keys, attend
+from adaptivejax.core.attention import Keys
 from adaptivejax.core.buckets import bucketed
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.depth import depth_loop, depth_scan
@@ -101,12 +101,13 @@ class AdaptiveComputationTime(Layer):
     q, asked = on(lambda h, a: a.queries(*h), (h, positions), going)
     k, v = (jnp.where(moved[..., None, None], *kv) for kv in zip(new, (k, v)))
     place = jnp.where(given, positions, -1)
-    keys = Keys(jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), place)
-    mixed = attend(q, keys, positions).reshape(s.shape)
-    scores = Cost.dense(4.0 * q.size * s.shape[1], positions.size)
+    k_major, v_major = (jnp.moveaxis(a, 2, 1) for a in (k, v))
+    keys = Keys(k_major, v_major, place[:, None])
+    found = attention.look(q, keys, place, x=h, key=key)
+    mixed = found.out.reshape(s.shape)
     y, out = on(lambda m, a: a.out(m), mixed, going)
     s, fed, _ = self.block.feed(s + y, going, key)
-    return s, ((k, v), going, cost + made + asked + scores + out + fed)
+    return s, ((k, v), going, cost + made + asked + found.cost + out + fed)
 
   def __call__(
     self, x, positions, cache=None, index=0, live=None, key=None

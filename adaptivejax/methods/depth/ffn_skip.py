@@ -65,13 +65,13 @@ def ffn_skip(
   def body(carry, step):
     x, cache, saturated, skipped = carry
     block, l, key = step
-    x, cache, cost = block.attend(x, positions, cache, l)
+    x, cache, cost, penalty = block.attend(x, positions, cache, l, None, key)
     free = (l >= cold_first) & (l < total - cold_last) & (positions >= warm_up)
     skip = saturated & free & (skipped + 1 <= budget * total)
     y, feed_cost, signals = block.feed(x, ~skip, key)
     saturated = saturated | (saturation(x, y) >= threshold)
     carry = y, cache, saturated, skipped + skip
-    return carry, (cost + feed_cost, signals)
+    return carry, (cost + feed_cost, signals.owing(penalty))
 
   none = jnp.zeros_like(x[..., 0], bool), jnp.zeros_like(x[..., 0], jnp.int32)
   keys = None if key is None else jax.random.split(key, total)
