@@ -28,6 +28,7 @@ from tests.laws import (
   PARALLEL,
   POLICIES,
   PRIMITIVES,
+  RECURRENT,
   Case,
   close,
   compiled,
@@ -260,7 +261,14 @@ def test_the_cost_is_that_of_the_decision(case):
 
 @pytest.mark.parametrize(
   "cases",
-  [PRIMITIVES, LAYERS, [*EXPERTS, *BLOCKS, *PARALLEL], MODELS, EXITS, POLICIES],
+  [
+    PRIMITIVES,
+    [*LAYERS, *RECURRENT],
+    [*EXPERTS, *BLOCKS, *PARALLEL],
+    MODELS,
+    EXITS,
+    POLICIES,
+  ],
   ids=["primitives", "layers", "experts", "models", "exits", "policies"],
 )
 def test_eight_devices_agree_with_one(cases):
