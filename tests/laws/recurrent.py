@@ -52,8 +52,8 @@ def _recurrence(module, x):
 
 
 def _poisoned(module, x):
-  bad = jnp.where(_live(x, 5)[..., None], x, jnp.nan)
-  return module, bad, np.int32(5), None
+  bad = jnp.where(_live(x, 3)[..., None], x, jnp.nan)
+  return module, bad, np.int32(3), None
 
 
 RECURRENT = [
@@ -64,7 +64,7 @@ RECURRENT = [
     _sequence,
     _call,
     full=np.int32(T),
-    some=np.int32(5),
+    some=np.int32(3),
     none=np.int32(0),
     dense=_recurrence,
     least=lambda m, x: jnp.zeros_like(x),

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How looks do with few keys of a long context: two beds, a curve for each.
+
+  python -m benchmarks.long_context          runs/long_context/report.html
+
+`accuracy`: needles.  A text of 4096 tokens holds 32 pairs of a key and a value
+among fillers, and ends in a key: which value was it?  Which pair is asked for,
+nobody knows before (multi-query associative recall, Arora et al., 2023,
+https://arxiv.org/abs/2312.04927).  The model is a `DecoderLM` of one layer, of
+the library's own attention, without positions: a token is told which one came
+before it, so one look suffices.  It is trained on short texts, in seconds.
+
+`perplexity`: bytes of a real document of 100 thousand or more, held out, by a
+language model of Python's standard library.  A window is scored at once, its
+second half counted, where the context is long; a look that evicts reads the
+document from its start, piece by piece, through its cache.
+
+A look is made for a budget of keys by `LookFactory` and put into the trained
+model by `with_look`; it must leave rotary positions to the attention
+(`Look.rotated`).  Models are kept in runs/headlines.
+
+Axes: B texts, T tokens, K pairs.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from adaptivejax.core.losses import cross_entropy
+from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
+from adaptivejax.nn import Look, with_look
+from adaptivejax.nn.attention import Attention
+from adaptivejax.report.data import BudgetCurve, Report
+from adaptivejax.report.environment import environment
+from adaptivejax.report.store import write_report
+from adaptivejax.training import (
+  DataConfig,
+  OptimizerConfig,
+  TrainConfig,
+  load_corpus,
+)
+from adaptivejax.training.tasks import language_modeling
+from benchmarks.headlines.beds import fit
+
+LookFactory = Callable[[int], Look]
+"""`factory(budget)`: a look that lets a query see about so many keys."""
+
+LOOKS: dict[str, LookFactory] = {"all keys": lambda budget: Look()}
+"""What `main` measures; a method adds a line."""
+
+NEEDLE_BUDGETS = 64, 128, 256, 512
+TEXT_BUDGETS = 16, 32, 64, 128, 256
+KEYS = VALUES = FILLERS = 64
+VOCAB = KEYS + VALUES + FILLERS
+CONTEXT = 1024
+PIECE = 64
+"""Tokens that a look that evicts reads at once."""
+NEEDLES = DecoderConfig(
+  vocab=VOCAB,
+  layers=1,
+  features=64,
+  hidden=64,
+  heads=4,
+  kv_heads=4,
+  tied=False,
+)
+BYTES = DecoderConfig(layers=4, features=64, hidden=256, heads=4, kv_heads=4)
+STEPS = {"needles": 600, "bytes": 1200}
+OUT = Path("runs/headlines")
+
+
+class Needles(NamedTuple):
+  """Texts and what is asked of them.
+
+  Attributes:
+    tokens: i32[B, T], each token with the one before: `token + VOCAB * before`.
+    answer: the value asked for, a token, i32[B].
+    place: where it is, i32[B].
+  """
+
+  tokens: np.ndarray
+  answer: np.ndarray
+  place: np.ndarray
+
+
+def needles(count: int, length: int, pairs: int, seed: int) -> Needles:
+  """Texts of `length` with `pairs` pairs each, the last token a key of one."""
+  rng = np.random.default_rng(seed)
+  text = rng.integers(KEYS + VALUES, VOCAB, (count, length))
+  order = lambda n: rng.permuted(np.tile(np.arange(n), (count, 1)), axis=1)
+  at = 2 * order((length - 2) // 2)[:, :pairs]
+  key = order(KEYS)[:, :pairs]
+  value = KEYS + rng.integers(0, VALUES, (count, pairs))
+  row = np.arange(count)
+  text[row[:, None], at], text[row[:, None], at + 1] = key, value
+  asked = rng.integers(0, pairs, count)
+  text[:, -1] = key[row, asked]
+  before = np.pad(text, ((0, 0), (1, 0)), constant_values=VOCAB - 1)[:, :-1]
+  return Needles(
+    (text + VOCAB * before).astype(np.int32),
+    value[row, asked].astype(np.int32),
+    at[row, asked] + 1,
+  )
+
+
+class Unplaced(Attention):
+  """Attention without positions."""
+
+  def _placed(self, x, positions):
+    return x
+
+
+class NeedleLM(DecoderLM):
+  """One layer; a token comes with the one before it, see `Needles`."""
+
+  def __init__(self, *, rngs: nnx.Rngs):
+    super().__init__(NEEDLES, layer=_unplaced, rngs=rngs)
+    init = jax.nn.initializers.normal(NEEDLES.features**-0.5)
+    shape = VOCAB, NEEDLES.features
+    self.before = nnx.Param(init(rngs.params(), shape))
+
+  def embed(self, tokens):
+    now = self.embedding.get_value()[tokens % VOCAB]
+    return now + self.before.get_value()[tokens // VOCAB]
+
+
+def _unplaced(rngs):
+  block = decoder_block(NEEDLES, rngs)
+  c = NEEDLES
+  block.attention = Unplaced(c.features, c.heads, c.kv_heads, rngs=rngs)
+  return block
+
+
+@functools.cache
+def needle_model(quick: bool = False) -> NeedleLM:
+  """Trained now, or found in runs/headlines; `quick` trains 4 steps."""
+  model = NeedleLM(rngs=nnx.Rngs(0))
+  path = OUT / f"needles{'-quick' if quick else ''}.npz"
+  leaves, tree = jax.tree.flatten(model)
+  if path.is_file():
+    with np.load(path) as kept:
+      found = [jnp.asarray(kept[str(i)]) for i in range(len(kept.files))]
+    if [a.shape for a in found] == [a.shape for a in leaves]:
+      return jax.tree.unflatten(tree, found)
+  steps = 4 if quick else STEPS["needles"]
+  optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+
+  def loss(model, tokens, answer):
+    last = jnp.full(len(tokens), tokens.shape[1] - 1)
+    logits = model(tokens, read_at=last).logits[:, 0]
+    return cross_entropy(logits, answer).mean()
+
+  @jax.jit
+  def step(model, state, tokens, answer):
+    gradient = jax.grad(loss)(model, tokens, answer)
+    change, state = optimizer.update(gradient, state)
+    return optax.apply_updates(model, change), state
+
+  state = optimizer.init(model)
+  for i in range(steps):
+    long = 2 * i >= steps
+    batch = needles(32, 128 if long else 64, 24 if long else 8, seed=i)
+    model, state = step(model, state, batch.tokens, batch.answer)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  named = {str(i): np.asarray(a) for i, a in enumerate(jax.tree.leaves(model))}
+  np.savez(path, **named)
+  return model
+
+
+def accuracy(
+  factory: LookFactory,
+  budgets: Sequence[int] = NEEDLE_BUDGETS,
+  *,
+  length: int = 4096,
+  pairs: int = 32,
+  count: int = 64,
+  quick: bool = False,
+) -> dict[int, float]:
+  """Share of questions answered right, by budget; a guess is 1 / 64.
+
+  Only the question looks: the keys of what comes before it are written, and a
+  look that evicts reads them piece by piece.
+
+  Args:
+    factory: of the look.
+    budgets: keys that a query may see.
+    length, pairs, count: of the texts.
+    quick: a model hardly trained, for smoke runs.
+  """
+  model = needle_model(quick)
+  given = needles(count, length, pairs, seed=-1 & 0xFFFF)
+  tokens, answer = jnp.asarray(given.tokens), jnp.asarray(given.answer)
+  right = {}
+  for budget in budgets:
+    looking = with_look(model, factory(budget))
+    right[budget] = float(_right(looking, tokens, answer))
+  return right
+
+
+@jax.jit
+def _right(model, tokens, answer):
+  batch, length = tokens.shape
+  cache = model.empty_cache(batch, length)
+  cache = _read(model, tokens[:, :-1], cache)
+  logits = model(tokens[:, -1:], cache).logits[:, 0]
+  return (logits.argmax(-1) == answer).mean()
+
+
+def _read(model, tokens, cache):
+  """The cache after these tokens."""
+  block = jax.tree.map(lambda a: a[0], model.layers)
+  look, count = block.attention.look, tokens.shape[1]
+  if not look.evicts:  # one layer: keys do not depend on what looks find
+    positions = jnp.broadcast_to(jnp.arange(count), tokens.shape)
+    keys = block.project_keys(model.embed(tokens), positions)
+    return look.append(cache, 0, keys).advance(count)
+  return _in_pieces(model, tokens, cache)[0]
+
+
+def _in_pieces(model, tokens, cache):
+  """`(cache, bits)`: of each token after the first of a piece, f32[N, B]."""
+  batch, count = tokens.shape
+  size = min(PIECE, cache.slots)
+  pieces, rest = jnp.split(tokens, [count - count % size], axis=1)
+
+  def read(cache, piece):
+    out = model(piece, cache)
+    nats = cross_entropy(out.logits[:, :-1], piece[:, 1:] % out.logits.shape[2])
+    return out.cache, nats.sum(1)
+
+  pieces = jnp.moveaxis(pieces.reshape(batch, -1, size), 1, 0)
+  cache, nats = lax.scan(read, cache, pieces)
+  if rest.shape[1]:
+    cache = model(rest, cache).cache
+  return cache, nats / (size - 1)
+
+
+@functools.cache
+def byte_model(quick: bool = False) -> DecoderLM:
+  """A language model of bytes with a context of `CONTEXT`, trained or found."""
+  return fit(
+    TrainConfig(
+      name="headlines/long",
+      build=lambda rngs: DecoderLM(BYTES, rngs=rngs),
+      loss=language_modeling,
+      data=_data(),
+      optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.0),
+      steps=STEPS["bytes"],
+      eval_every=STEPS["bytes"],
+      checkpoint_every=400,
+      log_every=50,
+      keep=1,
+    ),
+    quick,
+  )
+
+
+def _data() -> DataConfig:
+  return DataConfig(context=CONTEXT, batch=2)
+
+
+@functools.cache
+def document(least: int = 100_000) -> tuple[str, np.ndarray]:
+  """The longest held-out document of the corpus, and the next if it is short.
+
+  Returns:
+    `(names, bytes i32[T])`, T at least `least`.
+  """
+  held = load_corpus(_data()).validation
+  names, text = [], b""
+  for name in sorted(held, key=lambda n: (-len(held[n]), n)):
+    if len(text) >= least:
+      break
+    names.append(name)
+    text += held[name] + b"\n"
+  return " + ".join(names), np.frombuffer(text, np.uint8).astype(np.int32)
+
+
+def perplexity(
+  factory: LookFactory,
+  budgets: Sequence[int] = TEXT_BUDGETS,
+  *,
+  count: int = 12,
+  length: int = 100_000,
+  quick: bool = False,
+) -> dict[int, float]:
+  """Of the next byte of a long document, by budget.
+
+  Args:
+    factory: of the look.
+    budgets: keys that a query may see.
+    count: windows of `CONTEXT` bytes, spread over the document.
+    length: bytes from its start, for a look that evicts.
+    quick: a model hardly trained, for smoke runs.
+  """
+  model, (_, text) = byte_model(quick), document()
+  starts = np.linspace(0, len(text) - CONTEXT - 1, count).astype(int)
+  cut = np.stack([text[i : i + CONTEXT + 1] for i in starts])
+  windows = jnp.asarray(cut).reshape(count, 1, -1)
+  found = {}
+  for budget in budgets:
+    looking = with_look(model, factory(budget))
+    if looking.layers.attention.look.evicts:
+      nats = _stream(looking, jnp.asarray(text[None, :length]), budget)
+    else:
+      nats = _windows(looking, windows)
+    found[budget] = float(jnp.exp(nats))
+  return found
+
+
+@jax.jit
+def _windows(
+  model: DecoderLM, windows: Int[Array, "N 1 T"]
+) -> Float[Array, ""]:
+  """Nats per byte of the second halves."""
+
+  def one(text):
+    logits = model(text[:, :-1]).logits
+    return cross_entropy(logits, text[:, 1:])[:, CONTEXT // 2 :].mean()
+
+  return lax.map(one, windows).mean()
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _stream(model, text, budget: int) -> Float[Array, ""]:
+  """Nats per byte of a document that is read once."""
+  cache = model.empty_cache(1, budget)
+  return _in_pieces(model, text, cache)[1].mean()
+
+
+def curves(
+  looks: dict[str, LookFactory] | None = None, quick: bool = False
+) -> tuple[BudgetCurve, ...]:
+  """Both beds for each look."""
+  few = {"length": 256, "count": 8} if quick else {}
+  made = []
+  for name, factory in (looks or LOOKS).items():
+    needle = accuracy(factory, quick=quick, **few)
+    bits = {"count": 1, "length": 2048} if quick else {}
+    text = perplexity(factory, quick=quick, **bits)
+    for measure, found in (
+      ("accuracy on needles", needle),
+      ("perplexity of a long document", text),
+    ):
+      values = tuple(found.values())
+      made.append(BudgetCurve(name, measure, tuple(found), values))
+  return tuple(made)
+
+
+def main() -> None:
+  """Measures `LOOKS` and writes report.json and report.html."""
+  report = Report(
+    "Long contexts with few keys",
+    "python -m benchmarks.long_context",
+    environment(),
+    budgets=curves(),
+    measured=(__doc__.split("\n\n")[2], __doc__.split("\n\n")[3]),
+    notes=(f"The document: {document()[0]}.",),
+  )
+  print(write_report(report, Path("runs/long_context")))
+
+
+if __name__ == "__main__":
+  main()
