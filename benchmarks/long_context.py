@@ -74,6 +74,8 @@ NEEDLES = DecoderConfig(
   tied=False,
 )
 BYTES = DecoderConfig(layers=4, features=64, hidden=256, heads=4, kv_heads=4)
+LESSONS = ((64, 64, 8), (64, 64, 16), (32, 128, 24), (8, 512, 32))
+"""Texts in a batch, tokens and pairs, one after the other."""
 STEPS = {"needles": 600, "bytes": 1200}
 OUT = Path("runs/headlines")
 
@@ -167,8 +169,7 @@ def needle_model(quick: bool = False) -> NeedleLM:
 
   state = optimizer.init(model)
   for i in range(steps):
-    long = 2 * i >= steps
-    batch = needles(32, 128 if long else 64, 24 if long else 8, seed=i)
+    batch = needles(*LESSONS[len(LESSONS) * i // steps], seed=i)
     model, state = step(model, state, batch.tokens, batch.answer)
   path.parent.mkdir(parents=True, exist_ok=True)
   named = {str(i): np.asarray(a) for i, a in enumerate(jax.tree.leaves(model))}
