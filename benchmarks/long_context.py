@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How looks do with few keys of a long context: two beds, a curve for each.
 
-  python -m benchmarks.long_context          runs/long_context/report.html
+    python -m benchmarks.long_context    and see runs/long_context/report.html
 
 `accuracy`: needles.  A text of 4096 tokens holds 32 pairs of a key and a value
 among fillers, and ends in a key: which value was it?  Which pair is asked for,
@@ -23,7 +23,8 @@ Axes: B texts, T tokens, K pairs.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,13 +50,17 @@ from adaptivejax.training import (
   load_corpus,
 )
 from adaptivejax.training.tasks import language_modeling
+from benchmarks.harness import Options, Row, main
 from benchmarks.headlines.beds import fit
 
 LookFactory = Callable[[int], Look]
 """`factory(budget)`: a look that lets a query see about so many keys."""
 
 LOOKS: dict[str, LookFactory] = {"all keys": lambda budget: Look()}
-"""What `main` measures; a method adds a line."""
+"""What is measured; a method adds a line."""
+
+ACCURACY = "accuracy on needles"
+PERPLEXITY = "perplexity of a long document"
 
 NEEDLE_BUDGETS = 64, 128, 256, 512
 TEXT_BUDGETS = 16, 32, 64, 128, 256
@@ -76,7 +81,9 @@ NEEDLES = DecoderConfig(
 BYTES = DecoderConfig(layers=4, features=64, hidden=256, heads=4, kv_heads=4)
 LESSONS = ((64, 64, 8), (64, 64, 16), (32, 128, 24), (8, 512, 32))
 """Texts in a batch, tokens and pairs, one after the other."""
-STEPS = {"needles": 600, "bytes": 1200}
+STEPS = {"needles": 400, "bytes": 1200}
+EVALUATION = 1 << 16
+"""Seed of the texts that are asked about; below it are those of training."""
 OUT = Path("runs/headlines")
 
 
@@ -147,34 +154,34 @@ def needle_model(quick: bool = False) -> NeedleLM:
   """Trained now, or found in runs/headlines; `quick` trains 4 steps."""
   model = NeedleLM(rngs=nnx.Rngs(0))
   path = OUT / f"needles{'-quick' if quick else ''}.npz"
-  leaves, tree = jax.tree.flatten(model)
+  params, tree = jax.tree.flatten(model)
   if path.is_file():
     with np.load(path) as kept:
-      found = [jnp.asarray(kept[str(i)]) for i in range(len(kept.files))]
-    if [a.shape for a in found] == [a.shape for a in leaves]:
+      found = [jnp.asarray(kept[name]) for name in kept.files]
+    if [a.shape for a in found] == [a.shape for a in params]:
       return jax.tree.unflatten(tree, found)
   steps = 4 if quick else STEPS["needles"]
   optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
-  def loss(model, tokens, answer):
+  def loss(params, tokens, answer):
+    model = jax.tree.unflatten(tree, params)
     last = jnp.full(len(tokens), tokens.shape[1] - 1)
     logits = model(tokens, read_at=last).logits[:, 0]
     return cross_entropy(logits, answer).mean()
 
   @jax.jit
-  def step(model, state, tokens, answer):
-    gradient = jax.grad(loss)(model, tokens, answer)
+  def step(params, state, tokens, answer):
+    gradient = jax.grad(loss)(params, tokens, answer)
     change, state = optimizer.update(gradient, state)
-    return optax.apply_updates(model, change), state
+    return optax.apply_updates(params, change), state
 
-  state = optimizer.init(model)
+  state = optimizer.init(params)
   for i in range(steps):
     batch = needles(*LESSONS[len(LESSONS) * i // steps], seed=i)
-    model, state = step(model, state, batch.tokens, batch.answer)
+    params, state = step(params, state, batch.tokens, batch.answer)
   path.parent.mkdir(parents=True, exist_ok=True)
-  named = {str(i): np.asarray(a) for i, a in enumerate(jax.tree.leaves(model))}
-  np.savez(path, **named)
-  return model
+  np.savez(path, *map(np.asarray, params))
+  return jax.tree.unflatten(tree, params)
 
 
 def accuracy(
@@ -198,7 +205,7 @@ def accuracy(
     quick: a model hardly trained, for smoke runs.
   """
   model = needle_model(quick)
-  given = needles(count, length, pairs, seed=-1 & 0xFFFF)
+  given = needles(count, length, pairs, seed=EVALUATION)
   tokens, answer = jnp.asarray(given.tokens), jnp.asarray(given.answer)
   right = {}
   for budget in budgets:
@@ -338,37 +345,45 @@ def _stream(model, text, budget: int) -> Float[Array, ""]:
   return _in_pieces(model, text, cache)[1].mean()
 
 
-def curves(
-  looks: dict[str, LookFactory] | None = None, quick: bool = False
-) -> tuple[BudgetCurve, ...]:
-  """Both beds for each look."""
-  few = {"length": 256, "count": 8} if quick else {}
+def curves(name: str, factory: LookFactory, quick: bool) -> list[BudgetCurve]:
+  """Both beds for a look."""
+  if quick:
+    needle = accuracy(factory, (64,), length=256, count=8, quick=True)
+    text = perplexity(factory, (64,), count=1, length=2048, quick=True)
+  else:
+    needle, text = accuracy(factory), perplexity(factory)
+  return [
+    BudgetCurve(name, measure, tuple(found), tuple(found.values()))
+    for measure, found in ((ACCURACY, needle), (PERPLEXITY, text))
+  ]
+
+
+def rows(options: Options) -> Iterator[Row]:
+  """A figure for each look, bed and budget; the plots, where all ran."""
   made = []
-  for name, factory in (looks or LOOKS).items():
-    needle = accuracy(factory, quick=quick, **few)
-    bits = {"count": 1, "length": 2048} if quick else {}
-    text = perplexity(factory, quick=quick, **bits)
-    for measure, found in (
-      ("accuracy on needles", needle),
-      ("perplexity of a long document", text),
-    ):
-      values = tuple(found.values())
-      made.append(BudgetCurve(name, measure, tuple(found), values))
-  return tuple(made)
+  for name in options.select(LOOKS):
+    for curve in curves(name, LOOKS[name], options.quick):
+      made.append(curve)
+      better = "higher" if curve.measure == ACCURACY else "lower"
+      for budget, value in zip(curve.budgets, curve.values):
+        metric = f"{curve.measure}, {budget} keys"
+        yield Row.of(name, metric, [value or math.nan], better=better)
+  if not options.quick:
+    print(write_report(report(made), Path("runs/long_context")))
 
 
-def main() -> None:
-  """Measures `LOOKS` and writes report.json and report.html."""
-  report = Report(
+def report(made: Sequence[BudgetCurve]) -> Report:
+  """The page with the plots."""
+  _, _, needle, text, *_ = (__doc__ or "").split("\n\n")
+  return Report(
     "Long contexts with few keys",
     "python -m benchmarks.long_context",
     environment(),
-    budgets=curves(),
-    measured=(__doc__.split("\n\n")[2], __doc__.split("\n\n")[3]),
+    budgets=tuple(made),
+    measured=(needle, text),
     notes=(f"The document: {document()[0]}.",),
   )
-  print(write_report(report, Path("runs/long_context")))
 
 
 if __name__ == "__main__":
-  main()
+  main(__doc__, rows)

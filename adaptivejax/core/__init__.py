@@ -69,6 +69,10 @@ from adaptivejax.core.halting import (
   saturation,
 )
 from adaptivejax.core.levels import level_apply, prefix_slice
+from adaptivejax.core.linear_attention import (
+  attend_linear,
+  linear_attention_sharded,
+)
 from adaptivejax.core.losses import (
   accuracy,
   binary_cross_entropy,
@@ -129,6 +133,7 @@ __all__ = [
   "accuracy",
   "ancestors",
   "append",
+  "attend_linear",
   "attend",
   "binary_cross_entropy",
   "balanced_clusters",
@@ -173,6 +178,7 @@ __all__ = [
   "ladder",
   "learn_then_test",
   "leave_empty",
+  "linear_attention_sharded",
   "level_apply",
   "load",
   "log_probs",

@@ -13,13 +13,13 @@ slopes as in TransNormerLLM, https://arxiv.org/abs/2307.14995, eq. 11)
 no softmax, time and memory of a token independent of how many came before.  In
 training, chunks of tokens: pairs inside, the state between (alg. 1 and 2).
 
-Primitive: `attend_linear`, by Pallas kernels on TPU.  It is a look, so any
+Primitive: `attend_linear`, by Pallas kernels on TPU, in a `Recurrent` look: any
 model of `Attention`s takes it; the state is the look's memory in the cache.
 Departs: activation, norm and gate are those of MiniMax-01
 (https://arxiv.org/abs/2501.08313), and equal its published code to 1e-5; like
 there, 1e-5 is added to l's factor and to L - 1.  Tokens that are not live leave
 the state as it is.
-Axes: B batch, T tokens, D features, H query heads, W head width.
+Axes: B batch, T tokens, D features, H heads.
 """
 
 import jax
@@ -27,16 +27,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from adaptivejax.core.attention import Keys
-from adaptivejax.core.cache import KVCache
-from adaptivejax.core.cost import Cost, flops
-from adaptivejax.core.linear_attention import attend_linear
 from adaptivejax.nn.linear import linear
-from adaptivejax.nn.look import Look, Looked
 from adaptivejax.nn.norm import RMSNorm
+from adaptivejax.nn.recurrent import Recurrent
 
 
-class LightningAttention(Look):
+class LightningAttention(Recurrent):
   """A look that remembers a state; the cache keeps one empty slot.
 
   Args:
@@ -46,9 +42,6 @@ class LightningAttention(Look):
     chunk: tokens of a chunk in training and prefill (static).
     rngs: for the gate.
   """
-
-  rotated = False
-  evicts = True
 
   def __init__(
     self,
@@ -63,79 +56,20 @@ class LightningAttention(Look):
       raise ValueError(f"{heads=} must divide {features=}.")
     if layers is not None and layers < 1:
       raise ValueError(f"{layers=} must be at least 1, or None.")
+    super().__init__(heads, chunk=chunk)
     self.norm = RMSNorm(features)
     self.gate = linear(features, features, rngs=rngs)
-    self.heads, self.layers, self.chunk = heads, layers, chunk
+    self.layers = layers
 
   def log_decay(self, layer: Int[Array, ""] | int) -> Float[Array, "1 H 1"]:
-    """Of each head, at a layer (dynamic)."""
     slope = 2.0 ** (-8.0 * jnp.arange(1, self.heads + 1) / self.heads)
     depth = 0.0 if self.layers is None else layer / (self.layers - 1 + 1e-5)
     return -(slope * (1 - depth + 1e-5)).astype(jnp.float32)[None, :, None]
 
-  def slots(self, slots: int) -> int:
-    return 1
+  def before(self, a: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jax.nn.silu(a)
 
-  def memory(self, batch, heads, slots, width, dtype):
-    return jnp.zeros((batch, self.heads, width, width), jnp.float32)
-
-  def __call__(
-    self, q, keys, positions, layer=0, *, x=None, live=None, mask=None, key=None
-  ) -> Looked:
-    _refuse(mask)
-    return self._look(q, keys, positions, layer, x, live, None)[0]
-
-  def step(
-    self, q, keys, positions, cache: KVCache, layer=0, *, x=None, live=None,
-    key=None,
-  ) -> tuple[Looked, KVCache]:  # fmt: skip
-    _refuse(cache.tree)
-    state = cache.recollect(layer)
-    looked, state = self._look(q, keys, positions, layer, x, live, state)
-    return looked, cache.remember(layer, state)
-
-  def _look(
-    self,
-    q: Float[Array, "B T H W"],
-    keys: Keys,
-    positions,
-    layer,
-    x,
-    live,
-    state,
-  ) -> tuple[Looked, Float[Array, "B H W W"]]:
-    if x is None or q.shape[2] != self.heads:
-      raise ValueError(
-        f"a look of {self.heads=} needs queries of as many heads, and `x`; got"
-        f" {q.shape[2]} heads and x={None if x is None else x.shape}."
-      )
-    x = jnp.where(positions[..., None] >= 0, x, 0)
-    q, k, v = map(jax.nn.silu, (q, keys.k, keys.v))
-    mixed, state = attend_linear(
-      q,
-      keys._replace(k=k, v=v),
-      self.log_decay(layer),
-      state,
-      chunk=self.chunk,
-      everyone=state is None and live is None,
-    )
-    gate = nnx.sigmoid(self.gate(x))
-    out = (gate * self.norm(mixed.reshape(x.shape))).reshape(q.shape)
-    return Looked(out, self._cost(q, x, live)), state
-
-  def _cost(self, q, x, live) -> Cost:
-    """Pairs of a chunk and the state, for all tokens: its own dense twin."""
-    pairs = 0 if q.shape[1] == 1 else min(self.chunk, q.shape[1])
-    work = 4.0 * q.size * (pairs + q.shape[3]) + flops(self.gate, x)
-    items = q.shape[0] * q.shape[1]
-    cost = Cost.dense(work, items)
-    return cost if live is None else cost._replace(items=live.sum() + 0.0)
-
-
-def _refuse(mask) -> None:
-  if mask is not None:
-    raise ValueError(
-      "LightningAttention has no scores for a mask or a tree of drafts to hide:"
-      " its state is that of one text. Decode without drafts; mark tokens that"
-      " are not there with position -1."
-    )
+  def after(
+    self, mixed: Float[Array, "B T D"], x: Float[Array, "B T D"]
+  ) -> Float[Array, "B T D"]:
+    return jax.nn.sigmoid(self.gate(x)) * self.norm(mixed)
