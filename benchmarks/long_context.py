@@ -81,7 +81,7 @@ NEEDLES = DecoderConfig(
 BYTES = DecoderConfig(layers=4, features=64, hidden=256, heads=4, kv_heads=4)
 LESSONS = ((64, 64, 8), (64, 64, 16), (32, 128, 24), (8, 512, 32))
 """Texts in a batch, tokens and pairs, one after the other."""
-STEPS = {"needles": 400, "bytes": 1200}
+STEPS = {"needles": 600, "bytes": 1200}
 EVALUATION = 1 << 16
 """Seed of the texts that are asked about; below it are those of training."""
 OUT = Path("runs/headlines")
