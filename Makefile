@@ -50,11 +50,12 @@ aot-gpu: ## compile the GPU kernels for an H100 and read them (python3.12, 5 GB)
 aot-gpu-312: $(VENV)/.aot-gpu
 	$(BIN)/python -m benchmarks.gpu_static $(quick)
 
+TPU_BENCHES := tpu_cycles tpu_attention tpu_decode tpu_linear_attention
+
 aot-tpu: $(VENV)/.aot-tpu ## compile the TPU kernels without a TPU (700 MB; QUICK=1: a few)
 	$(BIN)/python -m pytest tests/kernels/test_tpu_*.py \
 	  $(if $(QUICK),-k 'not others')
-	$(if $(QUICK),,$(BIN)/python -m benchmarks.tpu_cycles)
-	$(if $(QUICK),,$(BIN)/python -m benchmarks.tpu_decode)
+	$(if $(QUICK),,$(foreach b,$(TPU_BENCHES),$(BIN)/python -m benchmarks.$(b) &&) true)
 
 # What needs more than most machines have.  A package that does not install is
 # said and skipped; a check that fails, fails.
