@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the TPU kernels know beforehand: cuts that are static, lists that are data.
+
+A *row* is a query tile of a list head; its entries are sorted: first the blocks
+of which every pair is visible, which need no mask, then those with a mask; what
+no query of the tile sees is left out.  All of that is found here, of the least
+and the greatest position of each tile and block.
+
+Scalar memory holds a row as a header, (unmasked entries, all entries), and its
+blocks, two 16-bit numbers in a word.  It is 1 MiB on every chip: lists that are
+longer are cut into parts, by batch and by heads, each of which is a call.
+
+Axes: as in `types`; M work heads, the more of L and G, each with a stack of
+H / M query heads that share list and keys; N columns, the queries of a stack.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.block_sparse_attention.types import BlockLists, Marks, Rule
+
+LOG2E = math.log2(math.e)
+BEYOND = 1 << 30
+"""A position after all others: that of a key which is none."""
+FLOOR = -0.5e30
+"""Where running maxima begin: above the scores of invisible keys."""
+MOST_WORDS = 250_000
+"""32-bit words of lists that fit the scalar memory, 1 MiB on every chip."""
+MARKS = 8
+"""Rows of marks: what a register has at least."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+  """The static sizes of a call, and how its work is cut.
+
+  Attributes:
+    shape: (B, H, G, T, S, D, E), as the arrays are.
+    lists: (batch, heads, Q, C) of the rows, after broadcasting to the marks.
+    block_q, block_kv: of the lists.
+    merge: blocks that a step looks at, a power of two.
+    depth: steps whose keys are under way or in use.
+    parts: calls, over the batch and over the heads.
+    cores: TensorCores that share the work, by `split`: tiles, heads or batch.
+  """
+
+  shape: tuple[int, ...]
+  lists: tuple[int, int, int, int]
+  block_q: int
+  block_kv: int
+  merge: int
+  depth: int
+  parts: tuple[int, int] = (1, 1)
+  cores: int = 1
+  split: str = "tiles"
+
+  @property
+  def stack(self) -> int:
+    """Query heads of a work head."""
+    _, heads, key_heads, *_ = self.shape
+    return heads // max(self.lists[1], key_heads)
+
+  @property
+  def columns(self) -> int:
+    return self.stack * self.block_q
+
+  @property
+  def keys(self) -> int:
+    """Keys of a step."""
+    return self.merge * self.block_kv
+
+  @property
+  def tiles(self) -> int:
+    return self.lists[2]
+
+  @property
+  def blocks(self) -> int:
+    return -(-self.shape[4] // self.block_kv)
+
+  @property
+  def words(self) -> int:
+    """32-bit words of a row."""
+    return row_words(self.lists[3], self.merge)
+
+  @property
+  def part(self) -> tuple[int, int, int]:
+    """Batch, work heads and tiles of a part."""
+    batch, heads, key_heads, *_ = self.shape
+    work_heads = max(self.lists[1], key_heads)
+    return batch // self.parts[0], work_heads // self.parts[1], self.tiles
+
+  @property
+  def part_rows(self) -> tuple[int, int, int]:
+    """Batch, heads and tiles of the rows of a part."""
+    batch, heads, tiles, _ = self.lists
+    return batch // self.parts[0], heads // self.parts[1], tiles
+
+  @property
+  def extent(self) -> tuple[int, int, int]:
+    """Batch, work heads and tiles of a core."""
+    return tuple(
+      size // self.cores if name == self.split else size
+      for name, size in zip(("batch", "heads", "tiles"), self.part)
+    )
+
+  @property
+  def per_key_head(self) -> int:
+    """Work heads that share their keys."""
+    return max(self.lists[1] // self.shape[2], 1)
+
+
+def row_words(capacity: int, merge: int) -> int:
+  """32-bit words of a row: its header, and entries for whole steps."""
+  return 1 + math.ceil(math.ceil(capacity / merge) * merge / 2)
+
+
+def parts(lists: tuple[int, int, int, int], merge: int, heads: int):
+  """The fewest parts, over batch and `heads`, whose lists fit.
+
+  Args:
+    lists: (batch, heads, Q, C) of the rows.
+    merge: blocks of a step.
+    heads: what the number of parts over heads must divide.
+
+  Raises:
+    ValueError: those of one head are too long.
+  """
+  batch, list_heads, tiles, capacity = lists
+  words = tiles * row_words(capacity, merge)
+  divisors = lambda n: [d for d in range(1, n + 1) if n % d == 0]
+  by_heads = divisors(math.gcd(list_heads, heads))
+  for over_batch in divisors(batch):
+    for over_heads in by_heads:
+      rows = (batch // over_batch) * (list_heads // over_heads)
+      if rows * words <= MOST_WORDS:
+        return over_batch, over_heads
+  least = words * list_heads // by_heads[-1]
+  raise ValueError(
+    f"lists of {tiles} tiles x {capacity} entries need {least} words of scalar"
+    f" memory for a head, more than {MOST_WORDS}: use larger blocks, lists of"
+    f" lower capacity, or call for parts of the queries"
+  )
+
+
+def list_shape(
+  shape: tuple[int, ...], lists: BlockLists, marks: Marks
+) -> tuple[int, int, int, int]:
+  """The shape of the rows: as `lists`, and as the marks that decide."""
+  batch, heads, tiles, capacity = lists.index.shape
+  told = (marks.q_pos, marks.kv_pos, marks.q_segment)
+  if any(mark is not None and len(mark) > 1 for mark in told):
+    batch = shape[0]
+  if marks.kv_pos is not None:
+    heads = max(heads, marks.kv_pos.shape[1])
+  return batch, heads, tiles, capacity
+
+
+class Rows(NamedTuple):
+  """The lists as the kernels read them, in `parts` x rows.
+
+  Attributes:
+    words: i32[B', L', Q, words].
+    order: the entry of the lists in each place of a row, i32[B', L', Q, C].
+    bits: which queries look at the entries: bit n of word w is entry
+      32 w + n, i32[B', L', Q, W, N]; None if all.
+  """
+
+  words: jax.Array
+  order: jax.Array
+  bits: jax.Array | None
+
+
+class Queries(NamedTuple):
+  """Marks of the queries, i32[B or 1, Q, tile]; tiles are full."""
+
+  top: jax.Array  # the last position that is seen, -1 for no query
+  low: jax.Array  # the position before the first one
+  segment: jax.Array | None
+
+
+class Keys(NamedTuple):
+  """Marks of the keys, i32[B or 1, P, K, block]."""
+
+  pos: jax.Array | None  # BEYOND for no key; None: their places
+  segment: jax.Array | None
+
+
+def queries(cut: Cut, marks: Marks, rule: Rule) -> Queries:
+  """Cuts the marks of queries into tiles; what fills the last is a copy."""
+  tile = lambda x: jnp.pad(
+    x, ((0, 0), (0, cut.tiles * cut.block_q - x.shape[1])), mode="edge"
+  ).reshape(-1, cut.tiles, cut.block_q)
+  pos = marks.q_pos
+  if pos is None:
+    pos = jnp.arange(cut.shape[3], dtype=jnp.int32)[None]
+  top = pos if rule.causal else jnp.full_like(pos, BEYOND - 1)
+  low = jnp.full_like(pos, -1)
+  if rule.window is not None:
+    low = pos - rule.window
+  top = jnp.where(pos >= 0, top, -1)
+  segment = marks.q_segment
+  return Queries(
+    tile(top), tile(low), None if segment is None else tile(segment)
+  )
+
+
+def keys(cut: Cut, marks: Marks) -> Keys:
+  """Cuts the marks of keys into blocks; what fills the last is no key."""
+
+  def block(x, fill):
+    pad = cut.blocks * cut.block_kv - x.shape[-1]
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, pad)), constant_values=fill)
+    return x.reshape(*x.shape[:2], cut.blocks, cut.block_kv)
+
+  pos, segment = marks.kv_pos, marks.kv_segment
+  if pos is not None:
+    pos = block(jnp.where(pos >= 0, pos, BEYOND), BEYOND)
+  if segment is not None:
+    segment = block(segment[:, None], 0)
+  return Keys(pos, segment)
+
+
+def rows(
+  cut: Cut,
+  lists: BlockLists,
+  q: Queries,
+  k: Keys,
+  span: tuple[jax.Array, int] | None = None,
+) -> Rows:
+  """Sorts the entries and packs them.
+
+  Args:
+    cut: the static sizes.
+    lists: what the caller gave.
+    q, k: the marks.
+    span: only blocks `first .. first + count - 1`.
+  """
+  capacity = cut.lists[3]
+  index = jnp.clip(jnp.broadcast_to(lists.index, cut.lists), 0, cut.blocks - 1)
+  count = jnp.broadcast_to(lists.count, cut.lists[:3])
+  live = jnp.arange(capacity) < count[..., None]
+  if span is not None:
+    first, size = span
+    live &= (index >= first) & (index < first + size)
+  of_block = lambda x: _picked(x, index)
+  of_tile = lambda x: x[:, None, :, None]
+  if k.pos is None:  # nothing to look up
+    first = index * cut.block_kv
+    last = jnp.minimum(first + cut.block_kv, cut.shape[4]) - 1
+    most = jnp.where(last + 1 < first + cut.block_kv, BEYOND, last)
+  else:
+    key = jnp.where(k.pos == BEYOND, -1, k.pos)
+    first, last, most = map(
+      of_block, (k.pos.min(-1), key.max(-1), k.pos.max(-1))
+    )
+  seen = (first <= of_tile(q.top.max(-1))) & (last > of_tile(q.low.min(-1)))
+  whole = (most <= of_tile(q.top.min(-1))) & (first > of_tile(q.low.max(-1)))
+  if q.segment is not None and k.segment is not None:
+    least, most = (of_block(f(k.segment, -1)) for f in (jnp.min, jnp.max))
+    first_q, last_q = (of_tile(f(q.segment, -1)) for f in (jnp.min, jnp.max))
+    seen &= (least <= last_q) & (most >= first_q)
+    whole &= (least == most) & (first_q == last_q) & (least == first_q)
+  live &= seen
+  if lists.rows is not None:
+    some = jnp.broadcast_to(lists.rows.any(-1), cut.lists)
+    live &= some
+    whole &= jnp.broadcast_to(lists.rows.all(-1), cut.lists)
+  kind = jnp.where(live, jnp.where(whole, 0, 1), 2)
+  _, block, order = jax.lax.sort(
+    (kind * (1 << 17) + index, index, jnp.arange(capacity) + 0 * index),
+    num_keys=1,
+  )
+  block, order = block.astype(jnp.int32), order.astype(jnp.int32)
+  total, unmasked = live.sum(-1), (live & whole).sum(-1)
+  # A step is filled up with the last entry: what it loads is of the same list.
+  final = jnp.take_along_axis(block, jnp.maximum(total[..., None] - 1, 0), -1)
+  block = jnp.where(jnp.arange(capacity) < total[..., None], block, final)
+  room = 2 * (cut.words - 1)
+  fill = jnp.broadcast_to(final, (*cut.lists[:3], room - capacity))
+  block = jnp.concatenate([block, fill], -1)
+  header = unmasked | (total << 16)
+  words = block[..., 0::2] | (block[..., 1::2] << 16)
+  words = jnp.concatenate([header[..., None], words], -1).astype(jnp.int32)
+  bits = None
+  if lists.rows is not None:
+    bits = _bits(cut, lists.rows, order)
+  return Rows(words, order, bits)
+
+
+def _picked(x: jax.Array, index: jax.Array) -> jax.Array:
+  """x[B', P, K] at the blocks of the lists, [B', L', Q, C]."""
+  batch, heads, tiles, capacity = index.shape
+  heads_of_x = x.shape[1]
+  x = jnp.broadcast_to(x, (batch, *x.shape[1:]))
+  flat = index.reshape(batch, heads_of_x, -1)
+  return jnp.take_along_axis(x, flat, axis=-1).reshape(index.shape)
+
+
+def _bits(cut: Cut, looks: jax.Array, order: jax.Array) -> jax.Array:
+  """Packs bool[B, L, Q, C, block_q], in the order of the rows."""
+  looks = jnp.broadcast_to(looks, (*cut.lists, cut.block_q))
+  looks = jnp.take_along_axis(looks, order[..., None], axis=3)
+  words = math.ceil(cut.lists[3] / 32)
+  spare = 32 * words - cut.lists[3]
+  looks = jnp.pad(looks, ((0, 0),) * 3 + ((0, spare), (0, 0)))
+  looks = looks.reshape(*cut.lists[:3], words, 32, cut.block_q)
+  shift = jnp.arange(32, dtype=jnp.uint32)[:, None]
+  bits = (looks.astype(jnp.uint32) << shift).sum(-2, dtype=jnp.uint32)
+  bits = jax.lax.bitcast_convert_type(bits, jnp.int32)
+  return jnp.tile(bits, cut.stack)
+
+
+def query_marks(cut: Cut, q: Queries) -> jax.Array:
+  """Rows top, low and segment of each tile, i32[B or 1, Q, 8, N]."""
+  segment = jnp.zeros_like(q.top) if q.segment is None else q.segment
+  marks = jnp.stack(jnp.broadcast_arrays(q.top, q.low, segment), axis=2)
+  marks = jnp.pad(marks, ((0, 0), (0, 0), (0, MARKS - 3), (0, 0)))
+  return jnp.tile(marks, cut.stack)
+
+
+def key_marks(cut: Cut, marks: Marks, k: Keys) -> jax.Array | None:
+  """Rows position, segment and bias, i32[B or 1, P, K, 8, block].
+
+  None where keys carry nothing but their places; the bias is in units of
+  log 2.
+  """
+  if all(x is None for x in (marks.kv_pos, marks.kv_segment, marks.kv_bias)):
+    return None
+  pos = k.pos
+  if pos is None:
+    place = jnp.arange(cut.blocks * cut.block_kv, dtype=jnp.int32)
+    pos = jnp.where(place < cut.shape[4], place, BEYOND)
+    pos = pos.reshape(1, 1, cut.blocks, cut.block_kv)
+  segment = jnp.zeros_like(pos) if k.segment is None else k.segment
+  bias = jnp.zeros_like(pos)
+  if marks.kv_bias is not None:
+    pad = cut.blocks * cut.block_kv - cut.shape[4]
+    bias = jnp.pad(marks.kv_bias * LOG2E, ((0, 0), (0, 0), (0, pad)))
+    bias = bias.reshape(*bias.shape[:2], cut.blocks, cut.block_kv)
+    bias = jax.lax.bitcast_convert_type(bias, jnp.int32)
+  each = jnp.stack(jnp.broadcast_arrays(pos, segment, bias), axis=3)
+  return jnp.pad(each, ((0, 0),) * 3 + ((0, MARKS - 3), (0, 0)))
+
+
+def in_parts(cut: Cut, words: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The words of each part, flat, and where it begins: (batch, work head)."""
+  over_batch, over_heads = cut.parts
+  batch, heads, _ = cut.part_rows
+  shape = (over_batch, batch, over_heads, heads, -1)
+  words = words.reshape(shape).transpose(0, 2, 1, 3, 4)
+  n, m, _ = cut.part
+  starts = np.stack(
+    np.meshgrid(
+      np.arange(over_batch) * n, np.arange(over_heads) * m, indexing="ij"
+    ),
+    axis=-1,
+  )
+  total = over_batch * over_heads
+  return (
+    words.reshape(total, -1),
+    jnp.asarray(starts.reshape(total, 2), jnp.int32),
+  )

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys of the steps to come, on their way into VMEM.
+
+A *step* looks at `merge` key blocks for a tile of queries; a row without
+entries has one, which does nothing.  Steps are in the order of the grid, and
+loads run ahead of them over the borders of tiles and heads.
+
+Axes: as in `plan`; W keys of a step.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.block_sparse_attention.plan import MARKS, Cut
+
+Scalar = Any
+"""i32[] as an array, or an int where it is static."""
+CURSOR = 6
+"""Numbers of the cursor: batch, head, tile and step; loads begun, and ended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A row of the lists, in scalar memory."""
+
+  words: Any
+  at: Scalar  # its header
+  cut: Cut
+
+  @property
+  def unmasked(self) -> Scalar:
+    """Entries of which every pair is visible."""
+    return self.words[self.at] & 0xFFFF
+
+  @property
+  def total(self) -> Scalar:
+    return lax.shift_right_logical(self.words[self.at], 16)
+
+  @property
+  def steps(self) -> Scalar:
+    shift = self.cut.merge.bit_length() - 1
+    return (self.total + self.cut.merge - 1) >> shift
+
+  @property
+  def unmasked_steps(self) -> Scalar:
+    return self.unmasked >> (self.cut.merge.bit_length() - 1)
+
+  def block(self, step: Scalar, n: int) -> Scalar:
+    """Entry `n` of a step."""
+    if self.cut.merge > 1:
+      word = self.words[self.at + 1 + step * (self.cut.merge // 2) + n // 2]
+      return (word >> 16 * (n % 2)) & 0xFFFF
+    word = self.words[self.at + 1 + (step >> 1)]
+    return (word >> ((step & 1) * 16)) & 0xFFFF
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """Loads keys, values and marks, `cut.depth` steps deep."""
+
+  cut: Cut
+  words: Any  # of `plan.Rows`, flat, in SMEM
+  start: Any  # i32[2], batch and work head where the part begins, in SMEM
+  hbm: tuple[Any, ...]  # k, [B, G, S, D]; v, [B, G, S, E]; their marks
+  vmem: tuple[Any, ...]  # [depth, W, D]; [depth, W, E]; [depth, merge, 8, block]
+  sems: Any  # [len(vmem), depth]
+  cursor: Any  # i32[CURSOR] in SMEM
+  core: Scalar
+
+  def place(self, b: Scalar, m: Scalar, t: Scalar) -> tuple[Scalar, ...]:
+    """Batch, work head and tile in the part, of those in the core."""
+    batch, heads, _ = self.cut.extent
+    if self.cut.split == "tiles":
+      t = t * self.cut.cores + self.core
+    elif self.cut.split == "heads":
+      m = m + self.core * heads
+    else:
+      b = b + self.core * batch
+    return b, m, t
+
+  def row(self, b: Scalar, m: Scalar, t: Scalar) -> Row:
+    """Of a place in the core."""
+    b, m, t = self.place(b, m, t)
+    batch, heads, tiles = self.cut.part_rows
+    if batch == 1:
+      b = 0
+    shared = self.cut.part[1] // heads
+    if shared > 1:
+      m = lax.div(m, shared)
+    row = (b * heads + m) * tiles + t
+    return Row(self.words, row * self.cut.words, self.cut)
+
+  def open(self) -> None:
+    """Begins the first loads."""
+    for n in range(CURSOR):
+      self.cursor[n] = 0
+    for _ in range(self.cut.depth - 1):
+      self.advance()
+
+  def advance(self) -> None:
+    """Begins the load of one more step, if there is one."""
+    batch, heads, tiles = self.cut.extent
+    b, m, t, step, begun = (self.cursor[n] for n in range(5))
+    inside = b < batch
+    row = self.row(jnp.minimum(b, batch - 1), m, t)
+
+    @pl.when(inside & (row.total > 0))
+    def _():
+      self.begin(row, step, b, m, t, begun & (self.cut.depth - 1))
+
+    step = step + 1
+    ends = step >= row.steps
+    t = t + ends.astype(jnp.int32)
+    wraps = t == tiles
+    m = m + wraps.astype(jnp.int32)
+    turns = m == heads
+    self.cursor[0] = b + turns.astype(jnp.int32)
+    self.cursor[1] = jnp.where(turns, 0, m)
+    self.cursor[2] = jnp.where(wraps, 0, t)
+    self.cursor[3] = jnp.where(ends, 0, step)
+    self.cursor[4] = begun + 1
+
+  def begin(self, row, step, b, m, t, slot) -> None:
+    """Begins the loads of a step."""
+    b, m, _ = self.place(b, m, t)
+    b, m = b + self.start[0], m + self.start[1]
+    g = m
+    if self.cut.per_key_head > 1:
+      g = lax.div(m, self.cut.per_key_head)
+    size = self.cut.block_kv
+    for n in range(self.cut.merge):
+      block = row.block(step, n)
+      at = pl.ds(pl.multiple_of(block * size, size), size)
+      to = pl.ds(n * size, size)
+      for hbm, vmem, sem in list(zip(self.hbm, self.vmem, range(3)))[:2]:
+        pltpu.make_async_copy(
+          hbm.at[b, g, at], vmem.at[slot, to], self.sems.at[sem, slot]
+        ).start()
+      for hbm, vmem in zip(self.hbm[2:], self.vmem[2:]):
+        bm = 0 if hbm.shape[0] == 1 else b
+        gm = 0 if hbm.shape[1] == 1 else g
+        pltpu.make_async_copy(
+          hbm.at[bm, gm, block], vmem.at[slot, n], self.sems.at[2, slot]
+        ).start()
+
+  def take(self, live: bool = True) -> Scalar:
+    """Waits for the load of the next step: its slot."""
+    slot = self.cursor[5] & (self.cut.depth - 1)
+    self.cursor[5] = self.cursor[5] + 1
+    if live:
+      for n, vmem in enumerate(self.vmem):
+        pltpu.make_async_copy(
+          vmem.at[slot], vmem.at[slot], self.sems.at[n, slot]
+        ).wait()
+    return slot
+
+
+def scratch(cut: Cut, dtype: Any, marked: bool) -> list[Any]:
+  """Of a `Stream`: its buffers, semaphores and cursor."""
+  *_, width, value_width = cut.shape
+  buffers = [
+    pltpu.VMEM((cut.depth, cut.keys, width), dtype),
+    pltpu.VMEM((cut.depth, cut.keys, value_width), dtype),
+  ]
+  if marked:
+    shape = (cut.depth, cut.merge, MARKS, cut.block_kv)
+    buffers.append(pltpu.VMEM(shape, jnp.int32))
+  return [
+    *buffers,
+    pltpu.SemaphoreType.DMA((len(buffers), cut.depth)),
+    pltpu.SMEM((CURSOR,), jnp.int32),
+  ]
