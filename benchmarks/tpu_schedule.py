@@ -228,7 +228,7 @@ class Program:
 def _bundles(text: str) -> Iterator[str]:
   """The text of each bundle, without comments that mean nothing."""
   text = re.sub(r"/\* (core) id \*/|/\* (kRem) \*/", r", \1\2", text)
-  text = re.sub(r"/\*.*?\*/", "", text)
+  text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
   head = r"^ *(?:0x[0-9a-f]+|0) (?:[A-Z]{2})? *:[> ]*\{"
   for body in re.split(head, text, flags=re.M)[1:]:
     yield body.rpartition("}")[0]

@@ -10,8 +10,8 @@ Scalar memory holds a row as a header, (unmasked entries, all entries), and its
 blocks, two 16-bit numbers in a word.  It is 1 MiB on every chip: lists that are
 longer are cut into parts, by batch and by heads, each of which is a call.
 
-Axes: as in `types`; M work heads, the more of L and G, each with a stack of
-H / M query heads that share list and keys; N columns, the queries of a stack.
+Axes: as in `types`; M work heads, each a stack of H / M query heads that share
+list and keys; N columns, the queries of a stack.
 """
 
 import dataclasses
@@ -43,27 +43,32 @@ class Cut:
     shape: (B, H, G, T, S, D, E), as the arrays are.
     lists: (batch, heads, Q, C) of the rows, after broadcasting to the marks.
     block_q, block_kv: of the lists.
+    stack: query heads of a work head.
     merge: blocks that a step looks at, a power of two.
-    depth: steps whose keys are under way or in use.
+    depth: steps whose keys are under way or in use, a power of two.
+    piece: columns computed together.
     parts: calls, over the batch and over the heads.
     cores: TensorCores that share the work, by `split`: tiles, heads or batch.
+    vmem_limit_bytes: what the compiler may use.
   """
 
   shape: tuple[int, ...]
   lists: tuple[int, int, int, int]
   block_q: int
   block_kv: int
-  merge: int
-  depth: int
+  stack: int = 1
+  merge: int = 1
+  depth: int = 4
+  piece: int = 512
   parts: tuple[int, int] = (1, 1)
   cores: int = 1
   split: str = "tiles"
+  vmem_limit_bytes: int | None = None
 
   @property
-  def stack(self) -> int:
-    """Query heads of a work head."""
-    _, heads, key_heads, *_ = self.shape
-    return heads // max(self.lists[1], key_heads)
+  def heads(self) -> int:
+    """Work heads, M."""
+    return self.shape[1] // self.stack
 
   @property
   def columns(self) -> int:
@@ -90,9 +95,8 @@ class Cut:
   @property
   def part(self) -> tuple[int, int, int]:
     """Batch, work heads and tiles of a part."""
-    batch, heads, key_heads, *_ = self.shape
-    work_heads = max(self.lists[1], key_heads)
-    return batch // self.parts[0], work_heads // self.parts[1], self.tiles
+    over_batch, over_heads = self.parts
+    return self.shape[0] // over_batch, self.heads // over_heads, self.tiles
 
   @property
   def part_rows(self) -> tuple[int, int, int]:
@@ -108,10 +112,24 @@ class Cut:
       for name, size in zip(("batch", "heads", "tiles"), self.part)
     )
 
+  def place(self, core, b, m, t):
+    """Batch, work head and tile in the part, of those in the core."""
+    batch, heads, _ = self.extent
+    if self.split == "tiles":  # in turns, for later tiles see more
+      return b, m, t * self.cores + core
+    if self.split == "heads":
+      return b, m + core * heads, t
+    return b + core * batch, m, t
+
   @property
   def per_key_head(self) -> int:
     """Work heads that share their keys."""
-    return max(self.lists[1] // self.shape[2], 1)
+    return self.heads // self.shape[2]
+
+  @property
+  def per_list(self) -> int:
+    """Work heads that share their lists."""
+    return self.heads // self.lists[1]
 
 
 def row_words(capacity: int, merge: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels.block_sparse_attention.plan import BEYOND, LOG2E, Cut
 from pallas_kernels.block_sparse_attention.stream import Row, Scalar
@@ -42,6 +43,21 @@ def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
   )
 
 
+def scaled(q: Any, rule: Rule) -> jax.Array:
+  """The queries of a stack, [N, D], times their factor."""
+  width = q.shape[-1]
+  x = q[...].reshape(-1, width).astype(jnp.float32)
+  return (x * factor(rule, width)).astype(q.dtype)
+
+
+def pieces(cut: Cut) -> list[Any]:
+  """The columns, in pieces."""
+  step = min(cut.piece, cut.columns)
+  return [
+    pl.ds(at, min(step, cut.columns - at)) for at in range(0, cut.columns, step)
+  ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Scores:
   """The scores of one step, piece by piece."""
@@ -51,31 +67,52 @@ class Scores:
   k: jax.Array  # [W, D]
   q: Any  # ref, [N, D], already multiplied with `factor`
   query_marks: Any  # ref, [8, N]
-  key_marks: Any  # ref, [merge, 8, block], or None
   bits: Any  # ref, [words, N], or None
   row: Row
   step: Scalar
   masked: bool
   has_segments: bool
   has_bias: bool
+  keys: list[Any]  # of each block
+  by_place: bool  # positions of keys are their places
 
-  def columns(self) -> list[tuple[jax.Array, ...]]:
+  @classmethod
+  def of(
+    cls, refs: Any, cut: Cut, rule: Rule, row: Row, step: Scalar, slot: Scalar,
+    masked: bool, has_segments: bool, has_bias: bool,
+  ) -> "Scores":  # fmt: skip
+    """Of a step whose keys are in `slot`."""
+    keys = []
+    if masked or has_bias:
+      marks = None
+      if refs.key_marks is not None:
+        marks = refs.marks_vmem.at[slot]
+      keys = cls.columns(cut, row, step, marks)
+    return cls(
+      cut, rule, refs.k_vmem[slot], refs.scaled, refs.query_marks, refs.bits,
+      row, step, masked, has_segments, has_bias, keys, refs.key_marks is None,
+    )  # fmt: skip
+
+  @staticmethod
+  def columns(
+    cut: Cut, row: Row, step: Scalar, key_marks: Any
+  ) -> list[tuple[Any, ...]]:
     """Position, segment and bias of the keys of each block, [block, 1]."""
-    size, out = self.cut.block_kv, []
-    for n in range(self.cut.merge):
-      live = self.step * self.cut.merge + n < self.row.total
-      if self.key_marks is None:
-        first = jnp.where(live, self.row.block(self.step, n) * size, BEYOND)
+    size, out = cut.block_kv, []
+    for n in range(cut.merge):
+      live = step * cut.merge + n < row.total
+      if key_marks is None:
+        first = jnp.where(live, row.block(step, n) * size, BEYOND)
         pos = first + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
         out.append((pos, None, None))
       else:
-        marks = self.key_marks[n].T
+        marks = key_marks[n].T
         pos = jnp.maximum(marks[:, 0:1], jnp.where(live, -1, BEYOND))
         bias = lax.bitcast_convert_type(marks[:, 2:3], jnp.float32)
         out.append((pos, marks[:, 1:2], bias))
     return out
 
-  def piece(self, at: Any, keys: list[Any]) -> tuple[jax.Array, Any]:
+  def piece(self, at: Any) -> tuple[jax.Array, Any]:
     """Scores in units of log 2, f32[W, n], and the tanh of a softcap."""
     s, tanh = dot(self.k, self.q[at, :], 1, 1), None
     if self.rule.softcap is not None:
@@ -84,10 +121,10 @@ class Scores:
     if not (self.masked or self.has_bias):
       return s, tanh
     top, low, segment = (self.query_marks[n : n + 1, at] for n in range(3))
-    if self.key_marks is None:  # what fills the last block is no key
+    if self.by_place:  # what fills the last block is no key
       top = jnp.minimum(top, self.cut.shape[4] - 1)
     parts, size = [], self.cut.block_kv
-    for n, (pos, key_segment, bias) in enumerate(keys):
+    for n, (pos, key_segment, bias) in enumerate(self.keys):
       part = s[n * size : (n + 1) * size]
       if self.has_bias:
         part = part + bias
@@ -108,12 +145,5 @@ class Scores:
     """Which queries look at block `n`, bool[1, n]."""
     entry = self.step * self.cut.merge + n
     word = jnp.minimum(entry >> 5, self.bits.shape[0] - 1)
-    bits = self.bits[pl_row(word), at]
+    bits = self.bits[pl.ds(word, 1), at]
     return ((bits >> (entry & 31)) & 1) == 1
-
-
-def pl_row(index: Scalar) -> Any:
-  """One row of a ref."""
-  from jax.experimental import pallas as pl
-
-  return pl.ds(index, 1)

@@ -73,26 +73,14 @@ class Stream:
   cursor: Any  # i32[CURSOR] in SMEM
   core: Scalar
 
-  def place(self, b: Scalar, m: Scalar, t: Scalar) -> tuple[Scalar, ...]:
-    """Batch, work head and tile in the part, of those in the core."""
-    batch, heads, _ = self.cut.extent
-    if self.cut.split == "tiles":
-      t = t * self.cut.cores + self.core
-    elif self.cut.split == "heads":
-      m = m + self.core * heads
-    else:
-      b = b + self.core * batch
-    return b, m, t
-
   def row(self, b: Scalar, m: Scalar, t: Scalar) -> Row:
     """Of a place in the core."""
-    b, m, t = self.place(b, m, t)
+    b, m, t = self.cut.place(self.core, b, m, t)
     batch, heads, tiles = self.cut.part_rows
     if batch == 1:
       b = 0
-    shared = self.cut.part[1] // heads
-    if shared > 1:
-      m = lax.div(m, shared)
+    if self.cut.per_list > 1:
+      m = lax.div(m, self.cut.per_list)
     row = (b * heads + m) * tiles + t
     return Row(self.words, row * self.cut.words, self.cut)
 
@@ -128,7 +116,7 @@ class Stream:
 
   def begin(self, row, step, b, m, t, slot) -> None:
     """Begins the loads of a step."""
-    b, m, _ = self.place(b, m, t)
+    b, m, _ = self.cut.place(self.core, b, m, t)
     b, m = b + self.start[0], m + self.start[1]
     g = m
     if self.cut.per_key_head > 1:
@@ -161,18 +149,17 @@ class Stream:
     return slot
 
 
-def scratch(cut: Cut, dtype: Any, marked: bool) -> list[Any]:
+def scratch(cut: Cut, dtype: Any, marked: bool) -> dict[str, Any]:
   """Of a `Stream`: its buffers, semaphores and cursor."""
   *_, width, value_width = cut.shape
-  buffers = [
-    pltpu.VMEM((cut.depth, cut.keys, width), dtype),
-    pltpu.VMEM((cut.depth, cut.keys, value_width), dtype),
-  ]
+  buffers = {
+    "k_vmem": pltpu.VMEM((cut.depth, cut.keys, width), dtype),
+    "v_vmem": pltpu.VMEM((cut.depth, cut.keys, value_width), dtype),
+  }
   if marked:
     shape = (cut.depth, cut.merge, MARKS, cut.block_kv)
-    buffers.append(pltpu.VMEM(shape, jnp.int32))
-  return [
-    *buffers,
-    pltpu.SemaphoreType.DMA((len(buffers), cut.depth)),
-    pltpu.SMEM((CURSOR,), jnp.int32),
-  ]
+    buffers["marks_vmem"] = pltpu.VMEM(shape, jnp.int32)
+  return buffers | {
+    "sems": pltpu.SemaphoreType.DMA((len(buffers), cut.depth)),
+    "cursor": pltpu.SMEM((CURSOR,), jnp.int32),
+  }

@@ -1,10 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block-sparse attention on TPU, forward.
 
-Axes: as in `plan` and `stream`.
+Bound by the matrix units where tiles are large, by the chain from scores to
+maxima to weights where they are small.  The kernel is made for both:
+
+* Steps pass through a pipeline: while the weights of one step are multiplied
+  with its values, the scores of the next are made, in the same block of the
+  schedule.  So matrix and vector units work at once.
+* Scores lie transposed (`scores.py`), and so do sums: a maximum is of whole
+  registers, what is known of a query is a row, and only the output of a tile is
+  turned round, once.
+* Several listed blocks make one step, loaded by hand (`stream.py`).
+* Blocks that every query of a tile sees come first and need no mask.
+
+Axes: as in `plan` and `stream`; n columns of a piece of N.
 """
 
+import dataclasses
 import functools
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,10 +28,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse_attention import plan, tuned
+from pallas_kernels.block_sparse_attention import calls, plan, stream, tuned
 from pallas_kernels.block_sparse_attention.plan import FLOOR, LOG2E, MARKS, Cut
-from pallas_kernels.block_sparse_attention.scores import Scores, dot, factor
-from pallas_kernels.block_sparse_attention.stream import Stream, scratch
+from pallas_kernels.block_sparse_attention.scores import (
+  Scores,
+  dot,
+  pieces,
+  scaled,
+)
 from pallas_kernels.block_sparse_attention.types import (
   CAUSAL,
   UNMARKED,
@@ -25,16 +44,6 @@ from pallas_kernels.block_sparse_attention.types import (
   Marks,
   Rule,
 )
-
-
-def cut_for(q, k, v, lists, marks, merge=None, depth=2) -> Cut:
-  b, h, t, d = q.shape
-  g, s, e = v.shape[1:]
-  shape = (b, h, g, t, s, d, e)
-  ls = plan.list_shape(shape, lists, marks)
-  merge = merge or tuned.merge(lists.block_kv, ls[3])
-  parts = plan.parts(ls, merge, ls[1])
-  return Cut(shape, ls, lists.block_q, lists.block_kv, merge, depth, parts)
 
 
 def forward(
@@ -46,208 +55,249 @@ def forward(
   rule: Rule = CAUSAL,
   *,
   mass: bool = False,
+  cut: Cut | None = None,
   interpret: Any = False,
   debug: bool = False,
-  piece=256, merge=None, depth=4,
 ) -> Attended:
-  cut = cut_for(q, k, v, lists, marks, merge, depth)
-  b, h, g, t, s, d, e = cut.shape
-  m = h // cut.stack
-  if marks.kv_pos is not None:
-    some = (marks.kv_pos >= 0)[..., None]
-    k, v = jnp.where(some, k, 0), jnp.where(some, v, 0)
-  qs = plan.queries(cut, marks, rule)
-  ks = plan.keys(cut, marks)
-  rows = plan.rows(cut, lists, qs, ks)
-  qm = plan.query_marks(cut, qs)
-  km = plan.key_marks(cut, marks, ks)
-  padq = cut.tiles * cut.block_q - t
-  pads = cut.blocks * cut.block_kv - s
-  pad = lambda x, n: x if n == 0 else jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0)))
-  q, k, v = pad(q, padq), pad(k, pads), pad(v, pads)
-  q = q.reshape(b, m, cut.stack, -1, d)
-  words, starts = plan.in_parts(cut, rows.words)
-  hbm = [k, v] + ([] if km is None else [km])
-  sinks = []
+  """Attention over the listed blocks.
+
+  Args:
+    q, k, v, lists, marks, rule, mass: as in `reference`; all of one dtype.
+    cut: how to cut the work; by the figures of the chip if not given.
+    interpret: as in `pallas_call`: True or `pltpu.InterpretParams` off TPU.
+    debug: check the bounds of every transfer.
+
+  Raises:
+    ValueError: lists that do not fit in scalar memory, or blocks in VMEM.
+  """
+  tuned.check(q, lists)
+  cut = cut or tuned.forward_cut(q, k, v, lists, marks, mass=mass)
+  q_marks = plan.queries(cut, marks, rule)
+  k_marks = plan.keys(cut, marks)
+  rows = plan.rows(cut, lists, q_marks, k_marks)
+  make = calls.Operands(cut)
+  key_marks = plan.key_marks(cut, marks, k_marks)
+  inputs = {
+    "q": make.tile(q),
+    "query_marks": make.query_marks(plan.query_marks(cut, q_marks)),
+  }
+  if rows.bits is not None:
+    inputs["bits"] = make.bits(rows.bits)
   if marks.sinks is not None:
-    x = jnp.repeat(marks.sinks * LOG2E, cut.block_q).reshape(m, 1, cut.columns)
-    sinks = [x]
-  bits = [] if rows.bits is None else [rows.bits]
-
-  def place(c, i, j, l, start):
-    if cut.split == "tiles":
-      l = l * cut.cores + c
-    elif cut.split == "heads":
-      j = j + c * cut.extent[1]
-    else:
-      i = i + c * cut.extent[0]
-    return i, j, l
-
-  def spec(block, index):
-    def index_map(c, i, j, l, words, start):
-      i, j, l = place(c, i, j, l, start)
-      return index(i + start[0], j + start[1], l)
-    return pl.BlockSpec(block, index_map)
-  def ospec(block, index):
-    def index_map(c, i, j, l, words, start):
-      return index(*place(c, i, j, l, start))
-    return pl.BlockSpec(block, index_map)
-
-  N = cut.columns
-  sh = cut.part[1] // cut.part_rows[1]
-  def lrow(i, j, l):
-    return (0 if cut.lists[0] == 1 else i), (j if sh == 1 else lax.div(j, sh)), l, 0, 0
-  in_specs = [
-    spec((None, None, cut.stack, cut.block_q, d), lambda i, j, l: (i, j, 0, l, 0)),
-    spec((None, None, MARKS, N), lambda i, j, l: (0 if qm.shape[0] == 1 else i, l, 0, 0)),
-    *[spec((None, None, None, x.shape[3], N), lrow) for x in bits],
-    *[spec((None, 1, N), lambda i, j, l: (j, 0, 0)) for x in sinks],
-    *[pl.BlockSpec(memory_space=pl.ANY) for x in hbm],
-  ]
-  pb, pm, pt = cut.part
-  out_shape = [
-    jax.ShapeDtypeStruct((pb, pm, cut.stack, pt * cut.block_q, e), q.dtype),
-    jax.ShapeDtypeStruct((pb, pm, pt, 1, N), jnp.float32),
-  ]
-  out_specs = [
-    ospec((None, None, cut.stack, cut.block_q, e), lambda i, j, l: (i, j, 0, l, 0)),
-    ospec((None, None, None, 1, N), lambda i, j, l: (i, j, l, 0, 0)),
-  ]
-  scr = [
-    pltpu.VMEM((N, d), q.dtype),
-    pltpu.VMEM((1, N), jnp.float32),
-    pltpu.VMEM((8, N), jnp.float32),
-    pltpu.VMEM((e, N), jnp.float32),
-    pltpu.VMEM((cut.keys, N), jnp.float32),
-    pltpu.VMEM((1, N), jnp.float32),
-    *scratch(cut, q.dtype, km is not None),
-  ]
-  kernel = functools.partial(_kernel, cut=cut, rule=rule, piece=min(piece, N), has_bits=bool(bits), has_sinks=bool(sinks), marked=km is not None,
-    has_segments=marks.q_segment is not None, has_bias=marks.kv_bias is not None)
-  def call(words, start):
-    return pl.pallas_call(
-      kernel,
-      out_shape=out_shape,
-      grid_spec=pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2,
-        grid=(cut.cores, *cut.extent),
-        in_specs=in_specs, out_specs=out_specs, scratch_shapes=scr),
-      compiler_params=pltpu.CompilerParams(
-        dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"),
-        disable_bounds_checks=not debug,
-        vmem_limit_bytes=64<<20,
-      ),
-      interpret=interpret,
-      name="block_sparse_attention",
-    )(words, start, q, qm, *bits, *sinks, *hbm)
-  if len(words) == 1:
-    out, lse = call(words[0], starts[0])
-  else:
-    out, lse = lax.map(lambda x: call(*x), (words, starts))
-  out = out.reshape(b, h, -1, e)[:, :, :t]
-  lse = lse.reshape(b, m, cut.tiles, cut.stack, cut.block_q)
-  lse = jnp.moveaxis(lse, 3, 2).reshape(b, h, -1)[:, :, :t]
-  return Attended(out, lse)
+    inputs["sinks"] = make.sinks(marks.sinks)
+  inputs |= make.keys(k, v, marks, key_marks)
+  width, value_width = q.shape[3], v.shape[3]
+  places = math.ceil(2 * cut.words / MARKS) * MARKS
+  stack = math.ceil(cut.stack / MARKS) * MARKS
+  outputs = {
+    "out": make.tile_out(value_width, q.dtype),
+    "lse": make.rows_out(1, cut.columns),
+  }
+  f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
+  scratch = {
+    "scaled": pltpu.VMEM((cut.columns, width), q.dtype),
+    "top": f32((1, cut.columns)),
+    "total": f32((MARKS, cut.columns)),
+    "sums": f32((value_width, cut.columns)),
+    "scores": f32((cut.keys, cut.columns)),
+    "score_top": f32((1, cut.columns)),
+  }
+  if mass:
+    outputs["mass"] = make.rows_out(stack, places)
+    scratch["given"] = f32((places, cut.columns))
+    scratch["given_top"] = f32((places, cut.columns))
+  scratch |= stream.scratch(cut, q.dtype, key_marks is not None)
+  got = calls.run(
+    functools.partial(_kernel, cut=cut, rule=rule, marks=_given(marks)),
+    cut,
+    rows,
+    inputs,
+    outputs,
+    scratch,
+    name="block_sparse_attention",
+    flops=calls.flops(cut, width + value_width),
+    interpret=interpret,
+    debug=debug,
+  )
+  batch, heads, _, queries, *_ = cut.shape
+  out = got["out"].reshape(batch, heads, -1, value_width)[:, :, :queries]
+  lse = calls.of_queries(cut, got["lse"])
+  if not mass:
+    return Attended(out, lse)
+  given = got["mass"][..., : cut.stack, : cut.lists[3]]
+  return Attended(out, lse, _in_order(cut, given, rows))
 
 
-def _kernel(*refs, cut, rule, piece, has_bits, has_sinks, marked, has_segments, has_bias):
-  refs = list(refs)
-  take = lambda n: [refs.pop(0) for _ in range(n)]
-  words, start = take(2)
-  q_ref, qm_ref = take(2)
-  bits = take(1)[0] if has_bits else None
-  sinks = take(1)[0] if has_sinks else None
-  hbm = take(3 if marked else 2)
-  out_ref, lse_ref = take(2)
-  q_s, m_s, l_s, acc_s, s_s, c_s = take(6)
-  vmem = take(3 if marked else 2)
-  sems, cursor = take(2)
+def _given(marks: Marks) -> tuple[bool, bool]:
+  """Whether there are segments, and biases."""
+  return marks.q_segment is not None, marks.kv_bias is not None
+
+
+def _in_order(cut: Cut, given: jax.Array, rows: plan.Rows) -> jax.Array:
+  """Mass in the order of the rows, [B, M, Q, stack, C], in that of the lists."""
+  batch, heads, *_ = cut.shape
+  total = lax.shift_right_logical(rows.words[..., :1], 16)
+  place = jnp.argsort(rows.order, axis=-1)
+  live = place < total
+  of_heads = lambda x: jnp.broadcast_to(
+    jnp.repeat(x, heads // x.shape[1], axis=1), (batch, heads, *x.shape[2:])
+  )
+  given = jnp.moveaxis(given, 3, 2).reshape(batch, heads, *cut.lists[2:])
+  given = jnp.take_along_axis(given, of_heads(place), axis=-1)
+  return jnp.where(of_heads(live), given, 0)
+
+
+def _kernel(refs: SimpleNamespace, *, cut: Cut, rule: Rule, marks: Any) -> None:
+  """A tile of queries: all steps of its row.
+
+  Scalars in SMEM: words, of `plan.Rows`; start of the part, i32[2].
+  In: q, [stack, block_q, D]; query_marks, [8, N]; bits, [words, N]; sinks,
+  [1, N]; in HBM k, v and key_marks.
+  Out: out, [stack, block_q, E]; lse, [1, N]; mass, [stack up to 8, places].
+  Scratch: queries times their factor, [N, D]; of each query the running
+  maximum, [1, N], and total, [8, N] to be added up; sums, [E, N]; scores of the
+  step to come, [W, N], and their maxima, [1, N]; with mass the totals of each
+  entry and the maxima they are relative to, [places, N]; that of `stream`.
+  """
   core, b, m, t = (pl.program_id(n) for n in range(4))
-  stream = Stream(cut, words, start, tuple(hbm), tuple(vmem), sems, cursor, core)
-  row = stream.row(b, m, t)
+  keys = calls.stream_of(refs, cut, core)
+  row = keys.row(b, m, t)
+  tile = _Tile(refs, cut, rule, keys, row, *marks)
 
-  @pl.when((b == 0) & (m == 0) & (t == 0))
-  def _():
-    stream.open()
-
-  N, D = q_s.shape
-  q = q_ref[...].reshape(N, D).astype(jnp.float32) * factor(rule, D)
-  q_s[...] = q.astype(q_s.dtype)
-  if has_sinks:
-    sink = sinks[...]
-    top = jnp.maximum(sink, FLOOR)
-    m_s[...] = top
-    first = lax.broadcasted_iota(jnp.int32, l_s.shape, 0) == 0
-    l_s[...] = jnp.where(first, jnp.exp2(sink - top), 0.0)
-  else:
-    m_s[...] = jnp.full_like(m_s, FLOOR)
-    l_s[...] = jnp.zeros_like(l_s)
-  acc_s[...] = jnp.zeros_like(acc_s)
-
-  W = cut.keys
-  pieces = [pl.ds(c, min(piece, N - c)) for c in range(0, N, piece)]
-
-  def scores(i, slot, masked):
-    marks = vmem[2].at[slot] if marked else None
-    sc = Scores(cut, rule, vmem[0][slot], q_s, qm_ref, marks, bits, row, i, masked, has_segments, has_bias)
-    keys = sc.columns() if masked or has_bias else []
-    return lambda at: sc.piece(at, keys)[0]
-
-  def produce(make, at):
-    s = make(at)
-    s_s[:, at] = s
-    c_s[:, at] = s.max(0, keepdims=True)
-
-  def weigh(at):
-    old = m_s[:, at]
-    new = jnp.maximum(old, c_s[:, at])
-    p = jnp.exp2(s_s[:, at] - new)
-    alpha = jnp.exp2(old - new)
-    m_s[:, at] = new
-    l_s[:, at] = l_s[:, at] * alpha + p.reshape(-1, 8, p.shape[1]).sum(0)
-    return p.astype(q_s.dtype), alpha
-
-  def add(v, at, p, alpha):
-    acc_s[:, at] = acc_s[:, at] * alpha + dot(v, p, 0, 0)
-
-  def body(i, slot, masked):
-    following = stream.take()
-    make = scores(i + 1, following, masked)
-    v = vmem[1][slot]
-    for at in pieces:
-      p, alpha = weigh(at)
-      produce(make, at)
-      add(v, at, p, alpha)
-    stream.advance()
-    return following
-
-  steps, plain = row.steps, row.unmasked_steps
+  pl.when((b == 0) & (m == 0) & (t == 0))(keys.open)
+  refs.scaled[...] = scaled(refs.q, rule)
+  tile.begin()
 
   @pl.when(row.total > 0)
-  def _():
-    slot = stream.take()
-    for masked in (False, True):
-      @pl.when((plain == 0) == masked)
-      def _():
-        make = scores(0, slot, masked)
-        for at in pieces:
-          produce(make, at)
-    stream.advance()
-    slot = lax.fori_loop(0, plain - 1, lambda i, s: body(i, s, False), slot)
-    slot = lax.fori_loop(jnp.maximum(plain - 1, 0), steps - 1, lambda i, s: body(i, s, True), slot)
-    v = vmem[1][slot]
-    for at in pieces:
-      p, alpha = weigh(at)
-      add(v, at, p, alpha)
+  def some():
+    slot = keys.take()
+    plain = row.unmasked_steps
+    pl.when(plain > 0)(lambda: tile.first(slot, masked=False))
+    pl.when(plain == 0)(lambda: tile.first(slot, masked=True))
+    keys.advance()
+    for low, high, masked in (
+      (0, plain - 1, False),
+      (jnp.maximum(plain - 1, 0), row.steps - 1, True),
+    ):
+      step = functools.partial(tile.step, masked=masked)
+      slot = lax.fori_loop(low, high, step, slot)
+    tile.last(row.steps - 1, slot)
 
   @pl.when(row.total == 0)
-  def _():
-    stream.advance()
-    stream.take(live=False)
+  def none():
+    keys.advance()
+    keys.take(live=False)
 
-  l = l_s[...].sum(0, keepdims=True)
-  empty = l == 0
-  inv = 1 / jnp.where(empty, 1, l)
-  lse_ref[...] = jnp.where(empty, -jnp.inf, (m_s[...] + jnp.log2(jnp.where(empty, 1, l))) / LOG2E)
-  out = (acc_s[...] * inv).T
-  out_ref[...] = out.reshape(out_ref.shape).astype(out_ref.dtype)
+  tile.end(cut.place(core, b, m, t)[2])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+  """Online softmax of the queries of a tile."""
+
+  refs: SimpleNamespace
+  cut: Cut
+  rule: Rule
+  keys: stream.Stream
+  row: stream.Row
+  has_segments: bool
+  has_bias: bool
+
+  def begin(self) -> None:
+    """Nothing seen yet but the sink."""
+    top, total = self.refs.top, self.refs.total
+    if self.refs.sinks is None:
+      top[...] = jnp.full_like(top, FLOOR)
+      total[...] = jnp.zeros_like(total)
+    else:
+      sink = self.refs.sinks[...]
+      top[...] = jnp.maximum(sink, FLOOR)
+      weight = jnp.exp2(sink - jnp.maximum(sink, FLOOR))
+      first = lax.broadcasted_iota(jnp.int32, total.shape, 0) == 0
+      total[...] = jnp.where(first, weight, 0.0)
+    self.refs.sums[...] = jnp.zeros_like(self.refs.sums)
+
+  def scores(self, step: Any, slot: Any, masked: bool) -> Scores:
+    return Scores.of(
+      self.refs, self.cut, self.rule, self.row, step, slot, masked,
+      self.has_segments, self.has_bias,
+    )  # fmt: skip
+
+  def keep(self, scores: Scores, at: Any) -> None:
+    """Makes the scores of a step, for the next one to use."""
+    s, _ = scores.piece(at)
+    self.refs.scores[:, at] = s
+    self.refs.score_top[:, at] = s.max(0, keepdims=True)
+
+  def weights(self, step: Any, at: Any) -> tuple[jax.Array, jax.Array]:
+    """Weights of the kept scores, [W, n], and what shrinks older sums."""
+    top, total = self.refs.top, self.refs.total
+    old = top[:, at]
+    new = jnp.maximum(old, self.refs.score_top[:, at])
+    p = jnp.exp2(self.refs.scores[:, at] - new)
+    shrink = jnp.exp2(old - new)
+    top[:, at] = new
+    parts = p.reshape(-1, MARKS, p.shape[1]).sum(0)
+    total[:, at] = total[:, at] * shrink + parts
+    if hasattr(self.refs, "mass"):
+      for n in range(self.cut.merge):
+        here = pl.ds(step * self.cut.merge + n, 1)
+        of_block = p[n * self.cut.block_kv : (n + 1) * self.cut.block_kv]
+        self.refs.given[here, at] = of_block.sum(0, keepdims=True)
+        self.refs.given_top[here, at] = new
+    return p.astype(self.refs.scaled.dtype), shrink
+
+  def add(self, v: jax.Array, at: Any, p: jax.Array, shrink: jax.Array) -> None:
+    sums = self.refs.sums
+    sums[:, at] = sums[:, at] * shrink + dot(v, p, 0, 0)
+
+  def first(self, slot: Any, *, masked: bool) -> None:
+    """Fills the pipeline."""
+    scores = self.scores(0, slot, masked)
+    for at in pieces(self.cut):
+      self.keep(scores, at)
+
+  def step(self, step: Any, slot: Any, *, masked: bool) -> Any:
+    """Adds a step, and makes the scores of the next: the slot of that."""
+    following = self.keys.take()
+    scores = self.scores(step + 1, following, masked)
+    v = self.refs.v_vmem[slot]
+    for at in pieces(self.cut):
+      weights = self.weights(step, at)
+      self.keep(scores, at)
+      self.add(v, at, *weights)
+    self.keys.advance()
+    return following
+
+  def last(self, step: Any, slot: Any) -> None:
+    """Empties the pipeline."""
+    v = self.refs.v_vmem[slot]
+    for at in pieces(self.cut):
+      self.add(v, at, *self.weights(step, at))
+
+  def end(self, tile: Any) -> None:
+    """Divides by the totals."""
+    refs = self.refs
+    total = refs.total[...].sum(0, keepdims=True)
+    empty = total == 0
+    safe = jnp.where(empty, 1, total)
+    lse = (refs.top[...] + jnp.log2(safe)) / LOG2E
+    refs.lse[...] = jnp.where(empty, -jnp.inf, lse)
+    out = (refs.sums[...] / safe).T
+    refs.out[...] = out.reshape(refs.out.shape).astype(refs.out.dtype)
+    if hasattr(refs, "mass"):
+      shrink = jnp.exp2(refs.given_top[...] - refs.top[...]) / safe
+      place = lax.broadcasted_iota(jnp.int32, refs.given.shape, 0)
+      live = place < self.row.total
+      given = jnp.where(live, refs.given[...] * shrink, 0)
+      refs.mass[...] = dot(self.owners(tile), given, 1, 1)
+
+  def owners(self, tile: Any) -> jax.Array:
+    """Which queries are of each head of the stack, f32[stack up to 8, N]."""
+    shape = self.refs.mass.shape[0], self.cut.columns
+    size = self.cut.block_q
+    first = lax.broadcasted_iota(jnp.int32, shape, 0) * size
+    column = lax.broadcasted_iota(jnp.int32, shape, 1)
+    there = jnp.minimum(size, self.cut.shape[3] - tile * size)
+    mine = (column >= first) & (column < first + there)
+    return mine.astype(jnp.float32)
