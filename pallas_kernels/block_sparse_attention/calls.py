@@ -80,6 +80,19 @@ class Operands:
     index = lambda b, m, t: (b, m, t, 0, 0)
     return Operand(shape, self._spec((None, None, None, *block), index, True))
 
+  def head_out(self, rows: int, width: int, dtype: Any) -> Operand:
+    """[rows, width] for each key head, there while its work heads last."""
+    batch, heads, _ = self.cut.part
+    per_key_head = self.cut.per_key_head
+    shape = jax.ShapeDtypeStruct(
+      (batch, heads // per_key_head, rows, width), dtype
+    )
+
+    def index(b, m, t):
+      return b, lax.div(m, per_key_head) if per_key_head > 1 else m, 0, 0
+
+    return Operand(shape, self._spec((None, None, rows, width), index, True))
+
   def query_marks(self, x: jax.Array) -> Operand:
     """Of `plan.query_marks`."""
     index = lambda b, m, t: (b if x.shape[0] > 1 else 0, t, 0, 0)
@@ -151,14 +164,16 @@ def run(
   *,
   name: str,
   flops: int,
+  first: Any = 0,
   interpret: Any,
   debug: bool,
 ) -> dict[str, jax.Array]:
   """Calls `kernel(namespace of refs)` for every part.
 
-  Names that a call has no operand for are None.
+  Optional operands that a call has none of are None.  `first` is the first key
+  block of a pass.
   """
-  words, starts = plan.in_parts(cut, rows.words)
+  words, starts = plan.in_parts(cut, rows.words, first)
   names = ["words", "start", *inputs, *outputs, *scratch]
   optional = {"bits": None, "sinks": None, "key_marks": None}
 

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.block_sparse_attention.types import BlockLists, Marks, Rule
 
@@ -365,21 +364,18 @@ def key_marks(cut: Cut, marks: Marks, k: Keys) -> jax.Array | None:
   return jnp.pad(each, ((0, 0),) * 3 + ((0, MARKS - 3), (0, 0)))
 
 
-def in_parts(cut: Cut, words: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The words of each part, flat, and where it begins: (batch, work head)."""
+def in_parts(
+  cut: Cut, words: jax.Array, first: jax.Array | int = 0
+) -> tuple[jax.Array, jax.Array]:
+  """The words of each part, flat, and (batch, work head, first) of each."""
   over_batch, over_heads = cut.parts
   batch, heads, _ = cut.part_rows
-  shape = (over_batch, batch, over_heads, heads, -1)
-  words = words.reshape(shape).transpose(0, 2, 1, 3, 4)
+  words = words.reshape(over_batch, batch, over_heads, heads, -1)
+  words = words.swapaxes(1, 2).reshape(over_batch * over_heads, -1)
   n, m, _ = cut.part
-  starts = np.stack(
-    np.meshgrid(
-      np.arange(over_batch) * n, np.arange(over_heads) * m, indexing="ij"
-    ),
-    axis=-1,
-  )
-  total = over_batch * over_heads
-  return (
-    words.reshape(total, -1),
-    jnp.asarray(starts.reshape(total, 2), jnp.int32),
-  )
+  starts = [
+    jnp.stack([jnp.int32(i * n), jnp.int32(j * m), jnp.asarray(first, jnp.int32)])
+    for i in range(over_batch)
+    for j in range(over_heads)
+  ]
+  return words, jnp.stack(starts)
