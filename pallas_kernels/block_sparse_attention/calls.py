@@ -129,8 +129,8 @@ class Operands:
     arrays = {"k": padded(k, size), "v": padded(v, size)}
     if key_marks is not None:
       arrays["key_marks"] = key_marks
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    return {name: Operand(x, anywhere) for name, x in arrays.items()}
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    return {name: Operand(x, in_hbm) for name, x in arrays.items()}
 
 
 def padded(x: jax.Array, size: int) -> jax.Array:

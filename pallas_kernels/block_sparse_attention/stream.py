@@ -88,8 +88,7 @@ class Stream:
     """Begins the first loads."""
     for n in range(CURSOR):
       self.cursor[n] = 0
-    for _ in range(self.cut.depth - 1):
-      self.advance()
+    pl.loop(0, self.cut.depth - 1)(lambda _: self.advance())
 
   def advance(self) -> None:
     """Begins the load of one more step, if there is one."""
@@ -126,27 +125,29 @@ class Stream:
       block = row.block(step, n)
       at = pl.ds(pl.multiple_of(block * size, size), size)
       to = pl.ds(n * size, size)
-      for hbm, vmem, sem in list(zip(self.hbm, self.vmem, range(3)))[:2]:
-        pltpu.make_async_copy(
-          hbm.at[b, g, at], vmem.at[slot, to], self.sems.at[sem, slot]
-        ).start()
+      copies = [
+        (hbm.at[b, g, at], vmem.at[slot, to])
+        for hbm, vmem in zip(self.hbm[:2], self.vmem[:2])
+      ]
       for hbm, vmem in zip(self.hbm[2:], self.vmem[2:]):
-        bm = 0 if hbm.shape[0] == 1 else b
-        gm = 0 if hbm.shape[1] == 1 else g
-        pltpu.make_async_copy(
-          hbm.at[bm, gm, block], vmem.at[slot, n], self.sems.at[2, slot]
-        ).start()
+        place = (0 if hbm.shape[0] == 1 else b, 0 if hbm.shape[1] == 1 else g)
+        copies.append((hbm.at[*place, block], vmem.at[slot, n]))
+      for kind, (source, target) in enumerate(copies):
+        sem = self.sems.at[kind, slot]
+        pltpu.make_async_copy(source, target, sem).start()
 
-  def take(self, live: bool = True) -> Scalar:
+  def take(self) -> Scalar:
     """Waits for the load of the next step: its slot."""
     slot = self.cursor[5] & (self.cut.depth - 1)
-    self.cursor[5] = self.cursor[5] + 1
-    if live:
-      for n, vmem in enumerate(self.vmem):
-        pltpu.make_async_copy(
-          vmem.at[slot], vmem.at[slot], self.sems.at[n, slot]
-        ).wait()
+    self.skip()
+    for n, vmem in enumerate(self.vmem):
+      here = vmem.at[slot]  # as many bytes as its loads have in all
+      pltpu.make_async_copy(here, here, self.sems.at[n, slot]).wait()
     return slot
+
+  def skip(self) -> None:
+    """Goes on to the next step."""
+    self.cursor[5] = self.cursor[5] + 1
 
 
 def scratch(cut: Cut, dtype: Any, marked: bool) -> dict[str, Any]:

@@ -167,6 +167,7 @@ def _kernel(refs: SimpleNamespace, *, cut: Cut, rule: Rule, marks: Any) -> None:
   pl.when((b == 0) & (m == 0) & (t == 0))(keys.open)
   refs.scaled[...] = scaled(refs.q, rule)
   tile.begin()
+  keys.advance()  # for the first step; the others have their own
 
   @pl.when(row.total > 0)
   def some():
@@ -174,7 +175,6 @@ def _kernel(refs: SimpleNamespace, *, cut: Cut, rule: Rule, marks: Any) -> None:
     plain = row.unmasked_steps
     pl.when(plain > 0)(lambda: tile.first(slot, masked=False))
     pl.when(plain == 0)(lambda: tile.first(slot, masked=True))
-    keys.advance()
     for low, high, masked in (
       (0, plain - 1, False),
       (jnp.maximum(plain - 1, 0), row.steps - 1, True),
@@ -183,11 +183,7 @@ def _kernel(refs: SimpleNamespace, *, cut: Cut, rule: Rule, marks: Any) -> None:
       slot = lax.fori_loop(low, high, step, slot)
     tile.last(row.steps - 1, slot)
 
-  @pl.when(row.total == 0)
-  def none():
-    keys.advance()
-    keys.take(live=False)
-
+  pl.when(row.total == 0)(keys.skip)
   tile.end(cut.place(core, b, m, t)[2])
 
 

@@ -224,7 +224,7 @@ def _kernel(
   @pl.when(row.total == 0)
   def none():
     keys.advance()
-    keys.take(live=False)
+    keys.skip()
 
   width = refs.q.shape[-1]
   scale = width**-0.5 if rule.scale is None else rule.scale
