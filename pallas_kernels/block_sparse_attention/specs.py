@@ -3,6 +3,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.block_sparse_attention.types import BlockLists, Rule
@@ -51,8 +52,8 @@ class Spec:
     count = mask.sum(-1)
     index = np.argsort(~mask, axis=-1, kind="stable")[:, : count.max()]
     return BlockLists(
-      index.astype(np.int32)[None, None],
-      count.astype(np.int32)[None, None],
+      jnp.asarray(index, jnp.int32)[None, None],
+      jnp.asarray(count, jnp.int32)[None, None],
       None,
       self.block_q,
       self.block_kv,

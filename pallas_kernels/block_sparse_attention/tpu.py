@@ -70,7 +70,7 @@ def forward(
   Raises:
     ValueError: lists that do not fit in scalar memory, or blocks in VMEM.
   """
-  tuned.check(q, lists)
+  tuned.check(q, k, v, lists)
   cut = cut or tuned.forward_cut(q, k, v, lists, marks, mass=mass)
   q_marks = plan.queries(cut, marks, rule)
   k_marks = plan.keys(cut, marks)
@@ -126,6 +126,23 @@ def forward(
     return Attended(out, lse)
   given = got["mass"][..., : cut.stack, : cut.lists[3]]
   return Attended(out, lse, _in_order(cut, given, rows))
+
+
+def unfit(
+  q: tuned.Shaped,
+  k: tuned.Shaped,
+  v: tuned.Shaped,
+  lists: BlockLists,
+  marks: Marks = UNMARKED,
+) -> str | None:
+  """Why the kernels, forward and backward, do not take it; None if they do."""
+  try:
+    tuned.check(q, k, v, lists)
+    tuned.forward_cut(q, k, v, lists, marks, mass=True)
+    tuned.backward_cut(q, k, v, lists, marks)
+  except ValueError as error:
+    return str(error)
+  return None
 
 
 def _given(marks: Marks) -> tuple[bool, bool]:

@@ -74,7 +74,7 @@ def backward(
   Raises:
     ValueError: as `tpu.forward`.
   """
-  tuned.check(q, lists)
+  tuned.check(q, k, v, lists)
   cut, blocks = cut or tuned.backward_cut(q, k, v, lists, marks)
   seen = jnp.isfinite(lse)
   delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)

@@ -13,13 +13,20 @@ Found on the compiler's schedules of v5e, v5p and v6e (`benchmarks/tpu_cycles`):
 There is no table of special shapes: for none has anything better been found.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse_attention import plan
 from pallas_kernels.block_sparse_attention.plan import MARKS, Cut
 from pallas_kernels.block_sparse_attention.types import BlockLists, Marks
 
+Shaped = jax.Array | jax.ShapeDtypeStruct
+DTYPES = (jnp.bfloat16, jnp.float32)
+MOST_BLOCKS = 1 << 16
 KEYS = 512
 COLUMNS = 1024
 MOST_MERGED = 8
@@ -37,20 +44,33 @@ def chip() -> pltpu.TpuInfo:
     return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5P, 1)
 
 
-def check(q: jax.Array, lists: BlockLists) -> None:
-  """Raises a ValueError where blocks do not fit the registers."""
+def check(
+  q: Shaped, k: Shaped, v: Shaped, lists: BlockLists
+) -> None:
+  """Raises a ValueError for dtypes and blocks that the kernels do not take."""
+  dtypes = {x.dtype for x in (q, k, v)}
+  if len(dtypes) > 1 or q.dtype not in DTYPES:
+    raise ValueError(
+      f"queries, keys and values must all be bfloat16 or float32, not"
+      f" {q.dtype}, {k.dtype} and {v.dtype}: cast them"
+    )
   rows = 32 // q.dtype.itemsize
   if lists.block_q % rows or lists.block_kv % rows:
     raise ValueError(
       f"{lists.block_q=} and {lists.block_kv=} must be multiples of {rows}, the"
       f" rows of a register of {q.dtype}"
     )
+  if -(-k.shape[2] // lists.block_kv) > MOST_BLOCKS:
+    raise ValueError(
+      f"{k.shape[2]} keys are more than {MOST_BLOCKS} blocks of"
+      f" {lists.block_kv}: use larger blocks"
+    )
 
 
 def forward_cut(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+  q: Shaped,
+  k: Shaped,
+  v: Shaped,
   lists: BlockLists,
   marks: Marks,
   *,
@@ -63,18 +83,18 @@ def forward_cut(
   cut = Cut(**how, parts=plan.parts(how["lists"], how["merge"], how["lists"][1]))
   for name, size in zip(("tiles", "heads", "batch"), cut.part[::-1]):
     if info.num_cores > 1 and size % info.num_cores == 0:
-      cut = _with(cut, cores=info.num_cores, split=name)
+      cut = dataclasses.replace(cut, cores=info.num_cores, split=name)
       break
   need = _shared_bytes(cut, q.dtype.itemsize)
   if mass:
     need += 2 * 4 * cut.columns * (cut.words * 2 + MARKS)
-  return _with(cut, vmem_limit_bytes=_limit(need, info))
+  return dataclasses.replace(cut, vmem_limit_bytes=_limit(need, info))
 
 
 def backward_cut(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+  q: Shaped,
+  k: Shaped,
+  v: Shaped,
   lists: BlockLists,
   marks: Marks,
   *,
@@ -90,9 +110,9 @@ def backward_cut(
   cut = Cut(**how, parts=plan.parts(how["lists"], how["merge"], key_heads))
   batch, heads, _ = cut.part
   if info.num_cores > 1 and heads % (info.num_cores * cut.per_key_head) == 0:
-    cut = _with(cut, cores=info.num_cores, split="heads")
+    cut = dataclasses.replace(cut, cores=info.num_cores, split="heads")
   elif info.num_cores > 1 and batch % info.num_cores == 0:
-    cut = _with(cut, cores=info.num_cores, split="batch")
+    cut = dataclasses.replace(cut, cores=info.num_cores, split="batch")
   *_, width, value_width = cut.shape
   size, lanes = q.dtype.itemsize, _lanes(width) + _lanes(value_width)
   fixed = _shared_bytes(cut, size)
@@ -110,10 +130,12 @@ def backward_cut(
   chunks = -(-cut.blocks // most)
   blocks = -(-cut.blocks // chunks)
   need = fixed + blocks * cut.block_kv * a_key
-  return _with(cut, vmem_limit_bytes=_limit(need, info)), blocks
+  return dataclasses.replace(cut, vmem_limit_bytes=_limit(need, info)), blocks
 
 
-def _tiles(q, k, v, lists, marks):
+def _tiles(
+  q: Shaped, k: Shaped, v: Shaped, lists: BlockLists, marks: Marks
+) -> dict[str, Any]:
   """What both have in common."""
   batch, heads, queries, width = q.shape
   key_heads, keys, value_width = v.shape[1:]
@@ -165,9 +187,3 @@ def _limit(need: int, info: pltpu.TpuInfo) -> int:
       f" smaller blocks of queries or keys"
     )
   return limit
-
-
-def _with(cut: Cut, **changes) -> Cut:
-  import dataclasses
-
-  return dataclasses.replace(cut, **changes)

@@ -57,6 +57,7 @@ class Form:
   marked: bool = False
   mass: bool = False
   merge: int = 2
+  depth: int = 2
   cores: int = 1
   split: str = "tiles"
   backward_split: str = "heads"
@@ -101,7 +102,7 @@ class Form:
 
   def cuts(self, *args):
     """Of the forward and the backward call."""
-    how = {"merge": self.merge, "depth": 2, "piece": 32, "parts": self.parts}
+    how = {"merge": self.merge, "depth": self.depth, "piece": 32, "parts": self.parts}
     cut = tuned.forward_cut(*args)
     cut = dataclasses.replace(cut, **how, cores=self.cores, split=self.split)
     back, _ = tuned.backward_cut(*args)
@@ -124,6 +125,7 @@ FORMS = {
   "one list, bf16": Form(
     heads=8, key_heads=1, list_heads=1, dtype="bfloat16", block_kv=16,
     rule=Rule(False, scale=0.3), mass=True, parts=(2, 1), blocks=4,
+    capacity=4,
   ),
   "two cores, parts": Form(
     batch=1, heads=4, key_heads=4, list_heads=4, cores=2, split="heads",
@@ -189,6 +191,45 @@ def close(got, want, names, tolerance):
       a, b = (np.where(np.isneginf(x), 0, x) for x in (a, b))
       scale = 1 + np.abs(b).max()
       np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+RACES = {
+  "several blocks": dataclasses.replace(FORMS["plain"], batch=1, heads=2),
+  "marks": dataclasses.replace(
+    FORMS["marked"], batch=1, heads=2, list_heads=2, depth=4, queries=30
+  ),
+}
+
+
+@pytest.mark.parametrize("form", RACES.values(), ids=RACES)
+def test_no_races(form):
+  """And no load is used before it has come: what has not is NaN."""
+  params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+  marks, looks = UNMARKED, None
+  if form.marked:
+    marks, looks = marks_for(form, ALL)
+    marks = marks._replace(kv_bias=jnp.maximum(marks.kv_bias, -50))
+  lists = form.lists(masks(form, "random"), looks)
+  q, k, v, dout, dlse = form.arrays()
+  args = q, k, v, lists, marks, form.rule
+  cut, back = form.cuts(q, k, v, lists, marks)
+  how = {"interpret": params, "debug": True}
+  got = tpu.forward(*args, mass=form.mass, cut=cut, **how)
+  assert not found_races()
+  grads = tpu_backward.backward(
+    *args, got.out, got.lse, dout, dlse, cut=back, **how
+  )
+  assert not found_races()
+  want, want_grads = programs(form)[1](form.arrays(), lists, marks)
+  close(got, want, Attended._fields, 1e-5)
+  close(grads, want_grads, ("dq", "dk", "dv", "dbias", "dsinks"), 1e-5)
+
+
+def found_races():
+  """What the interpreter's detector says of the last kernel."""
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call as module
+
+  return module.races.races_found
 
 
 def masks(form, kind):
@@ -300,3 +341,138 @@ def test_what_is_no_key_and_what_is_not_listed_reach_nothing():
   jax.tree.map(
     np.testing.assert_array_equal, ours((q, k, v, dout, dlse), lists, marks), clean
   )
+
+
+def test_equals_splash_with_lists_built_by_hand():
+  """jax's own kernel, told which blocks: an oracle that shares no code."""
+  heads, key_heads, tokens, width, size = 2, 1, 256, 128, 128
+  rng = np.random.default_rng(4)
+  normal = lambda h: jnp.asarray(rng.normal(size=(1, h, tokens, width)), "float32")
+  q, k, v = normal(heads), normal(key_heads), normal(key_heads)
+  index = np.array([[[0, 0], [0, 1]], [[0, 0], [1, 1]]])  # [H, Q, C]
+  count = np.array([[1, 2], [1, 1]])
+  lists = BlockLists(
+    jnp.asarray(index, jnp.int32)[None], jnp.asarray(count, jnp.int32)[None],
+    None, size, size,
+  )  # fmt: skip
+  segment = jnp.asarray(np.arange(tokens) // 90, jnp.int32)
+  marks = Marks(q_segment=segment[None], kv_segment=segment[None])
+  live = np.arange(2) < count[..., None]
+  info = splash.splash_attention_mask_info.MaskInfo(
+    data_next=jnp.asarray(index, jnp.int32),
+    mask_next=None,
+    block_mask=jnp.asarray(live, jnp.int32),
+    partial_mask_blocks=None,
+    q_sequence=jnp.arange(tokens, dtype=jnp.int32),
+  )
+  module = splash.splash_attention_kernel
+  kernel = module.SplashAttentionKernel(
+    info, None, None,
+    block_sizes=module.BlockSizes(size, size, size),
+    is_mqa=False,
+    save_residuals=False,
+    mask_value=module.DEFAULT_MASK_VALUE,
+    attn_logits_soft_cap=None,
+    residual_checkpoint_name=None,
+    mask_function=lambda at, pos: at >= pos,
+    interpret=True,
+  )  # fmt: skip
+  ids = module.SegmentIds(segment, segment)
+  want = kernel(q[0] * width**-0.5, k[0], v[0], ids)
+  got = tpu.forward(q, k, v, lists, marks, interpret=True).out[0]
+  # A row that sees nothing is 0 here, and the mean of the values there.
+  segments = np.asarray(segment)
+  empty = np.zeros((heads, tokens), bool)
+  empty[1, size:] = segments[size:] < segments[size]
+  np.testing.assert_allclose(
+    np.where(empty[..., None], 0, got), np.where(empty[..., None], 0, want), atol=1e-5
+  )
+
+
+def test_steps_are_as_many_as_blocks_seen():
+  """What lies above the diagonal is left out, and what is below is unmasked."""
+  form = FORMS["plain"]
+  lists = form.lists(np.ones(form.table, bool))
+  cut, _ = form.cuts(*form.arrays()[:3], lists, UNMARKED)
+  rows = plan.rows(
+    cut, lists, plan.queries(cut, UNMARKED, CAUSAL), plan.keys(cut, UNMARKED)
+  )
+  total, unmasked = rows.words[0, 0, :, 0] >> 16, rows.words[0, 0, :, 0] & 0xFFFF
+  np.testing.assert_array_equal(total, [2, 4, 6])
+  np.testing.assert_array_equal(unmasked, [0, 2, 4])
+  blocks = np.asarray(rows.words[0, 0, 2, 1:])
+  np.testing.assert_array_equal(
+    np.stack([blocks & 0xFFFF, blocks >> 16], 1).ravel(), np.arange(6)
+  )
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("spec", (COARSE, FINE, LONG), ids=lambda x: x.name)
+def test_cuts_fit(chip, spec):
+  info = pltpu.get_tpu_info_for_chip(*CHIPS[chip])
+  shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
+  q = shape(1, spec.heads, spec.tokens, spec.width)
+  k = shape(1, spec.key_heads, spec.tokens, spec.width)
+  cut = tuned.forward_cut(q, k, k, spec.lists(), UNMARKED, info=info)
+  back, blocks = tuned.backward_cut(q, k, k, spec.lists(), UNMARKED, info=info)
+  for c in (cut, back):
+    assert c.vmem_limit_bytes <= info.vmem_capacity_bytes
+    assert np.prod(c.part_rows) * c.words <= plan.MOST_WORDS
+    assert np.prod(c.extent) * c.cores == np.prod(c.part)
+  assert blocks == back.blocks or spec is LONG
+
+
+@pytest.mark.parametrize(
+  "lists, heads, want",
+  [
+    ((1, 8, 64, 64), 8, (1, 1)),
+    ((1, 8, 1024, 64), 8, (1, 2)),
+    ((4, 8, 1024, 64), 2, (4, 2)),
+    ((4, 1, 1024, 256), 1, (4, 1)),
+  ],
+)
+def test_long_lists_are_cut_into_parts(lists, heads, want):
+  assert plan.parts(lists, 4, heads) == want
+
+
+def test_too_long_lists():
+  with pytest.raises(ValueError, match="use larger blocks"):
+    plan.parts((1, 1, 1024, 1024), 4, 1)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"block_q": 12}, "multiples of 8"),
+    ({"block_kv": 4}, "multiples of 8"),
+    ({"dtype": "float16"}, "bfloat16 or float32"),
+    ({"block_kv": 1 << 20, "keys": 1 << 21}, "do not fit"),
+  ],
+  ids=str,
+)
+def test_what_does_not_fit(change, message):
+  form = dataclasses.replace(FORMS["plain"], **change)
+  q = jax.ShapeDtypeStruct((2, 4, 44, 16), form.dtype)
+  k = jax.ShapeDtypeStruct((2, 2, form.keys, 16), form.dtype)
+  index = jnp.zeros((2, 2, 3, 6), jnp.int32)
+  lists = BlockLists(index, index[..., 0], None, form.block_q, form.block_kv)
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(lambda q, k: tpu.forward(q, k, k, lists), q, k)
+  assert message in (tpu.unfit(q, k, k, lists, UNMARKED) or "")
+  assert tpu.unfit(*FORMS["plain"].arrays()[:3], FORMS["plain"].lists(masks(FORMS["plain"], "all")), UNMARKED) is None
+
+
+@pytest.mark.parametrize("name", ("plain", "marked"))
+def test_lowers_for_tpu(name):
+  """The compiler of TPUs takes it as it is, with the cut of the rule."""
+  form = dataclasses.replace(FORMS[name], block_q=128, block_kv=128, queries=384, keys=768)
+  marks, looks = marks_for(form, ()) if form.marked else (UNMARKED, None)
+  lists = form.lists(masks(form, "random"), looks)
+
+  def run(q, k, v, dout, dlse):
+    args = q, k, v, lists, marks, form.rule
+    got = tpu.forward(*args, mass=form.mass)
+    return tpu_backward.backward(*args, got.out, got.lse, dout, dlse)
+
+  module = jax.export.export(jax.jit(run), platforms=["tpu"])(*form.arrays())
+  assert module.mlir_module().count("tpu_custom_call") == 2
