@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operands of both TPU kernels: how arrays are cut, and how they come back.
 
-Axes: as in `plan`.
+Axes: as in `cuts`.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse_attention import plan, stream
-from pallas_kernels.block_sparse_attention.plan import LOG2E, MARKS, Cut
+from pallas_kernels.block_sparse_attention.cuts import Cut
+from pallas_kernels.block_sparse_attention.plan import LOG2E, MARKS
 from pallas_kernels.block_sparse_attention.types import Marks
 
 
@@ -69,7 +70,9 @@ class Operands:
     spare = cut.tiles * cut.block_q - x.shape[2]
     x = jnp.pad(x, ((0, 0), (0, 0), (0, spare)), constant_values=fill)
     x = x.reshape(-1, cut.heads, cut.stack, cut.tiles, cut.block_q)
-    x = jnp.moveaxis(x, 2, 3).reshape(-1, *x.shape[1:2], cut.tiles, 1, cut.columns)
+    x = jnp.moveaxis(x, 2, 3).reshape(
+      -1, *x.shape[1:2], cut.tiles, 1, cut.columns
+    )
     block = (None, None, None, 1, cut.columns)
     return Operand(x, self._spec(block, lambda b, m, t: (b, m, t, 0, 0)))
 
@@ -191,7 +194,7 @@ def run(
       scratch_shapes=list(scratch.values()),
     ),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", *["arbitrary"] * 3),
+      dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"),
       vmem_limit_bytes=cut.vmem_limit_bytes,
       disable_bounds_checks=not debug,
     ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the TPU kernels know beforehand: cuts that are static, lists that are data.
+"""The lists as the TPU kernels read them.
 
 A *row* is a query tile of a list head; its entries are sorted: first the blocks
 of which every pair is visible, which need no mask, then those with a mask; what
@@ -7,20 +7,18 @@ no query of the tile sees is left out.  All of that is found here, of the least
 and the greatest position of each tile and block.
 
 Scalar memory holds a row as a header, (unmasked entries, all entries), and its
-blocks, two 16-bit numbers in a word.  It is 1 MiB on every chip: lists that are
-longer are cut into parts, by batch and by heads, each of which is a call.
+blocks, two 16-bit numbers in a word.
 
-Axes: as in `types`; M work heads, each a stack of H / M query heads that share
-list and keys; N columns, the queries of a stack.
+Axes: as in `cuts`.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_sparse_attention.cuts import Cut
 from pallas_kernels.block_sparse_attention.types import BlockLists, Marks, Rule
 
 LOG2E = math.log2(math.e)
@@ -28,153 +26,8 @@ BEYOND = 1 << 30
 """A position after all others: that of a key which is none."""
 FLOOR = -0.5e30
 """Where running maxima begin: above the scores of invisible keys."""
-MOST_WORDS = 250_000
-"""32-bit words of lists that fit the scalar memory, 1 MiB on every chip."""
 MARKS = 8
 """Rows of marks: what a register has at least."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-  """The static sizes of a call, and how its work is cut.
-
-  Attributes:
-    shape: (B, H, G, T, S, D, E), as the arrays are.
-    lists: (batch, heads, Q, C) of the rows, after broadcasting to the marks.
-    block_q, block_kv: of the lists.
-    stack: query heads of a work head.
-    merge: blocks that a step looks at, a power of two.
-    depth: steps whose keys are under way or in use, a power of two.
-    piece: columns computed together.
-    parts: calls, over the batch and over the heads.
-    cores: TensorCores that share the work, by `split`: tiles, heads or batch.
-    vmem_limit_bytes: what the compiler may use.
-  """
-
-  shape: tuple[int, ...]
-  lists: tuple[int, int, int, int]
-  block_q: int
-  block_kv: int
-  stack: int = 1
-  merge: int = 1
-  depth: int = 4
-  piece: int = 512
-  parts: tuple[int, int] = (1, 1)
-  cores: int = 1
-  split: str = "tiles"
-  vmem_limit_bytes: int | None = None
-
-  @property
-  def heads(self) -> int:
-    """Work heads, M."""
-    return self.shape[1] // self.stack
-
-  @property
-  def columns(self) -> int:
-    return self.stack * self.block_q
-
-  @property
-  def keys(self) -> int:
-    """Keys of a step."""
-    return self.merge * self.block_kv
-
-  @property
-  def tiles(self) -> int:
-    return self.lists[2]
-
-  @property
-  def blocks(self) -> int:
-    return -(-self.shape[4] // self.block_kv)
-
-  @property
-  def words(self) -> int:
-    """32-bit words of a row."""
-    return row_words(self.lists[3], self.merge)
-
-  @property
-  def part(self) -> tuple[int, int, int]:
-    """Batch, work heads and tiles of a part."""
-    over_batch, over_heads = self.parts
-    return self.shape[0] // over_batch, self.heads // over_heads, self.tiles
-
-  @property
-  def part_rows(self) -> tuple[int, int, int]:
-    """Batch, heads and tiles of the rows of a part."""
-    batch, heads, tiles, _ = self.lists
-    return batch // self.parts[0], heads // self.parts[1], tiles
-
-  @property
-  def extent(self) -> tuple[int, int, int]:
-    """Batch, work heads and tiles of a core."""
-    return tuple(
-      size // self.cores if name == self.split else size
-      for name, size in zip(("batch", "heads", "tiles"), self.part)
-    )
-
-  def place(self, core, b, m, t):
-    """Batch, work head and tile in the part, of those in the core."""
-    batch, heads, _ = self.extent
-    if self.split == "tiles":  # in turns, for later tiles see more
-      return b, m, t * self.cores + core
-    if self.split == "heads":
-      return b, m + core * heads, t
-    return b + core * batch, m, t
-
-  @property
-  def per_key_head(self) -> int:
-    """Work heads that share their keys."""
-    return self.heads // self.shape[2]
-
-  @property
-  def per_list(self) -> int:
-    """Work heads that share their lists."""
-    return self.heads // self.lists[1]
-
-
-def row_words(capacity: int, merge: int) -> int:
-  """32-bit words of a row: its header, and entries for whole steps."""
-  return 1 + math.ceil(math.ceil(capacity / merge) * merge / 2)
-
-
-def parts(lists: tuple[int, int, int, int], merge: int, heads: int):
-  """The fewest parts, over batch and `heads`, whose lists fit.
-
-  Args:
-    lists: (batch, heads, Q, C) of the rows.
-    merge: blocks of a step.
-    heads: what the number of parts over heads must divide.
-
-  Raises:
-    ValueError: those of one head are too long.
-  """
-  batch, list_heads, tiles, capacity = lists
-  words = tiles * row_words(capacity, merge)
-  divisors = lambda n: [d for d in range(1, n + 1) if n % d == 0]
-  by_heads = divisors(math.gcd(list_heads, heads))
-  for over_batch in divisors(batch):
-    for over_heads in by_heads:
-      rows = (batch // over_batch) * (list_heads // over_heads)
-      if rows * words <= MOST_WORDS:
-        return over_batch, over_heads
-  least = words * list_heads // by_heads[-1]
-  raise ValueError(
-    f"lists of {tiles} tiles x {capacity} entries need {least} words of scalar"
-    f" memory for a head, more than {MOST_WORDS}: use larger blocks, lists of"
-    f" lower capacity, or call for parts of the queries"
-  )
-
-
-def list_shape(
-  shape: tuple[int, ...], lists: BlockLists, marks: Marks
-) -> tuple[int, int, int, int]:
-  """The shape of the rows: as `lists`, and as the marks that decide."""
-  batch, heads, tiles, capacity = lists.index.shape
-  told = (marks.q_pos, marks.kv_pos, marks.q_segment)
-  if any(mark is not None and len(mark) > 1 for mark in told):
-    batch = shape[0]
-  if marks.kv_pos is not None:
-    heads = max(heads, marks.kv_pos.shape[1])
-  return batch, heads, tiles, capacity
 
 
 class Rows(NamedTuple):
@@ -311,10 +164,8 @@ def rows(
 
 def _picked(x: jax.Array, index: jax.Array) -> jax.Array:
   """x[B', P, K] at the blocks of the lists, [B', L', Q, C]."""
-  batch, heads, tiles, capacity = index.shape
-  heads_of_x = x.shape[1]
-  x = jnp.broadcast_to(x, (batch, *x.shape[1:]))
-  flat = index.reshape(batch, heads_of_x, -1)
+  x = jnp.broadcast_to(x, (len(index), *x.shape[1:]))
+  flat = index.reshape(len(index), x.shape[1], -1)
   return jnp.take_along_axis(x, flat, axis=-1).reshape(index.shape)
 
 
@@ -374,7 +225,9 @@ def in_parts(
   words = words.swapaxes(1, 2).reshape(over_batch * over_heads, -1)
   n, m, _ = cut.part
   starts = [
-    jnp.stack([jnp.int32(i * n), jnp.int32(j * m), jnp.asarray(first, jnp.int32)])
+    jnp.stack(
+      [jnp.int32(i * n), jnp.int32(j * m), jnp.asarray(first, jnp.int32)]
+    )
     for i in range(over_batch)
     for j in range(over_heads)
   ]

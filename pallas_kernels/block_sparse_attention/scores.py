@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.block_sparse_attention.plan import BEYOND, LOG2E, Cut
+from pallas_kernels.block_sparse_attention.cuts import Cut
+from pallas_kernels.block_sparse_attention.plan import BEYOND, LOG2E
 from pallas_kernels.block_sparse_attention.stream import Row, Scalar
 from pallas_kernels.block_sparse_attention.types import NEVER, Rule
 

@@ -5,19 +5,19 @@ A *step* looks at `merge` key blocks for a tile of queries; a row without
 entries has one, which does nothing.  Steps are in the order of the grid, and
 loads run ahead of them over the borders of tiles and heads.
 
-Axes: as in `plan`; W keys of a step.
+Axes: as in `cuts`; W keys of a step.
 """
 
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse_attention.plan import MARKS, Cut
+from pallas_kernels.block_sparse_attention.cuts import Cut
+from pallas_kernels.block_sparse_attention.plan import MARKS
 
 Scalar = Any
 """i32[] as an array, or an int where it is static."""
@@ -68,7 +68,9 @@ class Stream:
   words: Any  # of `plan.Rows`, flat, in SMEM
   start: Any  # i32[2], batch and work head where the part begins, in SMEM
   hbm: tuple[Any, ...]  # k, [B, G, S, D]; v, [B, G, S, E]; their marks
-  vmem: tuple[Any, ...]  # [depth, W, D]; [depth, W, E]; [depth, merge, 8, block]
+  vmem: tuple[
+    Any, ...
+  ]  # [depth, W, D]; [depth, W, E]; [depth, merge, 8, block]
   sems: Any  # [len(vmem), depth]
   cursor: Any  # i32[CURSOR] in SMEM
   core: Scalar

@@ -13,7 +13,7 @@ maxima to weights where they are small.  The kernel is made for both:
 * Several listed blocks make one step, loaded by hand (`stream.py`).
 * Blocks that every query of a tile sees come first and need no mask.
 
-Axes: as in `plan` and `stream`; n columns of a piece of N.
+Axes: as in `cuts` and `stream`; n columns of a piece of N.
 """
 
 import dataclasses
@@ -29,7 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse_attention import calls, plan, stream, tuned
-from pallas_kernels.block_sparse_attention.plan import FLOOR, LOG2E, MARKS, Cut
+from pallas_kernels.block_sparse_attention.cuts import Cut
+from pallas_kernels.block_sparse_attention.plan import FLOOR, LOG2E, MARKS
 from pallas_kernels.block_sparse_attention.scores import (
   Scores,
   dot,
@@ -93,7 +94,7 @@ def forward(
     "out": make.tile_out(value_width, q.dtype),
     "lse": make.rows_out(1, cut.columns),
   }
-  f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
+  f32 = lambda shape: pltpu.VMEM(shape, jnp.float32)
   scratch = {
     "scaled": pltpu.VMEM((cut.columns, width), q.dtype),
     "top": f32((1, cut.columns)),
@@ -151,7 +152,7 @@ def _given(marks: Marks) -> tuple[bool, bool]:
 
 
 def _in_order(cut: Cut, given: jax.Array, rows: plan.Rows) -> jax.Array:
-  """Mass in the order of the rows, [B, M, Q, stack, C], in that of the lists."""
+  """Mass [B, M, Q, stack, C], from the order of the rows to that of lists."""
   batch, heads, *_ = cut.shape
   total = lax.shift_right_logical(rows.words[..., :1], 16)
   place = jnp.argsort(rows.order, axis=-1)

@@ -13,7 +13,7 @@ transposed, and it does not matter how many tiles share a block.  Where keys are
 too many for VMEM, the pass is made for some of them at a time, and their parts
 of dq are added up.
 
-Axes: as in `plan` and `stream`; n columns of a piece of N, Z keys of a pass.
+Axes: as in `cuts` and `stream`; n columns of a piece of N, Z keys of a pass.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse_attention import calls, plan, stream, tuned
-from pallas_kernels.block_sparse_attention.plan import LOG2E, MARKS, Cut
+from pallas_kernels.block_sparse_attention.cuts import Cut
+from pallas_kernels.block_sparse_attention.plan import LOG2E, MARKS
 from pallas_kernels.block_sparse_attention.scores import (
   Scores,
   dot,
@@ -55,27 +56,27 @@ def backward(
   dout: jax.Array,
   dlse: jax.Array | None,
   *,
-  cut: tuple[Cut, int] | None = None,
+  cut_and_blocks: tuple[Cut, int] | None = None,
   interpret: Any = False,
   debug: bool = False,
-) -> tuple[
-  jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None
-]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
   """The gradients of q, k, v, `marks.kv_bias` and `marks.sinks`.
 
   Args:
     q, k, v, lists, marks, rule: as `tpu.forward` was given.
     out, lse: what it returned.
     dout, dlse: their cotangents; dlse may be None.
-    cut: how to cut the work, and the key blocks of a pass; by the figures of
-      the chip if not given.
+    cut_and_blocks: how to cut the work, and the key blocks of a pass; by the
+      figures of the chip if not given.
     interpret, debug: as in `tpu.forward`.
 
   Raises:
     ValueError: as `tpu.forward`.
   """
   tuned.check(q, k, v, lists)
-  cut, blocks = cut or tuned.backward_cut(q, k, v, lists, marks)
+  if cut_and_blocks is None:
+    cut_and_blocks = tuned.backward_cut(q, k, v, lists, marks)
+  cut, blocks = cut_and_blocks
   seen = jnp.isfinite(lse)
   delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
   if dlse is not None:
@@ -96,7 +97,8 @@ def backward(
   }
   inputs_of_keys = make.keys(k, v, marks, key_marks)
   passes = -(-cut.blocks // blocks)
-  has_bias = marks.kv_bias is not None
+  bias = marks.kv_bias
+  has_bias = bias is not None
 
   def some_keys(first):
     rows = plan.rows(cut, lists, q_marks, k_marks, (first, blocks))
@@ -137,11 +139,10 @@ def backward(
   dq = dq[:, :, : q.shape[2]]
   dk, dv = (_in_a_row(of_keys[n], 3, k.shape[2]) for n in ("dk", "dv"))
   dbias = None
-  if has_bias:
+  if bias is not None:
     dbias = _in_a_row(of_keys["dbias"][:, :, :, 0], 3, k.shape[2])
-    shape = marks.kv_bias.shape
-    dbias = dbias if shape[1] > 1 else dbias.sum(1, keepdims=True)
-    dbias = dbias if shape[0] > 1 else dbias.sum(0, keepdims=True)
+    dbias = dbias if bias.shape[1] > 1 else dbias.sum(1, keepdims=True)
+    dbias = dbias if bias.shape[0] > 1 else dbias.sum(0, keepdims=True)
   return dq, dk, dv, dbias, dsinks
 
 
@@ -177,7 +178,7 @@ def _scratch(
 ) -> dict[str, Any]:
   """Sums in f32, and the queries times their factor."""
   size, width, value_width = blocks * cut.block_kv, q.shape[3], v.shape[3]
-  f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
+  f32 = lambda shape: pltpu.VMEM(shape, jnp.float32)
   scratch = {
     "scaled": pltpu.VMEM((cut.columns, width), q.dtype),
     "dq_sums": f32((width, cut.columns)),
@@ -217,9 +218,8 @@ def _kernel(
   refs.dq_sums[...] = jnp.zeros_like(refs.dq_sums)
 
   plain = row.unmasked_steps
-  for low, high, masked in ((0, plain, False), (plain, row.steps, True)):
-    step = functools.partial(tile.step, masked=masked)
-    lax.fori_loop(low, high, lambda i, _: step(i), None)
+  pl.loop(0, plain)(functools.partial(tile.step, masked=False))
+  pl.loop(plain, row.steps)(functools.partial(tile.step, masked=True))
 
   @pl.when(row.total == 0)
   def none():
@@ -274,7 +274,7 @@ class _Tile:
     )  # fmt: skip
     k, v = refs.k_vmem[slot], refs.v_vmem[slot]
     dout = refs.dout[...].reshape(cut.columns, -1)
-    dk = dv = dbias = 0.0
+    dk = dv = dbias = jnp.float32(0)
     for at in pieces(cut):
       here = slice(at.start, at.start + at.size)
       s, tanh = scores.piece(at)
@@ -308,4 +308,7 @@ def _in_lanes(x: jax.Array) -> jax.Array:
   spare = -x.shape[1] % LANES
   if spare:
     x = jnp.pad(x, ((0, 0), (0, spare)))
-  return sum(x[:, n : n + LANES] for n in range(0, x.shape[1], LANES))
+  total = x[:, :LANES]
+  for n in range(LANES, x.shape[1], LANES):
+    total += x[:, n : n + LANES]
+  return total

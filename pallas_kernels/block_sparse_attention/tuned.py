@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_sparse_attention import plan
-from pallas_kernels.block_sparse_attention.plan import MARKS, Cut
+from pallas_kernels.block_sparse_attention import cuts
+from pallas_kernels.block_sparse_attention.cuts import Cut
+from pallas_kernels.block_sparse_attention.plan import MARKS
 from pallas_kernels.block_sparse_attention.types import BlockLists, Marks
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
@@ -33,7 +34,7 @@ MOST_MERGED = 8
 DEPTH = 4
 LANES = 128
 MARGIN = 4 << 20
-"""Bytes of VMEM left to what the compiler keeps for itself, beside a quarter."""
+"""Bytes of VMEM left to what the compiler keeps for itself, and a quarter."""
 
 
 def chip() -> pltpu.TpuInfo:
@@ -44,9 +45,7 @@ def chip() -> pltpu.TpuInfo:
     return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5P, 1)
 
 
-def check(
-  q: Shaped, k: Shaped, v: Shaped, lists: BlockLists
-) -> None:
+def check(q: Shaped, k: Shaped, v: Shaped, lists: BlockLists) -> None:
   """Raises a ValueError for dtypes and blocks that the kernels do not take."""
   dtypes = {x.dtype for x in (q, k, v)}
   if len(dtypes) > 1 or q.dtype not in DTYPES:
@@ -80,7 +79,9 @@ def forward_cut(
   """Cuts a forward call; raises a ValueError where it does not fit."""
   info = info or chip()
   how = _tiles(q, k, v, lists, marks)
-  cut = Cut(**how, parts=plan.parts(how["lists"], how["merge"], how["lists"][1]))
+  cut = Cut(
+    **how, parts=cuts.parts(how["lists"], how["merge"], how["lists"][1])
+  )
   for name, size in zip(("tiles", "heads", "batch"), cut.part[::-1]):
     if info.num_cores > 1 and size % info.num_cores == 0:
       cut = dataclasses.replace(cut, cores=info.num_cores, split=name)
@@ -107,7 +108,7 @@ def backward_cut(
   info = info or chip()
   how = _tiles(q, k, v, lists, marks)
   key_heads = how["shape"][2]
-  cut = Cut(**how, parts=plan.parts(how["lists"], how["merge"], key_heads))
+  cut = Cut(**how, parts=cuts.parts(how["lists"], how["merge"], key_heads))
   batch, heads, _ = cut.part
   if info.num_cores > 1 and heads % (info.num_cores * cut.per_key_head) == 0:
     cut = dataclasses.replace(cut, cores=info.num_cores, split="heads")
@@ -140,7 +141,7 @@ def _tiles(
   batch, heads, queries, width = q.shape
   key_heads, keys, value_width = v.shape[1:]
   shape = batch, heads, key_heads, queries, keys, width, value_width
-  rows = plan.list_shape(shape, lists, marks)
+  rows = cuts.list_shape(shape, lists, marks)
   sharing = heads // max(rows[1], key_heads)
   fits = lambda n: sharing % n == 0 and n * lists.block_q <= COLUMNS
   stack = max([n for n in range(1, sharing + 1) if fits(n)], default=1)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from pallas_kernels.block_sparse_attention import (
+  cuts,
   plan,
   reference,
   tpu,
@@ -102,7 +103,12 @@ class Form:
 
   def cuts(self, *args):
     """Of the forward and the backward call."""
-    how = {"merge": self.merge, "depth": self.depth, "piece": 32, "parts": self.parts}
+    how = {
+      "merge": self.merge,
+      "depth": self.depth,
+      "piece": 32,
+      "parts": self.parts,
+    }
     cut = tuned.forward_cut(*args)
     cut = dataclasses.replace(cut, **how, cores=self.cores, split=self.split)
     back, _ = tuned.backward_cut(*args)
@@ -161,7 +167,7 @@ def programs(form, interpret=True):
     args = q, k, v, lists, marks, form.rule
     got = tpu.forward(*args, mass=form.mass, cut=cut, **how)
     grads = tpu_backward.backward(
-      *args, got.out, got.lse, dout, dlse, cut=back, **how
+      *args, got.out, got.lse, dout, dlse, cut_and_blocks=back, **how
     )
     return got, grads
 
@@ -190,7 +196,9 @@ def close(got, want, names, tolerance):
       np.testing.assert_array_equal(np.isneginf(a), np.isneginf(b), name)
       a, b = (np.where(np.isneginf(x), 0, x) for x in (a, b))
       scale = 1 + np.abs(b).max()
-      np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=name)
+      np.testing.assert_allclose(
+        a, b, rtol=0, atol=tolerance * scale, err_msg=name
+      )
 
 
 RACES = {
@@ -217,7 +225,7 @@ def test_no_races(form):
   got = tpu.forward(*args, mass=form.mass, cut=cut, **how)
   assert not found_races()
   grads = tpu_backward.backward(
-    *args, got.out, got.lse, dout, dlse, cut=back, **how
+    *args, got.out, got.lse, dout, dlse, cut_and_blocks=back, **how
   )
   assert not found_races()
   want, want_grads = programs(form)[1](form.arrays(), lists, marks)
@@ -271,7 +279,10 @@ def marks_for(form, told):
   """Marks of which only those `told` do something, and rows."""
   rng = np.random.default_rng(3)
   b, g, t, s = form.batch, form.key_heads, form.queries, form.keys
-  q_pos, kv_pos = np.tile(np.arange(t), (b, 1)), np.tile(np.arange(s), (b, g, 1))
+  q_pos, kv_pos = (
+    np.tile(np.arange(t), (b, 1)),
+    np.tile(np.arange(s), (b, g, 1)),
+  )
   if "positions" in told:
     q_pos = np.stack([rng.permutation(60)[:t] for _ in range(b)])
     kv_pos = rng.permuted(kv_pos, axis=-1)
@@ -283,10 +294,14 @@ def marks_for(form, told):
   q_segment, kv_segment = np.zeros((b, t)), np.zeros((b, s))
   if "segments" in told:
     q_segment, kv_segment = np.arange(t) // 17, np.arange(s) // 17
-    q_segment, kv_segment = (np.tile(x, (b, 1)) for x in (q_segment, kv_segment))
+    q_segment, kv_segment = (
+      np.tile(x, (b, 1)) for x in (q_segment, kv_segment)
+    )
   bias = np.zeros((b, g, s))
   if "bias" in told:
-    bias = np.where(rng.random(bias.shape) < 0.2, -np.inf, rng.normal(size=bias.shape))
+    bias = np.where(
+      rng.random(bias.shape) < 0.2, -np.inf, rng.normal(size=bias.shape)
+    )
   sinks = np.full(form.heads, -np.inf)
   if "sinks" in told:
     sinks = rng.normal(size=form.heads) * 5
@@ -339,7 +354,9 @@ def test_what_is_no_key_and_what_is_not_listed_reach_nothing():
   at = slice(3 * form.block_kv, 4 * form.block_kv)
   k, v = k.at[:, :, at].set(jnp.nan), v.at[:, :, at].set(jnp.nan)
   jax.tree.map(
-    np.testing.assert_array_equal, ours((q, k, v, dout, dlse), lists, marks), clean
+    np.testing.assert_array_equal,
+    ours((q, k, v, dout, dlse), lists, marks),
+    clean,
   )
 
 
@@ -347,7 +364,9 @@ def test_equals_splash_with_lists_built_by_hand():
   """jax's own kernel, told which blocks: an oracle that shares no code."""
   heads, key_heads, tokens, width, size = 2, 1, 256, 128, 128
   rng = np.random.default_rng(4)
-  normal = lambda h: jnp.asarray(rng.normal(size=(1, h, tokens, width)), "float32")
+  normal = lambda h: jnp.asarray(
+    rng.normal(size=(1, h, tokens, width)), "float32"
+  )
   q, k, v = normal(heads), normal(key_heads), normal(key_heads)
   index = np.array([[[0, 0], [0, 1]], [[0, 0], [1, 1]]])  # [H, Q, C]
   count = np.array([[1, 2], [1, 1]])
@@ -385,7 +404,9 @@ def test_equals_splash_with_lists_built_by_hand():
   empty = np.zeros((heads, tokens), bool)
   empty[1, size:] = segments[size:] < segments[size]
   np.testing.assert_allclose(
-    np.where(empty[..., None], 0, got), np.where(empty[..., None], 0, want), atol=1e-5
+    np.where(empty[..., None], 0, got),
+    np.where(empty[..., None], 0, want),
+    atol=1e-5,
   )
 
 
@@ -397,7 +418,10 @@ def test_steps_are_as_many_as_blocks_seen():
   rows = plan.rows(
     cut, lists, plan.queries(cut, UNMARKED, CAUSAL), plan.keys(cut, UNMARKED)
   )
-  total, unmasked = rows.words[0, 0, :, 0] >> 16, rows.words[0, 0, :, 0] & 0xFFFF
+  total, unmasked = (
+    rows.words[0, 0, :, 0] >> 16,
+    rows.words[0, 0, :, 0] & 0xFFFF,
+  )
   np.testing.assert_array_equal(total, [2, 4, 6])
   np.testing.assert_array_equal(unmasked, [0, 2, 4])
   blocks = np.asarray(rows.words[0, 0, 2, 1:])
@@ -417,7 +441,7 @@ def test_cuts_fit(chip, spec):
   back, blocks = tuned.backward_cut(q, k, k, spec.lists(), UNMARKED, info=info)
   for c in (cut, back):
     assert c.vmem_limit_bytes <= info.vmem_capacity_bytes
-    assert np.prod(c.part_rows) * c.words <= plan.MOST_WORDS
+    assert np.prod(c.part_rows) * c.words <= cuts.MOST_WORDS
     assert np.prod(c.extent) * c.cores == np.prod(c.part)
   assert blocks == back.blocks or spec is LONG
 
@@ -432,12 +456,12 @@ def test_cuts_fit(chip, spec):
   ],
 )
 def test_long_lists_are_cut_into_parts(lists, heads, want):
-  assert plan.parts(lists, 4, heads) == want
+  assert cuts.parts(lists, 4, heads) == want
 
 
 def test_too_long_lists():
   with pytest.raises(ValueError, match="use larger blocks"):
-    plan.parts((1, 1, 1024, 1024), 4, 1)
+    cuts.parts((1, 1, 1024, 1024), 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -459,13 +483,22 @@ def test_what_does_not_fit(change, message):
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(lambda q, k: tpu.forward(q, k, k, lists), q, k)
   assert message in (tpu.unfit(q, k, k, lists, UNMARKED) or "")
-  assert tpu.unfit(*FORMS["plain"].arrays()[:3], FORMS["plain"].lists(masks(FORMS["plain"], "all")), UNMARKED) is None
+  assert (
+    tpu.unfit(
+      *FORMS["plain"].arrays()[:3],
+      FORMS["plain"].lists(masks(FORMS["plain"], "all")),
+      UNMARKED,
+    )
+    is None
+  )
 
 
 @pytest.mark.parametrize("name", ("plain", "marked"))
 def test_lowers_for_tpu(name):
   """The compiler of TPUs takes it as it is, with the cut of the rule."""
-  form = dataclasses.replace(FORMS[name], block_q=128, block_kv=128, queries=384, keys=768)
+  form = dataclasses.replace(
+    FORMS[name], block_q=128, block_kv=128, queries=384, keys=768
+  )
   marks, looks = marks_for(form, ()) if form.marked else (UNMARKED, None)
   lists = form.lists(masks(form, "random"), looks)
 
