@@ -48,6 +48,7 @@ aot-gpu-312: $(VENV)/.aot-gpu
 aot-tpu: $(VENV)/.aot-tpu ## kernels as the TPU compiler sees them, without a TPU (700 MB)
 	$(BIN)/python -m pytest tests/kernels/test_tpu_cycles.py
 	$(BIN)/python -m benchmarks.tpu_cycles
+	$(BIN)/python -m benchmarks.attention_cycles
 
 clean: ## remove environments, caches and build outputs; runs/ stays
 	rm -rf .venv .venv312 .venv-gpu .cache .hypothesis .pytest_cache .ruff_cache build dist

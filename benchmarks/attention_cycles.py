@@ -5,8 +5,9 @@ Read from the schedules of the TPU compiler (`benchmarks.tpu_schedule`); needs
 libtpu, `pip install 'adaptivejax[aot-tpu]'`.  Figures are for one head of the
 shapes of `pallas_kernels.block_sparse_attention.specs`, in bf16, on one core:
 thousands of cycles of the whole kernel, or cycles for each 128 x 128 pairs that
-are listed.  Sorting the lists is XLA's and not counted.  `backward` is all
-gradients, in one kernel.  `spills` are vector registers put away in the main
+are listed.  Sorting the lists is XLA's and not counted.  `long` is 131,072
+tokens, eight heads: bundles of the schedule, for it compiles.  `backward` is
+all gradients, in one kernel.  `spills` are vector registers put away in the main
 block.
 
 `splash` are kept figures, of the compiler of jax 0.10.2 and the best blocks
@@ -68,8 +69,10 @@ SPLASH = {  # thousand cycles: forward, and backward without the sum of dq
 }
 
 
-def run(chip: Chip, spec: Spec, backward: bool) -> tuple[Run, int]:
-  """The simulation of a kernel on a core, and the cores that share the work."""
+def compiled(
+  chip: Chip, spec: Spec, backward: bool
+) -> tuple[schedule.Program, Cut]:
+  """The only kernel of a call, and how it is cut."""
   q = array(1, spec.heads, spec.tokens, spec.width)
   k = array(1, spec.key_heads, spec.tokens, spec.width)
   lse = array(*q.shape[:3], dtype=jnp.float32)
@@ -86,7 +89,13 @@ def run(chip: Chip, spec: Spec, backward: bool) -> tuple[Run, int]:
     args = ()
   like = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), lists)
   (program,) = schedule.compile_for(chip, f, q, k, k, like, *args)
-  words, starts = on_host(scalars, cut, lists, rule)
+  return program, cut
+
+
+def run(chip: Chip, spec: Spec, backward: bool) -> tuple[Run, int]:
+  """The simulation of a kernel on a core, and the cores that share the work."""
+  program, cut = compiled(chip, spec, backward)
+  words, starts = on_host(scalars, cut, spec.lists(), spec.rule)
   result = schedule.simulate(program, [words, starts])
   if result.unknown:
     raise RuntimeError(f"{result.unknown} branches or waits are not understood")
@@ -119,11 +128,19 @@ def rows_of(chip_name: str, spec: Spec) -> Iterator[Row]:
     yield figure(case, f"{kind}, spills", result.spills)
 
 
+def long_rows(chip_name: str) -> Iterator[Row]:
+  """That it compiles; to simulate it would take hours."""
+  case, chip = f"{chip_name} long", CHIPS[chip_name]
+  for kind in ("forward", "backward"):
+    program, _ = compiled(chip, specs.LONG, kind == "backward")
+    yield Row.of(case, f"{kind}, bundles", [len(program.code)])
+
+
 CASES = {
   f"{chip} {spec.name}": functools.partial(rows_of, chip, spec)
   for chip in CHIPS
   for spec in SPECS
-}
+} | {f"{chip} long": functools.partial(long_rows, chip) for chip in CHIPS}
 
 
 def rows(options: Options) -> Iterator[Row]:

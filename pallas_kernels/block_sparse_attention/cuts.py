@@ -93,11 +93,8 @@ class Cut:
     """Batch, work heads and tiles of a core."""
     batch, heads, tiles = self.part
     cores = lambda name: self.cores if name == self.split else 1
-    return (
-      batch // cores("batch"),
-      heads // cores("heads"),
-      tiles // cores("tiles"),
-    )
+    batch, heads = batch // cores("batch"), heads // cores("heads")
+    return batch, heads, tiles // cores("tiles")
 
   def place(self, core: Any, b: Any, m: Any, t: Any) -> tuple[Any, Any, Any]:
     """Batch, work head and tile in the part, of those in the core."""

@@ -18,6 +18,7 @@ Axes: as in `cuts` and `stream`; n columns of a piece of N, Z keys of a pass.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -250,16 +251,34 @@ class _Tile:
   def has_bias(self) -> bool:
     return hasattr(self.refs, "dbias")
 
+  def blocks(self, body: Callable[[Any], None]) -> None:
+    """`body(keys)` for each block of the pass: all at once is long code."""
+    size = self.cut.block_kv
+
+    @pl.loop(0, self.refs.dk_sums.shape[0] // size)
+    def _(n):
+      body(pl.ds(pl.multiple_of(n * size, size), size))
+
   def begin_keys(self) -> None:
+    """Sums of a key head begin at 0."""
     names = ["dk_sums", "dv_sums"] + ["dbias_sums"] * self.has_bias
-    for name in names:
-      sums = getattr(self.refs, name)
-      sums[...] = jnp.zeros_like(sums)
+
+    @self.blocks
+    def _(at):
+      for name in names:
+        sums = getattr(self.refs, name)
+        sums[at, :] = jnp.zeros_like(sums[at, :])
 
   def end_keys(self, factor_of_k: float) -> None:
+    """Sums of a key head leave."""
     refs = self.refs
-    refs.dk[...] = (refs.dk_sums[...] * factor_of_k).astype(refs.dk.dtype)
-    refs.dv[...] = refs.dv_sums[...].astype(refs.dv.dtype)
+
+    @self.blocks
+    def _(at):
+      dk, dv = refs.dk_sums[at, :] * factor_of_k, refs.dv_sums[at, :]
+      refs.dk[at, :] = dk.astype(refs.dk.dtype)
+      refs.dv[at, :] = dv.astype(refs.dv.dtype)
+
     if self.has_bias:
       ones = jnp.ones((MARKS, LANES), jnp.float32)
       refs.dbias[...] = dot(ones, refs.dbias_sums[...], 1, 1)
