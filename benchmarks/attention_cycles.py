@@ -5,10 +5,10 @@ Read from the schedules of the TPU compiler (`benchmarks.tpu_schedule`); needs
 libtpu, `pip install 'adaptivejax[aot-tpu]'`.  Figures are for one head of the
 shapes of `pallas_kernels.block_sparse_attention.specs`, in bf16, on one core:
 thousands of cycles of the whole kernel, or cycles for each 128 x 128 pairs that
-are listed.  Sorting the lists is XLA's and not counted.  `long` is 131,072
-tokens, eight heads: bundles of the schedule, for it compiles.  `backward` is
-all gradients, in one kernel.  `spills` are vector registers put away in the main
-block.
+are listed.  Sorting the lists is XLA's and not counted.  `backward` is all
+gradients, in one kernel.  `spills` are vector registers put away in the main
+block.  `long` is 131,072 tokens and eight heads: bundles of the schedule, for
+it compiles.
 
 `splash` are kept figures, of the compiler of jax 0.10.2 and the best blocks
 found: jax.experimental.pallas.ops.tpu.splash_attention for `dense` and the

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the TPU kernels cut their work: a rule over the figures of the chip.
 
-Found on the compiler's schedules of v5e, v5p and v6e (`benchmarks/tpu_cycles`):
+Found on the compiler's schedules (`benchmarks/attention_cycles`):
 
 * A step costs some 450 cycles however few its keys are: blocks are merged to
-  512 keys.  More gains nothing, for lists are no multiples of a step.
+  512 keys.  Blocks of 128 then take 267 cycles for 128 queries on v5e, where
+  256 keys take 341; 1024 take 258, but fill up more lists with copies.
 * Query heads that share a list are stacked up to 1024 columns: keys are loaded
   once for all of them.
 * Four steps of keys, one in use and three under way, hide the latency of
-  memory behind the shortest steps.
+  memory: with two, the same blocks take 384 cycles.
 
 There is no table of special shapes: for none has anything better been found.
 """
