@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from pallas_kernels.block_sparse_attention import (
   cuts,
+  ops,
   plan,
   reference,
   tpu,
@@ -509,3 +510,20 @@ def test_lowers_for_tpu(name):
 
   module = jax.export.export(jax.jit(run), platforms=["tpu"])(*form.arrays())
   assert module.mlir_module().count("tpu_custom_call") == 2
+
+
+def test_the_public_function_is_the_kernel_on_a_tpu_and_xla_elsewhere():
+  q = jnp.ones((1, 2, 128, 128), jnp.bfloat16)
+  mask = jnp.ones((1, 1, 1, 1), jnp.int32)
+  lists = BlockLists(0 * mask, mask[..., 0], None, 128, 128)
+
+  def loss(q):
+    found = ops.block_sparse_attention(q, q, q, lists)
+    return found.out.astype(jnp.float32).sum()
+
+  def kernels(platform):
+    module = jax.export.export(jax.jit(jax.grad(loss)), platforms=[platform])
+    return module(q).mlir_module().count("tpu_custom_call")
+
+  assert kernels("tpu") == 2
+  assert kernels("cpu") == kernels("cuda") == 0
