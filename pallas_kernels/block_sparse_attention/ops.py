@@ -101,8 +101,8 @@ def _forward(rule, mass, q, k, v, lists, marks):
   bad = _bad(k, v)
   k, v = jnp.where(bad, jnp.nan, k), jnp.where(bad, 0, v)
   return _run(
-    lambda *a: tpu.forward(*a, rule, mass=mass),
-    lambda *a: xla.forward(*a, rule, mass),
+    functools.partial(tpu.forward, rule=rule, mass=mass),
+    functools.partial(xla.forward, rule=rule, mass=mass),
     *(q, k, v, lists, marks),
   )
 
@@ -118,11 +118,16 @@ def _backward(rule, q, k, v, lists, marks, out, lse, dout, dlse):
   if marks.kv_bias is not None:
     bias = marks.kv_bias
     marks = marks._replace(kv_bias=jnp.where(jnp.isnan(bias), 0, bias))
-  return _run(
-    lambda *a: tpu_backward.backward(*a[:5], rule, *a[5:])[:4],
-    lambda *a: xla.backward(*a[:5], rule, *a[5:]),
-    *(q, k, v, lists, marks, out, lse, dout, dlse),
-  )
+
+  def on_tpu(q, k, v, lists, marks, *found):
+    operands = q, k, v, lists, marks, rule, *found
+    return tpu_backward.backward(*operands)[:4]
+
+  def default(q, k, v, lists, marks, *found):
+    operands = q, k, v, lists, marks, rule, *found
+    return xla.backward(*operands)
+
+  return _run(on_tpu, default, q, k, v, lists, marks, out, lse, dout, dlse)
 
 
 def _run(on_tpu, default, *operands):
