@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over lists of key blocks, whose contents are data."""
 
+from pallas_kernels.block_sparse_attention import reference
 from pallas_kernels.block_sparse_attention.ops import block_sparse_attention
 from pallas_kernels.block_sparse_attention.types import (
   Attended,
@@ -9,4 +10,11 @@ from pallas_kernels.block_sparse_attention.types import (
   Rule,
 )
 
-__all__ = ["Attended", "BlockLists", "Marks", "Rule", "block_sparse_attention"]
+__all__ = [
+  "Attended",
+  "BlockLists",
+  "Marks",
+  "Rule",
+  "block_sparse_attention",
+  "reference",
+]

@@ -79,6 +79,10 @@ def block_sparse_attention(
 ) -> Attended:
   """Softmax attention over the visible pairs, all of them computed.
 
+  A key is as if it were not there for a query that does not see it, NaN
+  included; a query that sees a key or value that is not finite gets NaN in
+  `out` and `lse`, and gives no gradient.
+
   Args:
     q: queries, [B, H, T, D].
     k: keys, [B, G, S, D].
@@ -89,10 +93,10 @@ def block_sparse_attention(
   batch, heads, queries, width = q.shape
   keys = k.shape[2]
   seen = visible_pairs((batch, heads, queries, keys), lists, marks, rule)
-  if marks.kv_pos is not None:  # what is no key must not leak
-    some = (marks.kv_pos >= 0)[..., None]
-    k, v = jnp.where(some, k, 0), jnp.where(some, v, 0)
   each = lambda a: jnp.repeat(a, heads // a.shape[1], axis=1)
+  bad = ~(jnp.isfinite(k).all(-1) & jnp.isfinite(v).all(-1))
+  broken = (seen & each(bad)[:, :, None]).any(-1)
+  k, v = (jnp.where(bad[..., None], 0, a) for a in (k, v))
   scale = width**-0.5 if rule.scale is None else rule.scale
   scores = jnp.einsum(
     "bhtd,bhsd->bhts", q, each(k), preferred_element_type=jnp.float32
@@ -115,7 +119,9 @@ def block_sparse_attention(
   safe = jnp.where(empty, 1, total)
   weights = weights / safe[..., None]
   out = jnp.einsum("bhts,bhse->bhte", weights, each(v).astype(jnp.float32))
+  out = jnp.where(broken[..., None], jnp.nan, out)
   lse = jnp.where(empty, -jnp.inf, top + jnp.log(safe))
+  lse = jnp.where(broken, jnp.nan, lse)
   given = _mass(weights, lists) if mass else None
   return Attended(out.astype(q.dtype), lse, given)
 
