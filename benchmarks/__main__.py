@@ -12,7 +12,8 @@ from pathlib import Path
 
 from benchmarks.harness import Row, finish, from_json, parser
 
-SHARED = {"__init__", "__main__", "harness", "measure", "tpu_schedule"}
+SHARED = {"__init__", "__main__", "harness", "measure"}
+SHARED |= {"tpu_schedule", "tpu_simulator"}
 
 
 def names() -> list[str]:

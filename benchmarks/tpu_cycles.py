@@ -29,7 +29,8 @@ import numpy as np
 
 from benchmarks import tpu_schedule as schedule
 from benchmarks.harness import Options, Row, main
-from benchmarks.tpu_schedule import CHIPS, Chip, Run
+from benchmarks.tpu_schedule import CHIPS, Chip
+from benchmarks.tpu_simulator import Run, simulate
 from pallas_kernels.grouped_matmul import ops, tuned
 from pallas_kernels.grouped_matmul.specs import EXPERTS
 from pallas_kernels.grouped_matmul.work import make_work
@@ -79,7 +80,7 @@ class Kernel:
   def run(self, sizes: np.ndarray) -> Run:
     """The simulation of the only program that multiplies."""
     (program,) = self.programs
-    run = schedule.simulate(program, self.scalars(sizes))
+    run = simulate(program, self.scalars(sizes))
     if run.unknown:
       raise RuntimeError(f"{run.unknown} branches or waits are not understood")
     return run

@@ -9,9 +9,7 @@ its router is unsure of.  Measures quality and speed on held-out files, and
 writes the report, with the load of every expert.
 """
 
-import argparse
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +19,10 @@ from rich.console import Console
 from adaptivejax import report
 from adaptivejax.report.frontier import Entry, measure_points
 from adaptivejax.report.mixtures import experts_snippet, mixture
-from adaptivejax.training import data, train
+from adaptivejax.training import data
 from configs.experts import dense, mixtral, top_p
+from examples.common import folder_of, is_quick, trained, windows
 
-OUT = Path("runs/experts")
 MODELS = {
   "dense": (dense, "one layer for all bytes"),
   "Mixtral": (mixtral, "the best 2 of 8 experts"),
@@ -46,28 +44,10 @@ NOTES = (
 )
 
 
-def train_all(quick: bool, console: Console) -> list[Entry]:
-  """Trains, or loads, the models."""
-  made = []
-  for name, (module, setting) in MODELS.items():
-    config = module.config()
-    if quick:
-      config = dataclasses.replace(
-        config, name=f"{config.name}-quick", steps=8, eval_batches=1
-      )
-    console.rule(f"training {config.name}")
-    out, source = Path("runs") / config.name, Path(module.__file__)
-    result = train(config, out=out, source=source)
-    if result.stopped:
-      raise SystemExit(128 + result.stopped)
-    made.append(Entry(name, setting, result.model))
-  return made
-
-
-def against_dense(points, entries: list[Entry], windows) -> list:
+def against_dense(points, entries: list[Entry], test) -> list:
   """The points, their FLOPs in shares of the dense model's."""
   spent = jax.jit(lambda model, text: model(text[:, :-1]).cost.spent)
-  text = jnp.asarray(windows, jnp.int32)
+  text = jnp.asarray(test, jnp.int32)
   each = [float(spent(entry.model, text)) for entry in entries]
   return [
     dataclasses.replace(point, flops_share=one / each[0])
@@ -75,36 +55,28 @@ def against_dense(points, entries: list[Entry], windows) -> list:
   ]
 
 
-def folder_of(module, quick: bool) -> Path:
-  """Where a model's run lies."""
-  name = module.config().name
-  return Path("runs") / (f"{name}-quick" if quick else name)
-
-
 def main() -> None:
   """Trains, measures, reports."""
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--quick", action="store_true", help="a minute, no sense")
-  quick = parser.parse_args().quick
-  console = Console()
-  twin, *routed = entries = train_all(quick, console)
+  quick, console = is_quick(__doc__), Console()
+  twin, *routed = entries = [
+    Entry(name, setting, trained(module, quick, console))
+    for name, (module, setting) in MODELS.items()
+  ]
   config = dense.config().data
-  corpus = data.load_corpus(config)
-  windows = data.validation_batches(corpus.validation, config, 1)
-  windows = windows.reshape(-1, windows.shape[-1])[: 2 if quick else None]
+  test = windows(data.load_corpus(config).validation, config, quick)
   console.rule("measuring")
   points, _ = measure_points(
-    twin, routed, windows, regime="score", seconds=0.1 if quick else 5.0
+    twin, routed, test, regime="score", seconds=0.1 if quick else 5.0
   )
-  text = bytes(windows[-1][1:].astype(np.uint8))
-  mixtures = tuple(mixture(entry, windows) for entry in routed)
+  text = bytes(test[-1][1:].astype(np.uint8))
+  mixtures = tuple(mixture(entry, test) for entry in routed)
   result = report.Report(
     title="Experts: which ran, and for which bytes",
     command="python -m examples.experts" + " --quick" * quick,
     environment=report.environment(),
-    points=tuple(against_dense(points, entries, windows)),
+    points=tuple(against_dense(points, entries, test)),
     curves=tuple(
-      report.curve(folder_of(module, quick), name)
+      report.curve(folder_of(module.config().name, quick), name)
       for name, (module, _) in MODELS.items()
     ),
     mixtures=mixtures,
@@ -112,8 +84,7 @@ def main() -> None:
     measured=MEASURED,
     notes=NOTES,
   )
-  folder = OUT.with_name("experts-quick") if quick else OUT
-  page = report.write_report(result, folder)
+  page = report.write_report(result, folder_of("experts", quick))
   report.print_table(result, console)
   for m in mixtures:
     console.print(

@@ -9,10 +9,6 @@ with Adaptive Computation Modules.  Sets each to several budgets on training
 text, measures quality and speed on held-out files, and writes the report.
 """
 
-import argparse
-import dataclasses
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
@@ -29,11 +25,12 @@ from adaptivejax.report.frontier import (
   samples,
   snippet,
 )
-from adaptivejax.training import data, train
+from adaptivejax.training import data
 from configs.quickstart import acm, dense, exits, mod
 from configs.quickstart.common import EXITS
+from examples.common import folder_of, is_quick, trained, windows
 
-OUT = Path("runs/quickstart")
+MODELS = {"dense": dense, "exits": exits, "mod": mod, "acm": acm}
 PROMPT = b'''def load(path, encoding="utf-8"):
   """Return the '''
 MEASURED = (
@@ -57,34 +54,6 @@ NOTES = (
   " what the text allows; read the differences, not the level. All had the same"
   " steps, not the same FLOPs.",
 )
-
-
-def train_all(quick: bool, console: Console) -> dict:
-  """Trains, or loads, the four models."""
-  models = {}
-  for module in (dense, exits, mod, acm):
-    config = module.config()
-    if quick:
-      config = dataclasses.replace(
-        config, name=f"{config.name}-quick", steps=8, eval_batches=1
-      )
-    console.rule(f"training {config.name}")
-    out, source = Path("runs") / config.name, Path(module.__file__)
-    result = train(config, out=out, source=source)
-    if result.stopped:
-      raise SystemExit(128 + result.stopped)
-    models[module.__name__.rpartition(".")[2]] = result.model
-  return models
-
-
-def windows(quick: bool) -> tuple[np.ndarray, np.ndarray]:
-  """Calibration text from the training files, test text from held-out ones."""
-  config = dense.config().data
-  corpus = data.load_corpus(config)
-  cut = lambda docs: data.validation_batches(docs, config, 1)
-  calibration, test = cut(corpus.train), cut(corpus.validation)
-  flat = lambda a: a.reshape(-1, a.shape[-1])[: 2 if quick else None]
-  return flat(calibration), flat(test)
 
 
 def entries(models: dict, calibration: np.ndarray, quick: bool):
@@ -123,12 +92,12 @@ def entries(models: dict, calibration: np.ndarray, quick: bool):
 
 def main() -> None:
   """Trains, calibrates, measures, reports."""
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--quick", action="store_true", help="a minute, no sense")
-  quick = parser.parse_args().quick
-  console = Console()
-  models = train_all(quick, console)
-  calibration, test = windows(quick)
+  quick, console = is_quick(__doc__), Console()
+  models = {n: trained(module, quick, console) for n, module in MODELS.items()}
+  config = dense.config().data
+  corpus = data.load_corpus(config)
+  calibration = windows(corpus.train, config, quick)
+  test = windows(corpus.validation, config, quick)
   console.rule("calibrating and measuring")
   twin = Entry("dense", "all layers", models["dense"])
   by_token, at_once = entries(models, calibration, quick)
@@ -150,26 +119,22 @@ def main() -> None:
   shown = [sure, *(e for e in at_once if e.method != "FFN-SkipLLM")]
   shown = list({entry.method: entry for entry in reversed(shown)}.values())
   text = bytes(test[-1][1:].astype(np.uint8))
-  folder = OUT.with_name("quickstart-quick") if quick else OUT
   result = report.Report(
     title="Quickstart: where the compute went",
     command="make demo QUICK=1" if quick else "make demo",
     environment=report.environment(),
     points=tuple(points),
-    curves=tuple(report.curve(folder_of(n, quick), n) for n in models),
+    curves=tuple(
+      report.curve(folder_of(f"quickstart/{n}", quick), n) for n in MODELS
+    ),
     snippets=tuple(snippet(entry, text) for entry in shown),
     samples=tuple(samples((twin, sure), PROMPT, 32 if quick else 128)),
     measured=(*MEASURED, ERROR.format(len(test), max(errors))),
     notes=NOTES,
   )
-  page = report.write_report(result, folder)
+  page = report.write_report(result, folder_of("quickstart", quick))
   report.print_table(result, console)
   console.print(f"report: {page}")
-
-
-def folder_of(name: str, quick: bool) -> Path:
-  """Where a model's run lies."""
-  return OUT / f"{name}-quick" if quick else OUT / name
 
 
 if __name__ == "__main__":

@@ -117,7 +117,6 @@ from adaptivejax.core.risk import (
   hoeffding,
   hoeffding_bentkus,
   learn_then_test,
-  pareto_front,
 )
 from adaptivejax.core.sampling import Draw, Sampling, log_probs
 from adaptivejax.core.select import (
@@ -229,7 +228,6 @@ __all__ = [
   "merge",
   "no_drop_capacity",
   "only_after",
-  "pareto_front",
   "patience",
   "ponder",
   "prefix_slice",

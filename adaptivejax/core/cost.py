@@ -56,6 +56,10 @@ class Cost(NamedTuple):
     fields = (flops, flops, items, items, 0)
     return cls(*(jnp.asarray(field, jnp.float32) for field in fields))
 
+  def with_overhead(self, flops: float) -> "Cost":
+    """And `flops` that the dense twin has not: a router's, a teacher's."""
+    return self._replace(spent=self.spent + flops)
+
   def total(self) -> "Cost":
     """Sums stacked costs (a leading layer or step axis) to scalars."""
     return jax.tree.map(jnp.sum, self)

@@ -12,7 +12,7 @@ Axes: n calibration samples, J settings.
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from scipy import special, stats
 
 Host = Array | np.ndarray
@@ -72,7 +72,8 @@ def learn_then_test(
   Args:
     losses: of each sample under each setting, in 0..1; settings ordered from
       the safest to the cheapest, in an order that these losses had no say in.
-      If it has to be found, find it on other samples: `pareto_front`, reversed.
+      If it has to be found, find it on other samples: their Pareto front
+      (Laufer-Goldshtein et al., 2022, https://arxiv.org/abs/2210.07913).
     delta: the risk to tolerate, in (0, 1).
     epsilon: the probability to be wrong, in (0, 1).
     p_value: `hoeffding`, `hoeffding_bentkus`, or another valid p-value.
@@ -96,32 +97,3 @@ def learn_then_test(
   p = np.asarray(p_value(losses.mean(0), len(losses), delta))
   accepted = int(np.cumprod(p <= epsilon).sum())
   return accepted - 1 if accepted else None
-
-
-def pareto_front(
-  cost: Float[Host, "..."], quality: Float[Host, "..."]
-) -> Int[np.ndarray, " F"]:
-  """The settings that no other is at least as cheap and good as, ascending.
-
-  Args:
-    cost: less is better.
-    quality: more is better; for a loss, its negative.
-
-  Returns:
-    Indices by rising cost, and so by rising quality; of equal settings the
-    first.  Reversed, they run from the safest to the cheapest, as
-    `learn_then_test` wants them: Laufer-Goldshtein et al., 2022 (Pareto
-    testing), https://arxiv.org/abs/2210.07913, on a second set of samples.
-  """
-  cost, quality = np.asarray(cost), np.asarray(quality)
-  if cost.ndim != 1 or cost.shape != quality.shape:
-    raise ValueError(
-      f"`cost` and `quality` must be one number per setting; got shapes"
-      f" {cost.shape} and {quality.shape}."
-    )
-  if np.isnan(cost).any() or np.isnan(quality).any():
-    raise ValueError("`cost` and `quality` hold NaN, which cannot be ranked.")
-  order = np.lexsort((-quality, cost))  # stable: of equals, the first leads
-  ranked = quality[order]
-  before = np.concatenate([[-np.inf], np.maximum.accumulate(ranked)[:-1]])
-  return order[(ranked > before) | (np.arange(len(order)) == 0)]

@@ -13,33 +13,31 @@ from adaptivejax.nn.confidence import (
 from adaptivejax.nn.evicting import Evicting, Worth
 from adaptivejax.nn.exit import early_exit
 from adaptivejax.nn.experts import (
+  ExpertSharding,
   MixtureOfExperts,
-  Routing,
-  Spread,
+  apply_all_experts,
   apply_experts,
+  apply_masked_experts,
+  expert_signals,
   stacked,
 )
 from adaptivejax.nn.functional import functional
-from adaptivejax.nn.look import (
-  Coded,
-  Look,
-  Looked,
-  look_cost,
-)
+from adaptivejax.nn.look import Coded, Look, Looked, look_cost
 from adaptivejax.nn.looks import (
   empty_cache_of,
   looks_of,
   refuse_drafts,
   with_look,
 )
-from adaptivejax.nn.mlp import Mlp, split_mlp
+from adaptivejax.nn.mlp import Mlp, cluster_neurons, split_mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
 from adaptivejax.nn.placement import reorder_experts, routing_trace
 from adaptivejax.nn.plan import by_plan
 from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.router import Router
-from adaptivejax.nn.setting import Frozen, Setting, adjust
-from adaptivejax.nn.spread import expert_specs, fastest, spread
+from adaptivejax.nn.routing import Routing
+from adaptivejax.nn.setting import Frozen, Setting, adjust, frozen
+from adaptivejax.nn.spread import expert_specs, fastest_program, shard_experts
 from adaptivejax.nn.stack import (
   FULL,
   StackOutput,
@@ -51,20 +49,20 @@ from adaptivejax.nn.stack import (
 from adaptivejax.nn.zero_computation import ZeroComputationExperts
 
 __all__ = [
-  "FULL",
-  "MARGIN",
-  "MAX_PROB",
-  "STATE",
   "Attention",
   "Block",
   "ByStack",
   "Coded",
   "Evicting",
+  "ExpertSharding",
+  "FULL",
   "Frozen",
   "Group",
   "LayerNorm",
   "Look",
   "Looked",
+  "MARGIN",
+  "MAX_PROB",
   "MetaClassifier",
   "MixtureOfExperts",
   "Mlp",
@@ -72,21 +70,26 @@ __all__ = [
   "RMSNorm",
   "Router",
   "Routing",
+  "STATE",
   "Setting",
-  "Spread",
   "StackOutput",
   "Step",
   "Worth",
   "ZeroComputationExperts",
   "adjust",
+  "apply_all_experts",
   "apply_experts",
+  "apply_masked_experts",
   "by_plan",
+  "cluster_neurons",
   "early_exit",
   "empty_cache_of",
   "every_layer",
   "exit_confidence",
+  "expert_signals",
   "expert_specs",
-  "fastest",
+  "fastest_program",
+  "frozen",
   "functional",
   "look_cost",
   "looks_of",
@@ -96,8 +99,8 @@ __all__ = [
   "reorder_experts",
   "routing_trace",
   "run_layers",
+  "shard_experts",
   "split_mlp",
-  "spread",
   "stacked",
   "with_look",
 ]

@@ -118,4 +118,5 @@ class Group(Layer):
 
 def only(live, x):
   """Zero where not live: what is not computed must not reach a gradient."""
-  return x if live is None else jnp.where(live[..., None], x, 0)
+  nothing = jnp.zeros((), x.dtype)
+  return x if live is None else jnp.where(live[..., None], x, nothing)

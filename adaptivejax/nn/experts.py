@@ -4,7 +4,7 @@
 A *router* is a module called as `router(x, live, key)` that returns a
 `Routing`; a method of this family is such a rule and its losses.  Items that
 are not live reach it as zeros, and whatever it says of them is ignored.
-Experts may be spread over devices: see `nn.spread`.
+Experts may be spread over devices: see `nn.shard_experts`.
 
 Axes: D features, E experts, K choices per item.
 """
@@ -12,7 +12,7 @@ Axes: D features, E experts, K choices per item.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,29 +21,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from adaptivejax.core.cost import Cost, Signals, flops
-from adaptivejax.core.dispatch import dispatch, load
+from adaptivejax.core.covers import Cover
+from adaptivejax.core.dispatch import dispatch, dispatch_mask
 from adaptivejax.core.expert_parallel import expert_apply_parallel
 from adaptivejax.core.experts import expert_apply
 from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.block import only
-from adaptivejax.nn.mlp import Mlp
-from adaptivejax.nn.routing import only_live
-
-
-class Routing(NamedTuple):
-  """What a router decided.
-
-  Attributes:
-    experts: of each item, distinct; NOBODY (-1) for no choice, i32[*N, K].
-    weights: of the choices, f[*N, K].
-    penalty: the rule's auxiliary loss, f32[].
-    dropped: choices that were asked for and not served, f32[].
-  """
-
-  experts: Array
-  weights: Array
-  penalty: Array
-  dropped: Array
+from adaptivejax.nn.mlp import Mlp, join_mlp
+from adaptivejax.nn.routing import Routing, only_live
 
 
 def stacked(make: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:
@@ -56,7 +41,7 @@ def stacked(make: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
+class ExpertSharding:
   """Where the experts of a layer are, which then runs inside `shard_map`."""
 
   axis: str | tuple[str, ...] | None
@@ -74,9 +59,9 @@ class MixtureOfExperts(nnx.Module):
     router: the rule.
     experts: an `Mlp` whose parameters are stacked over E (`stacked`).
     shared: runs on every item besides, if given.
-    over: where the experts are, if not all here (static; see `spread`).  What
-      the layer says of itself, cost, penalty and load, is then of the items of
-      this device.
+    over: where the experts are, if not all here (static; `shard_experts`).
+      What the layer says of itself, cost, penalty and load, is then of the
+      items of this device.
   """
 
   def __init__(
@@ -85,7 +70,7 @@ class MixtureOfExperts(nnx.Module):
     experts: Mlp,
     shared: Mlp | None = None,
     *,
-    over: Spread | None = None,
+    over: ExpertSharding | None = None,
   ):
     self.router = router
     self.experts = experts
@@ -115,7 +100,7 @@ class MixtureOfExperts(nnx.Module):
       self.experts, x, routing, live, key, self.over
     )
     asked = flops(lambda r, x: r(x, live, key), self.router, x)
-    cost = cost._replace(spent=cost.spent + asked)
+    cost = cost.with_overhead(asked)
     if self.shared is not None:
       more, spent, _ = self.shared(x, live)
       y, cost = y + more, cost + spent
@@ -128,13 +113,11 @@ def apply_experts(
   routing: Routing,
   live: Bool[Array, "*N"] | None,
   key: Key[Array, ""] | None = None,
-  over: Spread | None = None,
+  over: ExpertSharding | None = None,
 ) -> tuple[Float[Array, "*N D"], Cost, Signals]:
   """What the experts make of each item, weighted; zero for items without.
 
-  The penalty of the routing counts in training, where there is a `key`.  The
-  share that the signals tell is realised: it has no gradient, so a budget loss
-  cannot move it.
+  The penalty of the routing counts in training, where there is a `key`.
   """
   count = experts.down.kernel.shape[0]
   if over is not None and over.axis is not None:
@@ -144,14 +127,52 @@ def apply_experts(
   run = _here if over is None else functools.partial(_there, over)
   y, cost = run(experts, flat(x), flat(chosen), flat(routing.weights))
   cost = cost._replace(dropped=cost.dropped + routing.dropped)
-  choices = (chosen >= 0).sum(-1, dtype=jnp.float32)
-  signals = Signals(
-    choices.mean() / count,
-    jnp.float32(0) if key is None else routing.penalty,
-    (load(chosen, count).astype(jnp.float32),),
-    (choices,),
-  )
-  return y.reshape(x.shape), cost, signals
+  mask = (chosen[..., None] == jnp.arange(count)).any(-2)
+  penalty = jnp.float32(0) if key is None else routing.penalty
+  return y.reshape(x.shape), cost, expert_signals(mask, penalty)
+
+
+def apply_masked_experts(
+  experts: Mlp,
+  x: Float[Array, "*N D"],
+  mask: Bool[Array, "*N E"],
+  weights: Float[Array, "*N E"],
+  *,
+  cover: Cover | None = None,
+) -> tuple[Float[Array, "*N D"], Cost]:
+  """The same of a matrix of choices, for rules that choose any number."""
+  rows = lambda a: a.reshape(-1, a.shape[-1])
+  plan = dispatch_mask(rows(mask), rows(weights))
+  f = lambda r, m: m.rows(r)
+  y, cost = expert_apply(f, rows(x), plan, experts, cover=cover)
+  return y.reshape(x.shape), cost
+
+
+def apply_all_experts(
+  experts: Mlp, x: Float[Array, "*N D"], weights: Float[Array, "*N E"]
+) -> tuple[Float[Array, "*N D"], Cost]:
+  """All experts on all items: one wide layer, its neurons scaled in blocks."""
+
+  def run(experts, x, weights):
+    wide = join_mlp(experts)
+    h = wide.hidden(x)
+    scale = jnp.repeat(weights, experts.down.kernel.shape[1], axis=-1)
+    return wide.down(h * scale.astype(h.dtype))
+
+  cost = Cost.dense(flops(run, experts, x, weights), weights.size)
+  return run(experts, x, weights), cost
+
+
+def expert_signals(
+  mask: Bool[Array, "*N E"], penalty: Float[Array, ""] | float = 0.0
+) -> Signals:
+  """What a mixture tells: how many experts ran, which, and of which items.
+
+  The share is realised: it has no gradient, so a budget loss cannot move it.
+  """
+  used = mask.astype(jnp.float32)
+  load = used.reshape(-1, used.shape[-1]).sum(0)
+  return Signals(used.mean(), jnp.float32(penalty), (load,), (used.sum(-1),))
 
 
 def _here(experts: Mlp, x, chosen, weights) -> tuple[Array, Cost]:
@@ -167,7 +188,7 @@ def _here(experts: Mlp, x, chosen, weights) -> tuple[Array, Cost]:
 
 
 def _there(
-  over: Spread, experts: Mlp, x, chosen, weights
+  over: ExpertSharding, experts: Mlp, x, chosen, weights
 ) -> tuple[Array, Cost]:
   """Experts, or slices of them, are on several devices."""
   if over.axis is not None:

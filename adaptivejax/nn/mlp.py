@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from adaptivejax.core.buckets import bucketed
+from adaptivejax.core.clusters import balanced_clusters
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.nn.linear import linear
 
@@ -50,13 +51,18 @@ class Mlp(nnx.Module):
 
     With `product`, that multiplies: `product(rows, kernel)`.
     """
-    of = lambda layer, x: (
-      product(x, layer.kernel.get_value()) if product else layer(x)
-    )
-    up = of(self.up, x)
+    return _product(self.down, self.hidden(x, product), product)
+
+  def hidden(
+    self,
+    x: Float[Array, "... D"],
+    product: Callable[[Array, Array], Array] | None = None,
+  ) -> Float[Array, "... F"]:
+    """What its neurons say."""
+    up = _product(self.up, x, product)
     if self.gate is None:
-      return of(self.down, self.activation(up))
-    return of(self.down, self.activation(of(self.gate, x)) * up)
+      return self.activation(up)
+    return self.activation(_product(self.gate, x, product)) * up
 
   def __call__(
     self,
@@ -112,3 +118,33 @@ def split_mlp(
     if layer is not None:
       layer.kernel.set_value(cut(layer.kernel.get_value()))
   return split
+
+
+def join_mlp(parts: Mlp) -> Mlp:
+  """The layer that is the sum of its parts: undoes `split_mlp`."""
+  whole = jax.tree.map(lambda a: a, parts)  # a copy
+  for layer in (whole.up, whole.gate):
+    if layer is not None:
+      kernel = jnp.moveaxis(layer.kernel.get_value(), 0, 1)
+      layer.kernel.set_value(kernel.reshape(kernel.shape[0], -1))
+  down = whole.down.kernel.get_value()
+  whole.down.kernel.set_value(down.reshape(-1, down.shape[-1]))
+  return whole
+
+
+def cluster_neurons(
+  mlp: Mlp, parts: int, *, seed: int = 0
+) -> Int[np.ndarray, " F"]:
+  """An order for `split_mlp` in which the neurons of a part are alike.
+
+  Alike is in the direction of their input weights (`core.clusters`, host).
+  """
+  layer = mlp.up if mlp.gate is None else mlp.gate
+  points = np.asarray(layer.kernel.get_value(), np.float32).T
+  points = points / np.maximum(np.linalg.norm(points, axis=1)[:, None], 1e-12)
+  part = balanced_clusters(points, parts, seed=seed)
+  return np.argsort(part, kind="stable").astype(np.int32)
+
+
+def _product(layer, x: Array, product) -> Array:
+  return product(x, layer.kernel.get_value()) if product else layer(x)

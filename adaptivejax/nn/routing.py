@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the routers of mixtures of experts share.
+"""What the routers of mixtures of experts share, and what they return.
 
 Axes: T tokens, D features, E experts, K choices per item.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,49 @@ from jaxtyping import Array, Bool, Float, Int
 from adaptivejax.core.dispatch import NOBODY, within_capacity
 
 
+class Routing(NamedTuple):
+  """What a router decided.
+
+  Attributes:
+    experts: of each item, distinct; NOBODY (-1) for no choice, i32[*N, K].
+    weights: of the choices, f[*N, K].
+    penalty: the rule's auxiliary loss, f32[].
+    dropped: choices that were asked for and not served, f32[].
+  """
+
+  experts: Array
+  weights: Array
+  penalty: Array
+  dropped: Array
+
+  @classmethod
+  def of(
+    cls,
+    scores: Float[Array, "*N E"],
+    experts: Int[Array, "*N K"],
+    live: Bool[Array, "*N"] | None = None,
+    *,
+    renormalised: bool = False,
+    scale: float = 1.0,
+    penalty: Float[Array, ""] | float = 0.0,
+    dropped: Float[Array, ""] | float = 0.0,
+  ) -> "Routing":
+    """The choices of live items, weighted by `scale` times their scores.
+
+    With `renormalised`, the scores of an item's choices sum to 1 before.
+    """
+    experts = only_live(experts, live)
+    there = experts >= 0
+    picked = jnp.take_along_axis(scores, jnp.where(there, experts, 0), axis=-1)
+    weights = jnp.where(there, picked, 0)
+    weights = scale * (renormalise(weights) if renormalised else weights)
+    return cls(experts, weights, jnp.float32(penalty), jnp.float32(dropped))
+
+
 def router_logits(
   gate: nnx.Module, x: Float[Array, "*N D"]
 ) -> Float[Array, "*N E"]:
-  """The scores of `gate`, in f32 whatever `x` is (Fedus et al., 2021, 2.4).
+  """The scores of `gate`, in f32 whatever `x` is (Fedus et al., 2021).
 
   Raises:
     ValueError: one of them is NaN, unless traced.  No comparison with NaN is
@@ -49,15 +90,6 @@ def fewer_choices(
   return jnp.where(jnp.arange(k) < k - fewer, experts, NOBODY)
 
 
-def weights_of(
-  scores: Float[Array, "*N E"], experts: Int[Array, "*N K"]
-) -> Float[Array, "*N K"]:
-  """The scores of the choices, 0 for no choice."""
-  there = experts >= 0
-  picked = jnp.take_along_axis(scores, jnp.where(there, experts, 0), axis=-1)
-  return jnp.where(there, picked, 0)
-
-
 def renormalise(weights: Float[Array, "*N K"]) -> Float[Array, "*N K"]:
   """Weights that sum to 1 over the choices of an item, if it has any."""
   total = weights.sum(-1, keepdims=True)
@@ -65,15 +97,17 @@ def renormalise(weights: Float[Array, "*N K"]) -> Float[Array, "*N K"]:
 
 
 def serve(
-  wanted: Int[Array, "*B T K"],
+  experts: Int[Array, "*B T K"],
+  live: Bool[Array, "*B T"] | None,
   count: int,
   capacity: Int[Array, ""] | Int[Array, " E"] | int,
 ) -> tuple[Int[Array, "*B T K"], Float[Array, ""]]:
-  """The choices within the capacity of each expert, per sequence.
+  """The choices of live items within each expert's capacity, per sequence.
 
   Returns:
     `(experts, dropped)`: the choices, and how many found no room.
   """
+  wanted = only_live(experts, live)
   within = lambda e: within_capacity(e, count, capacity)
   flat = wanted.reshape(-1, *wanted.shape[-2:])
   served = jax.vmap(within)(flat).reshape(wanted.shape)

@@ -24,6 +24,16 @@ class Frozen(nnx.Variable):
   """A weight that is not trained, such as a teacher's."""
 
 
+def frozen(module: M) -> M:
+  """A copy of which no weight is trained."""
+  module = jax.tree.map(jnp.copy, module)
+  for _, part in nnx.iter_modules(module):
+    for name, value in list(vars(part).items()):
+      if isinstance(value, nnx.Param):
+        setattr(part, name, Frozen(value.get_value()))
+  return module
+
+
 def adjust(model: M, value: Float[Array, ""] | float) -> M:
   """The model with every `Setting` at `value` (dynamic); itself unchanged."""
   graph, settings, rest = nnx.split(model, Setting, ...)

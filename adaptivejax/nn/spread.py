@@ -4,7 +4,7 @@
 Items travel to their experts and back (`core.expert_parallel`) inside
 `jax.shard_map`, where each device holds some of the experts:
 
-    model = spread(model, "expert")
+    model = shard_experts(model, "expert")
     items = P(("data", "expert"))
     run = jax.shard_map(
       lambda model, x: model(x)[0],
@@ -13,12 +13,13 @@ Items travel to their experts and back (`core.expert_parallel`) inside
       out_specs=items,
     )
 
-Under `jit` alone, a model that is not spread gives the right result with the
-same specs as `NamedSharding`s, but at a price: the compiler cannot see that
-items go where their experts are.  Every device gets the weights of all experts
-and the items of every chunk, and computes all chunks.
+Under `jit` alone, a model that is not told gives the right result with the same
+specs as `NamedSharding`s, but at a price: the compiler cannot see that items go
+where their experts are.  Every device gets the weights of all experts and the
+items of every chunk, and computes all chunks.
 
-Which layout of equal programs is best depends on the load: `fastest` tries.
+Which layout of equal programs is best depends on the load, which
+`fastest_program` tries.
 """
 
 import math
@@ -31,19 +32,20 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from adaptivejax.nn.experts import MixtureOfExperts, Spread
+from adaptivejax.nn.experts import ExpertSharding, MixtureOfExperts
 
 
-def spread(
+def shard_experts(
   model: Any,
   axis: str | tuple[str, ...] | None,
   *,
   width: str | None = None,
   chunks: int = 1,
 ) -> Any:
-  """The model with the experts of every mixture over mesh axes; see `Spread`.
+  """The model with the experts of every mixture over mesh axes.
 
-  The parameters are the same: `expert_specs` says how to lay them out.
+  Arguments are those of `ExpertSharding`.  The parameters are the same:
+  `expert_specs` says how to lay them out.
   """
   model = jax.tree.map(lambda a: a, model)  # a copy
   found = mixtures(model)
@@ -52,12 +54,12 @@ def spread(
       f"there is no `MixtureOfExperts` in this {type(model).__name__}."
     )
   for mixture in found:
-    mixture.over = Spread(axis, width, chunks)
+    mixture.over = ExpertSharding(axis, width, chunks)
   return model
 
 
 def expert_specs(model: Any, mesh: Mesh | AbstractMesh) -> Any:
-  """`PartitionSpec`s for the leaves of a model whose experts are `spread`.
+  """`PartitionSpec`s for the leaves of a model with `shard_experts`.
 
   Experts, and their width, are over their mesh axes; the rest is replicated.
   Layers may be stacked: their axes come before that of the experts.
@@ -80,7 +82,7 @@ def expert_specs(model: Any, mesh: Mesh | AbstractMesh) -> Any:
   return specs
 
 
-def fastest(
+def fastest_program(
   programs: Mapping[str, Callable[..., Any]],
   *args: Any,
   rounds: int = 3,

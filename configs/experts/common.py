@@ -10,12 +10,9 @@ from flax import nnx
 
 from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
 from adaptivejax.nn import Block, MixtureOfExperts, Mlp, stacked
-from adaptivejax.training import DataConfig, OptimizerConfig
 
 MODEL = DecoderConfig(layers=4, features=64, hidden=256, heads=4, kv_heads=4)
 EXPERTS, ACTIVE = 8, 2
-DATA = DataConfig(context=128, batch=16)
-OPTIMIZER = OptimizerConfig(learning_rate=4e-3, warmup=30)
 STEPS = 600
 
 

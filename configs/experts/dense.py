@@ -3,18 +3,18 @@
 adaptivejax train configs/experts/dense.py
 """
 
+import dataclasses
+
 from adaptivejax.models import DecoderLM
 from adaptivejax.training import TrainConfig
-from adaptivejax.training.tasks import language_modeling
-from configs.experts.common import DATA, MODEL, OPTIMIZER, STEPS
+from configs.experts.common import MODEL, STEPS
+from configs.quickstart import dense
 
 
 def config() -> TrainConfig:
-  return TrainConfig(
+  return dataclasses.replace(
+    dense.config(),
     name="experts/dense",
     build=lambda rngs: DecoderLM(MODEL, rngs=rngs),
-    loss=language_modeling,
-    data=DATA,
-    optimizer=OPTIMIZER,
     steps=STEPS,
   )

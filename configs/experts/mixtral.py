@@ -6,20 +6,14 @@ per byte of held-out text, where `dense` has 2.37 after as many steps.
   adaptivejax train configs/experts/mixtral.py
 """
 
+import dataclasses
+
 from flax import nnx
 
 from adaptivejax.methods.experts import MixtralRouter
 from adaptivejax.training import TrainConfig
-from adaptivejax.training.tasks import language_modeling
-from configs.experts.common import (
-  ACTIVE,
-  DATA,
-  EXPERTS,
-  MODEL,
-  OPTIMIZER,
-  STEPS,
-  decoder,
-)
+from configs.experts import dense
+from configs.experts.common import ACTIVE, EXPERTS, MODEL, decoder
 
 
 def router(rngs: nnx.Rngs) -> MixtralRouter:
@@ -29,11 +23,8 @@ def router(rngs: nnx.Rngs) -> MixtralRouter:
 
 
 def config() -> TrainConfig:
-  return TrainConfig(
+  return dataclasses.replace(
+    dense.config(),
     name="experts/mixtral",
     build=lambda rngs: decoder(router, rngs),
-    loss=language_modeling,
-    data=DATA,
-    optimizer=OPTIMIZER,
-    steps=STEPS,
   )

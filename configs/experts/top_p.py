@@ -7,19 +7,14 @@ where `dense` has 2.37 after as many steps.
   adaptivejax train configs/experts/top_p.py
 """
 
+import dataclasses
+
 from flax import nnx
 
 from adaptivejax.methods.experts import TopPRouter
 from adaptivejax.training import TrainConfig
-from adaptivejax.training.tasks import language_modeling
-from configs.experts.common import (
-  DATA,
-  EXPERTS,
-  MODEL,
-  OPTIMIZER,
-  STEPS,
-  decoder,
-)
+from configs.experts import dense
+from configs.experts.common import EXPERTS, MODEL, decoder
 
 
 def router(rngs: nnx.Rngs) -> TopPRouter:
@@ -27,11 +22,8 @@ def router(rngs: nnx.Rngs) -> TopPRouter:
 
 
 def config() -> TrainConfig:
-  return TrainConfig(
+  return dataclasses.replace(
+    dense.config(),
     name="experts/top_p",
     build=lambda rngs: decoder(router, rngs),
-    loss=language_modeling,
-    data=DATA,
-    optimizer=OPTIMIZER,
-    steps=STEPS,
   )

@@ -75,8 +75,8 @@ def grouped_matmul(
 
   Raises:
     ValueError: x and w are not both bfloat16 or both float16, K or N is not a
-      multiple of 64, shapes do not fit, or the tile cannot be.
-    NotImplementedError: jax is older than 0.12.
+      multiple of 64, shapes do not fit, the tile cannot be, or jax is older
+      than 0.12.
   """
   inner, outer = (2, 1) if transpose_w else (1, 2)
   _check(x, w, tile, num_sms)
@@ -119,7 +119,7 @@ def grouped_matmul_dw(
 def _check(x: Array, other: Array, tile: Tile | None, num_sms: int) -> None:
   """Refuses what the kernels cannot do, in words."""
   if jax.__version_info__ < (0, 12):
-    raise NotImplementedError(
+    raise ValueError(
       f"the GPU kernel needs jax >= 0.12 and this is {jax.__version__}: use the"
       " reference, or Python 3.12 with a newer jax."
     )

@@ -38,6 +38,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.grouped_matmul.launch import between, launch, loop
 from pallas_kernels.grouped_matmul.picking import Picker
 from pallas_kernels.grouped_matmul.ring import Ring, Scalar
 from pallas_kernels.grouped_matmul.tuned import LANES, Tiles
@@ -80,36 +81,28 @@ def multiply(
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
   reads = (size * strips if rows is None else len(x)) * tiles.cores
   kernel = functools.partial(_kernel, tiles=tiles, transpose_w=transpose_w)
-  return pl.pallas_call(
+  return launch(
     kernel,
-    out_shape=jax.ShapeDtypeStruct((size, columns), x.dtype),
-    grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=len(lists),
-      grid=(tiles.cores, strips, count),
-      in_specs=[
-        anywhere if tiles.slab else pl.BlockSpec((height, features), x_block),
-        anywhere,
-      ],
-      out_specs=pl.BlockSpec(
-        (height, width),
-        lambda c, s, i, group, tile, *_: (tile[i], c * strips + s),
-      ),
-      scratch_shapes=_scratch(x, tiles, transpose_w),
+    "grouped_matmul",
+    jax.ShapeDtypeStruct((size, columns), x.dtype),
+    lists,
+    (x, w),
+    grid=(tiles.cores, strips, count),
+    in_specs=[
+      anywhere if tiles.slab else pl.BlockSpec((height, features), x_block),
+      anywhere,
+    ],
+    out_specs=pl.BlockSpec(
+      (height, width),
+      lambda c, s, i, group, tile, *_: (tile[i], c * strips + s),
     ),
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-      vmem_limit_bytes=tiles.vmem_limit_bytes,
-      disable_bounds_checks=not debug,
-    ),
-    cost_estimate=pl.CostEstimate(
-      flops=2 * size * features * columns,
-      bytes_accessed=x.dtype.itemsize
-      * (reads * features + groups * features * columns + size * columns),
-      transcendentals=0,
-    ),
+    scratch_shapes=_scratch(x, tiles, transpose_w),
+    tiles=tiles,
+    flops=2 * size * features * columns,
+    moved=reads * features + groups * features * columns + size * columns,
     interpret=interpret,
-    name="grouped_matmul",
-  )(*lists, x, w)
+    debug=debug,
+  )
 
 
 def _scratch(x: jax.Array, tiles: Tiles, transpose_w: bool) -> list[Any]:
@@ -262,17 +255,3 @@ class _Item:
     pl.loop(0, self.tiles.height // part)(
       lambda n: body(pl.multiple_of(n * part, part))
     )
-
-
-def between(low: Scalar, high: Scalar, shape: tuple[int, ...]) -> jax.Array:
-  """Which rows of an array are `low .. high - 1`."""
-  row = lax.broadcasted_iota(jnp.int32, shape, 0)
-  return (row >= low) & (row < high)
-
-
-def loop(count: int, body: Callable[[Scalar], None]) -> None:
-  """`body(n)` for n < count; no loop for one."""
-  if count == 1:
-    body(0)
-  else:
-    pl.loop(0, count)(body)

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_matmul.tpu import between, loop
+from pallas_kernels.grouped_matmul.launch import between, launch, loop
 from pallas_kernels.grouped_matmul.tuned import Tiles
 from pallas_kernels.grouped_matmul.work import Work
 
@@ -46,43 +46,35 @@ def multiply_sums(
   height, width = tiles.height, tiles.width
   strips = columns // width // tiles.cores
   reads = features * strips * tiles.cores + columns
-  return pl.pallas_call(
+  return launch(
     functools.partial(_kernel, tiles=tiles),
-    out_shape=jax.ShapeDtypeStruct((groups, features, columns), x.dtype),
-    grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=len(lists),
-      grid=(tiles.cores, strips, count),
-      in_specs=[
-        pl.BlockSpec(
-          (height, features), lambda c, s, i, _, tile, *__: (tile[i], 0)
-        ),
-        pl.BlockSpec(
-          (height, width),
-          lambda c, s, i, _, tile, *__: (tile[i], c * strips + s),
-        ),
-      ],
-      out_specs=pl.BlockSpec(memory_space=pl.ANY),
-      scratch_shapes=[
-        pltpu.VMEM((features, width), jnp.float32),
-        pltpu.VMEM((2, features, width), x.dtype),
-        pltpu.SemaphoreType.DMA((2, width // tiles.chunk)),
-        pltpu.SMEM((1,), jnp.int32),
-      ],
-    ),
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-      vmem_limit_bytes=tiles.vmem_limit_bytes,
-      disable_bounds_checks=not debug,
-    ),
-    cost_estimate=pl.CostEstimate(
-      flops=2 * rows * features * columns,
-      bytes_accessed=x.dtype.itemsize
-      * (rows * reads + groups * features * columns),
-      transcendentals=0,
-    ),
+    "grouped_matmul_sums",
+    jax.ShapeDtypeStruct((groups, features, columns), x.dtype),
+    lists,
+    (x, dy),
+    grid=(tiles.cores, strips, count),
+    in_specs=[
+      pl.BlockSpec(
+        (height, features), lambda c, s, i, _, tile, *__: (tile[i], 0)
+      ),
+      pl.BlockSpec(
+        (height, width),
+        lambda c, s, i, _, tile, *__: (tile[i], c * strips + s),
+      ),
+    ],
+    out_specs=pl.BlockSpec(memory_space=pl.ANY),
+    scratch_shapes=[
+      pltpu.VMEM((features, width), jnp.float32),
+      pltpu.VMEM((2, features, width), x.dtype),
+      pltpu.SemaphoreType.DMA((2, width // tiles.chunk)),
+      pltpu.SMEM((1,), jnp.int32),
+    ],
+    tiles=tiles,
+    flops=2 * rows * features * columns,
+    moved=rows * reads + groups * features * columns,
     interpret=interpret,
-    name="grouped_matmul_sums",
-  )(*lists, x, dy)
+    debug=debug,
+  )
 
 
 def _kernel(

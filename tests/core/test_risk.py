@@ -11,7 +11,6 @@ from adaptivejax.core.risk import (
   hoeffding,
   hoeffding_bentkus,
   learn_then_test,
-  pareto_front,
 )
 
 P_VALUES = (hoeffding, hoeffding_bentkus)
@@ -90,32 +89,6 @@ def test_a_mean_in_single_precision_counts_no_failure_more():
   np.testing.assert_allclose(single, exact, rtol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_pareto_front_is_that_of_brute_force(seed):
-  rng = np.random.default_rng(seed)
-  cost, quality = rng.integers(0, 5, (2, rng.integers(1, 12))).astype(float)
-  points = list(zip(cost, quality))
-  want = []
-  for i, (c, q) in enumerate(points):
-    others = [
-      (d, r)
-      for j, (d, r) in enumerate(points)
-      if j != i and d <= c and r >= q and ((d, r) != (c, q) or j < i)
-    ]
-    if not others:
-      want.append(i)
-  got = pareto_front(cost, quality)
-  assert sorted(got) == want
-  assert (np.diff(cost[got]) > 0).all() and (np.diff(quality[got]) > 0).all()
-
-
-def test_pareto_front_edges():
-  assert pareto_front(np.zeros(0), np.zeros(0)).shape == (0,)
-  worst = pareto_front(np.array([1.0]), np.array([-np.inf]))
-  np.testing.assert_array_equal(worst, [0])
-  np.testing.assert_array_equal(pareto_front(np.ones(3), np.ones(3)), [0])
-
-
 BAD = {"delta": 0.1, "epsilon": 0.1}
 
 
@@ -136,8 +109,6 @@ BAD = {"delta": 0.1, "epsilon": 0.1}
         itertools.product((0, 1, np.nan), (0.1,)), ((0.1, 0), (0.1, 1))
       )
     ),
-    (lambda: pareto_front(np.zeros(2), np.zeros(3)), "per setting"),
-    (lambda: pareto_front(np.array([np.nan]), np.zeros(1)), "NaN"),
   ],
 )
 def test_bad_input_is_refused_in_words(call, words):

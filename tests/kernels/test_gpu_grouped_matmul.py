@@ -265,5 +265,5 @@ def test_refuses_an_old_jax():
   from pallas_kernels.grouped_matmul import gpu
 
   x, w = jnp.zeros((8, 64), jnp.bfloat16), jnp.zeros((1, 64, 64), jnp.bfloat16)
-  with pytest.raises(NotImplementedError, match=r"jax >= 0\.12"):
+  with pytest.raises(ValueError, match=r"jax >= 0\.12"):
     gpu.grouped_matmul(x, w, jnp.array([8]))

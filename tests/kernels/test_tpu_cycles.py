@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import tpu_schedule as schedule
+from benchmarks import tpu_simulator as simulator
 from benchmarks.harness import from_json
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,7 @@ def program():
 def test_a_loop_runs_as_often_as_its_operand_says(program):
   assert program.blocks == [(0, 4), (4, 15), (15, 16)]
   for count in (1, 3):
-    run = schedule.simulate(program, [count, np.zeros(4, np.int32)])
+    run = simulator.simulate(program, [count, np.zeros(4, np.int32)])
     assert run.visits == [1, count, 1] and run.unknown == 0
     assert run.cycles - run.stall == pytest.approx(5 + 11 * count)
     assert run.main == (4, 15) and run.spills == 11 * 2
@@ -60,21 +61,21 @@ def test_a_loop_runs_as_often_as_its_operand_says(program):
 
 def test_transfers_take_latency_and_bandwidth(program):
   chip = schedule.CHIPS["v5e"]
-  idle = schedule.simulate(program, [3, np.array([0, 0, 0, 0])])
-  run = schedule.simulate(program, [3, np.array([0, 5, 0, 7])])
-  assert run.hbm == 1000 * schedule.GRANULE
-  each = schedule.LATENCY * chip.clock + run.hbm / chip.bandwidth
+  idle = simulator.simulate(program, [3, np.array([0, 0, 0, 0])])
+  run = simulator.simulate(program, [3, np.array([0, 5, 0, 7])])
+  assert run.hbm == 1000 * simulator.GRANULE
+  each = simulator.LATENCY * chip.clock + run.hbm / chip.bandwidth
   assert run.stall - idle.stall == pytest.approx(each - 2)  # from 0x6 to 0x8
 
 
 def test_what_is_not_known_is_counted(program):
-  run = schedule.simulate(program)
+  run = simulator.simulate(program)
   assert run.unknown == 1 and run.visits == [1, 1, 1]
 
 
 def test_a_program_without_end_is_refused(program):
   with pytest.raises(RuntimeError, match="no end after 5 blocks"):
-    schedule.simulate(program, [100, np.zeros(4, np.int32)], most=5)
+    simulator.simulate(program, [100, np.zeros(4, np.int32)], most=5)
 
 
 @needs_compiler

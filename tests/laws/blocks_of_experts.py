@@ -10,7 +10,8 @@ from adaptivejax.core.covers import MIN_CHUNK
 from adaptivejax.methods.experts import BlockFFN, FactorLLM
 from adaptivejax.nn import Mlp, adjust
 from tests import reference
-from tests.laws.case import ALL, NO, Case, D, F, M, T, gaussian
+from tests.laws.case import D, F, M, T, gaussian
+from tests.laws.experts import asking, call, module_case, poisoned
 from tests.laws.primitives import no_rows
 
 E = 12  # experts of a BlockFFN
@@ -21,18 +22,8 @@ def _sequence(batch):
   return gaussian(batch, T, D)
 
 
-def _call(module, x, budget, key=None):
-  del budget
-  y, cost, _ = module(x, key=key)
-  return y, cost
-
-
 def _train(module, x, budget):
-  return _call(module, x, budget, jax.random.key(0))
-
-
-def _expert(experts, i):
-  return jax.tree.map(lambda a: a[i], experts)
+  return call(module, x, budget, jax.random.key(0))
 
 
 def _block_ffn(rngs):
@@ -44,10 +35,7 @@ def _all_blocks(module, x):
   s = jnp.maximum(x @ module.gate.kernel.get_value(), 0)
   s = s / jnp.sqrt((s * s).mean(-1, keepdims=True) + 1e-6)
   weights = s * module.scale.get_value()
-  return sum(
-    weights[..., i, None] * reference.mlp(_expert(module.experts, i), x)
-    for i in range(E)
-  )
+  return reference.experts(module.experts, x, weights)
 
 
 def _poisoned_blocks(module, x):
@@ -58,26 +46,7 @@ def _poisoned_blocks(module, x):
   )
   unused = ~np.asarray(active).any((0, 1))
   assert unused.any() and not unused.all()
-  return _spoilt(module, unused), x, level, None
-
-
-def _spoilt(module, unused):
-  module = jax.tree.map(lambda a: a, module)  # a copy
-  module.experts = jax.tree.map(
-    lambda a: jnp.where(unused.reshape(-1, 1, 1), jnp.nan, a), module.experts
-  )
-  return module
-
-
-def _gate_flops(module, x):
-  """The router, and a chunk of each expert that is nearly empty."""
-  return flops(lambda m, x: m(x), module.gate, x) + _rounding(module)
-
-
-def _rounding(module):
-  rows = jax.ShapeDtypeStruct((2 * MIN_CHUNK, D), jnp.float32)
-  count = module.experts.down.kernel.shape[0]
-  return count * flops(Mlp.rows, _expert(module.experts, 0), rows)
+  return poisoned(module, unused), x, level, None
 
 
 def _factored(rngs):
@@ -91,20 +60,20 @@ def _factored(rngs):
 
 
 def _poisoned_factors(module, x):
-  return _spoilt(module, np.arange(M) == M - 1), x, np.float32(0), None
+  return poisoned(module, np.arange(M) == M - 1), x, np.float32(0), None
 
 
 def _all_parts(module, x):
-  return sum(reference.mlp(_expert(module.experts, i), x) for i in range(M))
+  return reference.experts(module.experts, x, jnp.ones((*x.shape[:-1], M)))
 
 
-def _router_flops(module, x):
-  return flops(lambda m, x: m(x), module.router, x) + _rounding(module)
+def _asking(module, x):
+  """A chunk of each expert is nearly empty."""
+  return asking(module, x, 2 * MIN_CHUNK)
 
 
 def _taught(module, x):
-  teacher = flops(Mlp.rows, module.teacher, x)
-  return _router_flops(module, x) + teacher
+  return _asking(module, x) + flops(Mlp.rows, module.teacher, x)
 
 
 _all_computed = "training computes all experts for all tokens"
@@ -116,66 +85,43 @@ _DENSE = {
   "poison_gradient": _all_computed,
   "cost": _all_computed,
 }
-_zero = lambda module, x: jnp.zeros_like(x)
 
 BLOCKS = [
-  Case(
+  module_case(
     "block_ffn",
-    "experts.block_ffn",
     _block_ffn,
     _sequence,
-    _call,
-    full=ALL,
+    _all_blocks,
     some=SPARSE,
-    none=NO,
-    place=adjust,
-    dense=_all_blocks,
-    least=_zero,
     poison=_poisoned_blocks,
-    overhead=_gate_flops,
+    overhead=_asking,
   ),
-  Case(
+  module_case(
     "block_ffn.training",
-    "experts.block_ffn",
     _block_ffn,
     _sequence,
-    _train,
-    full=ALL,
+    _all_blocks,
+    call=_train,
     some=SPARSE,
-    none=NO,
-    place=adjust,
-    dense=_all_blocks,
-    least=_zero,
-    overhead=_gate_flops,
+    overhead=_asking,
     unless=_DENSE,
   ),
-  Case(
+  module_case(
     "factor_llm",
-    "experts.factor_llm",
     _factored,
     _sequence,
-    _call,
-    full=ALL,
+    _all_parts,
     some=np.float32(0),
-    none=NO,
-    place=adjust,
-    dense=_all_parts,
-    least=_zero,
     poison=_poisoned_factors,
-    overhead=_router_flops,
+    overhead=_asking,
   ),
-  Case(
+  module_case(
     "factor_llm.training",
-    "experts.factor_llm",
     _factored,
     _sequence,
-    _train,
-    full=ALL,
+    _all_parts,
+    call=_train,
     some=np.float32(0),
-    none=NO,
-    place=adjust,
-    dense=_all_parts,
-    least=_zero,
     overhead=_taught,
     unless=_DENSE,
   ),

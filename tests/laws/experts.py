@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptivejax.core.cost import flops
+from adaptivejax.core.covers import MIN_CHUNK
 from adaptivejax.core.dispatch import load
 from adaptivejax.methods.experts import (
   DeepSeekRouter,
@@ -30,6 +31,14 @@ E = 8
 
 def _sequence(batch):
   return gaussian(batch, T, D).at[..., 0].set(2)
+
+
+def module_case(name, build, inputs, dense, **rest):
+  """A case of a module that holds its budget."""
+  budgets = {"full": ALL, "none": NO, "place": adjust}
+  method = f"experts.{name.partition('.')[0]}"
+  rest = {"call": call, "least": nothing} | budgets | rest
+  return Case(name, method, build, inputs, dense=dense, **rest)
 
 
 def _uneven(router):
@@ -54,10 +63,16 @@ def _routed(router, shared=False, **settings):
   return build
 
 
-def _call(module, x, budget):
+def call(module, x, budget, key=None):
   del budget
-  y, cost, _ = module(x)
+  y, cost, _ = module(x, key=key)
   return y, cost
+
+
+def nothing(module, x):
+  """What runs whatever the budget is."""
+  shared = getattr(module, "shared", None)
+  return jnp.zeros_like(x) if shared is None else reference.mlp(shared, x)
 
 
 def _softmax(module, x):
@@ -88,12 +103,6 @@ def _sigmoid(router, x):
   return router.scale * s / s.sum(-1, keepdims=True)
 
 
-def _without_budget(module, x):
-  """What runs whatever the router says."""
-  shared = getattr(module, "shared", None)
-  return jnp.zeros_like(x) if shared is None else reference.mlp(shared, x)
-
-
 def _dead_experts(budget, route=lambda m, x: m.router(x)):
   """NaN in the experts that no token runs at a budget."""
 
@@ -102,23 +111,26 @@ def _dead_experts(budget, route=lambda m, x: m.router(x)):
     count = params.experts.down.kernel.shape[0]
     dead = load(routing.experts, count) == 0
     assert dead.any() and not dead.all()
-    bad = lambda a: jnp.where(dead.reshape(-1, *[1] * (a.ndim - 1)), jnp.nan, a)
-    poisoned = jax.tree.map(lambda a: a, params)  # a copy
-    poisoned.experts = jax.tree.map(bad, params.experts)
-    return poisoned, x, budget, None
+    return poisoned(params, dead), x, budget, None
 
   return poison
 
 
-def _asking(module, x):
+def poisoned(module, dead):
+  """The module, NaN in the parameters of some experts."""
+  module = jax.tree.map(lambda a: a, module)  # a copy
+  bad = lambda a: jnp.where(dead.reshape(-1, *[1] * (a.ndim - 1)), jnp.nan, a)
+  module.experts = jax.tree.map(bad, module.experts)
+  return module
+
+
+def asking(module, x, rows=MIN_CHUNK):
   """The router, and what rounds up the rows of each expert."""
-  router = getattr(module, "router", module)
-  rounding = flops(
-    jax.vmap(Mlp.rows),
-    module.experts,
-    jnp.zeros((module.experts.down.kernel.shape[0], 8, D)),
-  )
-  return flops(lambda m, x: m.gate(x), router, x) + rounding
+  gate = getattr(module, "router", module)
+  gate = getattr(gate, "gate", gate)
+  padding = jnp.zeros((module.experts.down.kernel.shape[0], rows, D))
+  rounding = flops(jax.vmap(Mlp.rows), module.experts, padding)
+  return flops(lambda m, x: m(x), gate, x) + rounding
 
 
 def _others(module, x):
@@ -144,7 +156,7 @@ def _plus_plus(rngs):
 def _plus_plus_asking(module, x):
   gates = _others_gates(module, x)[..., module.ffn :]
   others = flops(lambda m, x: m.others(x, gates), module, x)
-  return others + _asking(module, x)
+  return others + asking(module, x)
 
 
 def _soft(rngs):
@@ -154,7 +166,7 @@ def _soft(rngs):
 def _soft_call(module, x, slots):
   module = jax.tree.map(lambda a: a, module)  # a copy
   module.slots = slots
-  return _call(module, x, None)
+  return call(module, x, None)
 
 
 def _soft_dense(slots):
@@ -183,93 +195,61 @@ _plain = "it is made of plain products"
 _all_chosen = "no expert is without tokens but where none has any"
 K = np.float32
 
+TOP_K = {"full": K(0), "some": K(5), "none": K(E)}
+
 EXPERTS = [
-  Case(
+  module_case(
     "switch",
-    "experts.switch",
     _routed(SwitchRouter),
     _sequence,
-    _call,
-    full=ALL,
+    _dense(_best(_softmax)),
     some=K(0.75),
-    none=NO,
-    place=adjust,
-    dense=_dense(_best(_softmax)),
-    least=_without_budget,
     poison=_dead_experts(0.875),
     unless={"cost": _one_of_many},
   ),
-  Case(
+  module_case(
     "mixtral",
-    "experts.mixtral",
     _routed(MixtralRouter, top_k=E),
     _sequence,
-    _call,
-    full=K(0),
-    some=K(5),
-    none=K(E),
-    place=adjust,
-    dense=_dense(_softmax),
-    least=_without_budget,
+    _dense(_softmax),
+    **TOP_K,
     poison=_dead_experts(E - 1.0),
-    overhead=_asking,
+    overhead=asking,
   ),
-  Case(
+  module_case(
     "deepseek",
-    "experts.deepseek",
     _routed(DeepSeekRouter, shared=True, top_k=E, groups=4, kept_groups=4),
     _sequence,
-    _call,
-    full=K(0),
-    some=K(5),
-    none=K(E),
-    place=adjust,
-    dense=_dense(_sigmoid),
-    least=_without_budget,
+    _dense(_sigmoid),
+    **TOP_K,
     poison=_dead_experts(E - 1.0),
-    overhead=_asking,
+    overhead=asking,
   ),
-  Case(
+  module_case(
     "dynamic_top_p",
-    "experts.dynamic_top_p",
     _routed(TopPRouter, p=0.9),
     _sequence,
-    _call,
-    full=ALL,
+    _dense(_softmax),
     some=K(0),
-    none=NO,
-    place=adjust,
-    dense=_dense(_softmax),
     least=_dense(_best(_softmax)),
     poison=_dead_experts(NO),
-    overhead=_asking,
+    overhead=asking,
   ),
-  Case(
+  module_case(
     "expert_choice",
-    "experts.expert_choice",
     _routed(ExpertChoiceRouter),
     _sequence,
-    _call,
-    full=ALL,
+    _dense(_softmax),
     some=K(0),
-    none=NO,
-    place=adjust,
-    dense=_dense(_softmax),
-    least=_without_budget,
-    overhead=_asking,
+    overhead=asking,
     unless={"poison": _all_chosen, "poison_gradient": _all_chosen},
   ),
-  Case(
+  module_case(
     "mixture_of_experts_plus_plus",
-    "experts.mixture_of_experts_plus_plus",
     _plus_plus,
     _sequence,
-    _call,
-    full=ALL,
+    _dense(_only_ffn),
     some=K(0.5),
-    none=NO,
-    place=adjust,
-    dense=_dense(_only_ffn),
     least=_others,
     poison=_dead_experts(5.0, lambda m, x: m.route(x)),
     overhead=_plus_plus_asking,

@@ -38,10 +38,8 @@ def _levels(learners, x, scale):
 
 
 def _all_learners(learners, x):
-  return sum(
-    reference.mlp(jax.tree.map(lambda a, i=i: a[i], learners), x["rows"])
-    for i in range(M)
-  )
+  weights = jnp.ones((*x["rows"].shape[:-1], M))
+  return reference.experts(learners, x["rows"], weights)
 
 
 def _weights(x):
@@ -58,11 +56,7 @@ def _experts(learners, x, level):
 
 
 def _all_experts(learners, x):
-  return sum(
-    _weights(x)[..., i, None]
-    * reference.mlp(jax.tree.map(lambda a, i=i: a[i], learners), x["rows"])
-    for i in range(M)
-  )
+  return reference.experts(learners, x["rows"], _weights(x))
 
 
 def _chosen(score, level):

@@ -23,6 +23,7 @@ B, T, D, F, E = 2, 12, 16, 24, 8
 X = jax.random.normal(jax.random.key(0), (B, T, D))
 KEY = jax.random.key(5)
 LIVE = jnp.arange(T) < jnp.array([[7], [10]])
+call = jax.jit(lambda module, x, live=None, key=None: module(x, live, key))
 GOLDENS = Path(__file__).parents[1] / "goldens" / "experts.npz"
 
 
@@ -49,6 +50,13 @@ def golden_experts(g):
   activation = jax.nn.silu if gated else jax.nn.relu
   make = lambda rngs: Mlp(D, F, gated=gated, activation=activation, rngs=rngs)
   return with_weights(stacked(make, len(g.up), nnx.Rngs(0)), vars(g))
+
+
+def golden_mixture(block, router, **settings):
+  """The golden experts behind `router(D, E, ...)`, and the golden arrays."""
+  g = golden(block)
+  made = set_gate(router(D, E, rngs=nnx.Rngs(0), **settings), g.router)
+  return MixtureOfExperts(made, golden_experts(g)), g
 
 
 def with_weights(mlp, arrays, prefix=""):
@@ -79,10 +87,22 @@ def mixture(router, count=E, seed=0, **settings):
   return shaken(MixtureOfExperts(made, experts(count)), seed)
 
 
+def logits(gate, x):
+  """x W, f64."""
+  kernel = np.asarray(gate.kernel.get_value(), np.float64)
+  return np.asarray(x, np.float64) @ kernel
+
+
 def probabilities(gate, x):
   """softmax(x W), f64."""
-  kernel = np.asarray(gate.kernel.get_value(), np.float64)
-  return special.softmax(np.asarray(x, np.float64) @ kernel, -1)
+  return special.softmax(logits(gate, x), -1)
+
+
+def only_best(scores, k):
+  """The k best scores of each row, 0 for the others."""
+  chosen = np.zeros_like(scores)
+  np.put_along_axis(chosen, best_of(scores, k), 1, -1)
+  return chosen * scores
 
 
 def run_expert(mlp, e, x):
@@ -138,9 +158,3 @@ def assert_golden(module, g, *, tolerance=1e-5):
     np.testing.assert_allclose(
       value, want, rtol=0, atol=tolerance * scale, err_msg=name
     )
-
-
-def worst(module, g):
-  """Largest error against transformers, relative to the largest value."""
-  y = module(jnp.asarray(g.x))[0]
-  return float(np.abs(np.asarray(y) - g.y).max() / np.abs(g.y).max())

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from adaptivejax.methods.experts import BlockFFN
-from adaptivejax.methods.experts.block_ffn import (
+from adaptivejax.core.router_losses import (
   activation_locality,
   chunk_sparsification,
 )
+from adaptivejax.methods.experts import BlockFFN
 from adaptivejax.models import decoder_block
 from adaptivejax.nn import adjust
 from tests.methods.host import CONFIG, PROMPT, TOKENS, decode, model, shaken
+from tests.methods.mixtures import call
 
 B, T, D, F, E = 2, 11, 16, 4, 6
 X = jax.random.normal(jax.random.key(0), (B, T, D))
 KEY = jax.random.key(1)
-call = jax.jit(lambda m, x, live=None, key=None: m(x, live, key))
 
 
 @functools.cache
@@ -146,46 +146,6 @@ def test_a_decoder_says_the_same_token_by_token():
   want = jax.jit(lambda m, t: m(t).logits)(made, TOKENS)[:, PROMPT:]
   np.testing.assert_allclose(logits, want, rtol=1e-3, atol=1e-5)
   assert cost.spent < cost.full
-
-
-@pytest.mark.parametrize("chunk", [1, 4, T, 64])
-def test_the_chunk_loss_is_the_chance_that_a_chunk_uses_an_expert(chunk):
-  _, _, s = by_hand(module(), X)
-  p = s / s.sum(-1, keepdims=True)
-  terms = []
-  for row in p:
-    for begin in range(0, T, chunk):
-      terms.append(1 - np.prod(1 - row[begin : begin + chunk], axis=0))
-  got = chunk_sparsification(jnp.asarray(s, jnp.float32), chunk)
-  np.testing.assert_allclose(got, np.mean(terms), rtol=1e-5)
-  if chunk == 1:
-    np.testing.assert_allclose(got, 1 / E, rtol=1e-5)
-
-
-def test_the_chunk_loss_is_least_where_tokens_share_their_experts():
-  same = jnp.tile(jax.nn.one_hot(2, E), (1, 8, 1))
-  each = jax.nn.one_hot(jnp.arange(8) % E, E)[None]
-  np.testing.assert_allclose(chunk_sparsification(same, 8), 1 / E, rtol=1e-6)
-  np.testing.assert_allclose(chunk_sparsification(each, 8), 1, rtol=1e-6)
-  for s in (same, each, jnp.zeros((1, 8, E))):
-    slope = jax.grad(chunk_sparsification)(s, 8)
-    assert np.isfinite(slope).all()
-
-
-def test_the_locality_loss_is_that_of_neighbours():
-  logits = np.random.default_rng(0).normal(size=(B, T, E))
-  live = np.ones((B, T), bool)
-  live[0, 3] = live[1, 7:] = False
-  sigmoid = lambda a: 1 / (1 + np.exp(-a))
-  terms = []
-  for b in range(B):
-    for t in range(1, T):
-      if live[b, t] and live[b, t - 1]:
-        q, p = sigmoid(logits[b, t - 1]), sigmoid(logits[b, t])
-        terms.append(-(p * np.log(q) + (1 - p) * np.log(1 - q)))
-  got = activation_locality(jnp.asarray(logits, jnp.float32), jnp.asarray(live))
-  np.testing.assert_allclose(got, np.mean(terms), rtol=1e-5)
-  assert activation_locality(jnp.ones((B, 1, E))) == 0
 
 
 def test_the_penalty_is_both_losses_in_training_only():

@@ -25,17 +25,18 @@ from tests.methods.mixtures import (
   assert_golden,
   best_of,
   brute_force,
+  call,
   copy,
   gates_of,
   golden,
-  golden_experts,
+  golden_mixture,
+  logits,
   mixture,
+  probabilities,
   run_expert,
   set_gate,
   with_weights,
 )
-
-call = jax.jit(lambda module, x, live=None, key=None: module(x, live, key))
 
 
 def with_bias(router, bias):
@@ -46,14 +47,13 @@ def with_bias(router, bias):
 
 @functools.cache
 def of_golden():
-  g = golden("deepseek")
-  router = DeepSeekRouter(
-    D, E, top_k=3, groups=4, kept_groups=2, rngs=nnx.Rngs(0)
+  moe, g = golden_mixture(
+    "deepseek", DeepSeekRouter, top_k=3, groups=4, kept_groups=2
   )
-  router = with_bias(set_gate(router, g.router), g.bias)
+  router = with_bias(moe.router, g.bias)
   shared = Mlp(D, 2 * F, gated=True, activation=jax.nn.silu, rngs=nnx.Rngs(0))
   shared = with_weights(shared, vars(g), "shared_")
-  return MixtureOfExperts(router, golden_experts(g), shared)
+  return MixtureOfExperts(router, moe.experts, shared)
 
 
 def test_equals_transformers():
@@ -65,8 +65,7 @@ def test_equals_transformers():
 
 
 def scores_of(router, x):
-  kernel = np.asarray(router.gate.kernel.get_value(), np.float64)
-  return special.expit(np.asarray(x, np.float64) @ kernel)
+  return special.expit(logits(router.gate, x))
 
 
 def rule(scores, bias, k, groups, kept, scale):
@@ -96,6 +95,24 @@ def test_decides_by_groups_and_bias(k, groups, kept, seed):
   gates = rule(scores_of(router, X), bias, k, groups, kept, 1.5)
   got = gates_of(with_bias(router, bias)(X))
   np.testing.assert_allclose(got, gates, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("k", "groups", "kept"), [(3, 1, 1), (3, 4, 2)])
+def test_version_2_is_softmax_without_a_bias(k, groups, kept):
+  """Groups by their best expert; weights are scaled and nothing else."""
+  settings = {"top_k": k, "groups": groups, "kept_groups": kept, "scale": 16.0}
+  router = mixture(DeepSeekRouter, softmax=True, **settings).router
+  p, want = probabilities(router.gate, X), np.zeros((B, T, E))
+  for index in np.ndindex(B, T):
+    best = p[index].reshape(groups, -1).max(-1)
+    allowed = np.repeat(best >= np.sort(best)[-kept], E // groups)
+    chosen = best_of(np.where(allowed, p[index], -1), k)
+    want[index][chosen] = 16 * p[index][chosen]
+  np.testing.assert_allclose(gates_of(router(X)), want, rtol=1e-4, atol=1e-6)
+  used, share = (want > 0).mean(1), p.mean(1)
+  each = E * (used * share).sum(-1) / k
+  np.testing.assert_allclose(router(X).penalty, 1e-4 * each.mean(), rtol=1e-4)
+  assert router.load_bias is None
 
 
 @pytest.mark.parametrize("fewer", [0, 2, 3])

@@ -16,13 +16,12 @@ from tests.methods.mixtures import (
   E,
   X,
   brute_force,
+  call,
   gates_of,
   mixture,
   probabilities,
   set_gate,
 )
-
-call = jax.jit(lambda module, x, live=None, key=None: module(x, live, key))
 
 
 def rule(p, share):

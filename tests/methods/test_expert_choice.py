@@ -19,13 +19,12 @@ from tests.methods.mixtures import (
   T,
   X,
   brute_force,
+  call,
   experts,
   gates_of,
   mixture,
   probabilities,
 )
-
-call = jax.jit(lambda module, x, live=None, key=None: module(x, live, key))
 
 
 def rule(p, k, live=None):

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from adaptivejax.methods.experts import FactorLLM, clusters
-from adaptivejax.methods.experts.factor_llm import best_subset
-from adaptivejax.nn import Frozen, Mlp, adjust
+from adaptivejax.core.subsets import best_subset
+from adaptivejax.methods.experts import FactorLLM
+from adaptivejax.nn import Frozen, Mlp, adjust, cluster_neurons
 from adaptivejax.training.step import split
 from tests import reference
 from tests.methods.host import shaken
+from tests.methods.mixtures import call
 
 B, T, D, F, E = 2, 6, 8, 24, 4
 X = jax.random.normal(jax.random.key(0), (B, T, D))
 KEY = jax.random.key(1)
-call = jax.jit(lambda m, x, live=None, key=None: m(x, live, key))
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def mlp(gated):
 
 def order_of(name, layer):
   if name == "clusters":
-    return clusters(layer, E)
+    return cluster_neurons(layer, E)
   if name == "random":
     return np.random.default_rng(0).permutation(F)
   return None
@@ -170,7 +170,7 @@ def test_clusters_are_of_equal_size_and_find_planted_ones():
   size = rng.uniform(0.5, 2, F)  # of the weights, which does not matter
   weights = directions[:, planted] * size + 0.05 * rng.normal(size=(D, F))
   layer.up.kernel.set_value(jnp.asarray(weights, jnp.float32))
-  found = planted[clusters(layer, E)].reshape(E, -1)
+  found = planted[cluster_neurons(layer, E)].reshape(E, -1)
   assert (found == found[:, :1]).all()
   assert sorted(found[:, 0]) == list(range(E))
 
@@ -194,4 +194,4 @@ def test_refuses_what_cannot_be(settings, word):
   with pytest.raises(ValueError, match=word):
     FactorLLM(mlp(False), rngs=nnx.Rngs(0), **settings)
   with pytest.raises(ValueError, match="equal size"):
-    clusters(mlp(False), 5)
+    cluster_neurons(mlp(False), 5)

@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law: the K best experts by softmax; transformers' Mixtral and Qwen3 agree."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from adaptivejax.core.losses import load_balance
+from adaptivejax.core.router_losses import load_balance
 from adaptivejax.methods.experts import MixtralRouter
-from adaptivejax.nn import MixtureOfExperts, adjust
+from adaptivejax.nn import adjust
 from tests.methods.mixtures import (
   KEY,
   LIVE,
@@ -21,10 +18,11 @@ from tests.methods.mixtures import (
   assert_golden,
   best_of,
   brute_force,
+  call,
   gates_of,
-  golden,
-  golden_experts,
+  golden_mixture,
   mixture,
+  only_best,
   probabilities,
   set_gate,
 )
@@ -33,20 +31,11 @@ SETTINGS = {
   "mixtral": {"top_k": 2},
   "qwen3": {"top_k": 3, "renormalised": False},
 }
-call = jax.jit(lambda module, x, live=None, key=None: module(x, live, key))
-
-
-@functools.cache
-def of_golden(block):
-  g = golden(block)
-  router = MixtralRouter(D, E, **SETTINGS[block], rngs=nnx.Rngs(0))
-  return MixtureOfExperts(set_gate(router, g.router), golden_experts(g))
 
 
 @pytest.mark.parametrize("block", SETTINGS)
 def test_equals_transformers(block):
-  g = golden(block)
-  moe = of_golden(block)
+  moe, g = golden_mixture(block, MixtralRouter, **SETTINGS[block])
   routing = moe.router(jnp.asarray(g.x))
   np.testing.assert_array_equal(routing.experts, g.experts)
   np.testing.assert_allclose(routing.weights, g.weights, rtol=1e-5)
@@ -58,9 +47,7 @@ def test_equals_transformers(block):
 
 def rule(p, k, renormalised):
   """By hand: gates [*N, E]."""
-  gates = np.zeros_like(p)
-  np.put_along_axis(gates, best_of(p, k), 1, -1)
-  gates = gates * p
+  gates = only_best(p, k)
   return gates / gates.sum(-1, keepdims=True) if renormalised and k else gates
 
 

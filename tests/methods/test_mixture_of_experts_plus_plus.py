@@ -25,18 +25,20 @@ from tests.methods.mixtures import (
   assert_golden,
   best_of,
   brute_force,
+  call,
   copy,
   experts,
   gates_of,
   golden,
   golden_experts,
+  logits,
+  only_best,
   probabilities,
   set_gate,
 )
 
 N, KINDS = 4, (1, 2, 2)
 ALL = N + sum(KINDS)
-call = jax.jit(lambda module, x, live=None, key=None: module(x, live, key))
 
 
 @functools.cache
@@ -76,12 +78,8 @@ def test_equals_transformers():
 
 def rule(moe, x, tilt=0.0):
   """By hand: gates [*N, E]."""
-  kernel = np.asarray(moe.gate.kernel.get_value(), np.float64)
-  logits = np.asarray(x, np.float64) @ kernel
-  p = special.softmax(logits - tilt * (np.arange(ALL) < N), -1)
-  gates = np.zeros_like(p)
-  np.put_along_axis(gates, best_of(p, moe.top_k), 1, -1)
-  return gates * p
+  taxed = logits(moe.gate, x) - tilt * (np.arange(ALL) < N)
+  return only_best(special.softmax(taxed, -1), moe.top_k)
 
 
 def others_by_hand(moe, x, gates):

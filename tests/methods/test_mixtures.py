@@ -27,6 +27,7 @@ from tests.methods.mixtures import (
   T,
   X,
   brute_force,
+  call,
   experts,
   gates_of,
   mixture,
@@ -43,7 +44,6 @@ ROUTERS = {
 BY_TOKEN = sorted(set(ROUTERS) - {"expert_choice"})
 every = pytest.mark.parametrize("name", ROUTERS)
 by_token = pytest.mark.parametrize("name", BY_TOKEN)
-call = jax.jit(lambda module, x, live=None, key=None: module(x, live, key))
 
 
 def made(name, count=E):

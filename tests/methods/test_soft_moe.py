@@ -21,13 +21,13 @@ from tests.methods.mixtures import (
   F,
   T,
   X,
+  call,
   copy,
   experts,
   run_expert,
 )
 
 P = 3
-call = jax.jit(lambda module, x, live=None, key=None: module(x, live, key))
 
 
 @functools.cache

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law: a token runs its best expert, if that has room; transformers agrees."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from adaptivejax.core.losses import load_balance, router_z
+from adaptivejax.core.router_losses import load_balance, router_z
 from adaptivejax.methods.experts import SwitchRouter
-from adaptivejax.nn import MixtureOfExperts, adjust
+from adaptivejax.nn import adjust
 from tests.methods.mixtures import (
   KEY,
   LIVE,
@@ -22,27 +20,19 @@ from tests.methods.mixtures import (
   X,
   assert_golden,
   brute_force,
+  call,
   golden,
-  golden_experts,
+  golden_mixture,
   mixture,
   probabilities,
   set_gate,
 )
 
-call = jax.jit(lambda module, x, live=None, key=None: module(x, live, key))
-
-
-@functools.cache
-def of_golden(block):
-  g = golden(block)
-  router = set_gate(SwitchRouter(D, E, rngs=nnx.Rngs(0)), g.router)
-  return MixtureOfExperts(router, golden_experts(g))
-
 
 @pytest.mark.parametrize("block", ["switch", "switch_drops"])
 def test_equals_transformers(block):
-  g = golden(block)
-  moe = adjust(of_golden(block), 1 - float(g.capacity) / T)
+  moe, g = golden_mixture(block, SwitchRouter)
+  moe = adjust(moe, 1 - float(g.capacity) / T)
   routing = moe.router(jnp.asarray(g.x))
   np.testing.assert_array_equal(routing.experts, g.experts)
   served = g.experts >= 0

@@ -20,7 +20,7 @@ from adaptivejax.nn import (
   Mlp,
   Routing,
   adjust,
-  fastest,
+  fastest_program,
   stacked,
 )
 from tests import program, reference
@@ -219,11 +219,11 @@ def test_the_fastest_program_by_the_clock():
     return run
 
   programs = {"a": program("a", [3, 2]), "b": program("b", [1, 5])}
-  pick = functools.partial(fastest, programs, 0, clock=lambda: now[0])
+  pick = functools.partial(fastest_program, programs, 0, clock=lambda: now[0])
   assert pick(rounds=2) == "b"
   assert log == ["a", "b"] * 3  # in turns
   with pytest.raises(ValueError, match="nothing to compare"):
-    fastest({}, 0)
+    fastest_program({}, 0)
   with pytest.raises(ValueError, match="rounds=0"):
     pick(rounds=0)
 
@@ -241,7 +241,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec as P
 from adaptivejax.methods.experts import TutelRouter, tutel_capacity
 from adaptivejax.nn import (
-  MixtureOfExperts, Mlp, Router, Routing, expert_specs, spread, stacked
+  MixtureOfExperts, Mlp, Router, Routing, expert_specs, shard_experts, stacked
 )
 
 E, D, F, T = 8, 4, 8, 32
@@ -268,10 +268,10 @@ x = jax.random.normal(jax.random.key(0), (T, D))
     names = ("data", "expert", "model")
     for r, shape, model in (
       ("data", (8, 1, 1), layer),
-      ("expert", (1, 8, 1), spread(layer, "expert")),
-      ("pipelined", (2, 4, 1), spread(layer, "expert", chunks=2)),
-      ("width", (2, 1, 4), spread(layer, None, width="model")),
-      ("both", (1, 4, 2), spread(layer, "expert", width="model")),
+      ("expert", (1, 8, 1), shard_experts(layer, "expert")),
+      ("pipelined", (2, 4, 1), shard_experts(layer, "expert", chunks=2)),
+      ("width", (2, 1, 4), shard_experts(layer, None, width="model")),
+      ("both", (1, 4, 2), shard_experts(layer, "expert", width="model")),
     ):
       mesh = jax.make_mesh(shape, names, axis_types=kinds)
       rows = P(("data", "expert"))

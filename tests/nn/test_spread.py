@@ -14,7 +14,7 @@ from adaptivejax.nn import (
   Mlp,
   Router,
   expert_specs,
-  spread,
+  shard_experts,
   stacked,
 )
 from tests import program
@@ -32,7 +32,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from adaptivejax import core
 from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
 from adaptivejax.nn import (
-  MixtureOfExperts, Mlp, Router, Routing, expert_specs, spread, stacked
+  MixtureOfExperts, Mlp, Router, Routing, expert_specs, shard_experts, stacked
 )
 
 E, D, F, B, T = 8, 8, 16, 8, 4
@@ -70,7 +70,7 @@ def layer():
 def test_a_layer_and_a_stacked_model_inside_shard_map():
   run("""
     whole = mixture(nnx.Rngs(0))
-    local = spread(whole, "expert", width="model", chunks=2)
+    local = shard_experts(whole, "expert", width="model", chunks=2)
 
     def spread_call(model, x, live):
       y, cost, signals = model(x, live)
@@ -93,7 +93,7 @@ def test_a_layer_and_a_stacked_model_inside_shard_map():
     )
     layer = lambda rngs: decoder_block(config, rngs, mixture(rngs))
     model = DecoderLM(config, layer=layer, rngs=nnx.Rngs(0))
-    local = spread(model, "expert", width="model")
+    local = shard_experts(model, "expert", width="model")
 
     def loss(model, tokens, axes=()):
       out = (jnp.sin(model(tokens).logits)).sum()
@@ -116,7 +116,7 @@ def test_the_compiler_spreads_a_layer_that_is_not():
   """`jit` with the same layout: right, if dear."""
   run("""
     whole = mixture(nnx.Rngs(0))
-    specs = expert_specs(spread(whole, "expert", width="model"), mesh)
+    specs = expert_specs(shard_experts(whole, "expert", width="model"), mesh)
     place = lambda spec: NamedSharding(mesh, spec)
     over = [place(s) for s in jax.tree.leaves(specs)]
     over = jax.tree.unflatten(jax.tree.structure(whole), over)
@@ -129,7 +129,9 @@ def test_the_compiler_spreads_a_layer_that_is_not():
 
 def test_what_cannot_be_spread_is_refused_before_tracing():
   mesh = AbstractMesh((2, 4), ("data", "expert"))
-  specs = lambda *args, **kwargs: expert_specs(spread(*args, **kwargs), mesh)
+  specs = lambda *args, **kwargs: expert_specs(
+    shard_experts(*args, **kwargs), mesh
+  )
   with pytest.raises(ValueError, match="6 experts .* 4 devices .*'expert'"):
     specs(layer(), "expert")
   with pytest.raises(ValueError, match="6 hidden features .* 4 devices"):
@@ -137,12 +139,12 @@ def test_what_cannot_be_spread_is_refused_before_tracing():
   with pytest.raises(ValueError, match=r"no axes \['model'\]"):
     specs(layer(), "data", width="model")
   with pytest.raises(ValueError, match="no `MixtureOfExperts` in this Router"):
-    spread(layer().router, "expert")
+    shard_experts(layer().router, "expert")
 
 
 def test_the_layer_itself_is_left_as_it_was():
   whole = layer()
-  local = spread(whole, ("data", "expert"), chunks=2)
+  local = shard_experts(whole, ("data", "expert"), chunks=2)
   assert whole.over is None
   assert local.over is not None and local.over.chunks == 2
   chosen = zip(jax.tree.leaves(whole), jax.tree.leaves(local), strict=True)

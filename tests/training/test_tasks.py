@@ -11,7 +11,7 @@ from flax import nnx
 
 from adaptivejax.core.cost import Cost, Signals
 from adaptivejax.core.dispatch import load
-from adaptivejax.core.losses import excess_load
+from adaptivejax.core.router_losses import excess_load
 from adaptivejax.core.select import best
 from adaptivejax.methods.experts import SwitchRouter
 from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block

@@ -108,7 +108,7 @@ class SelfSpeculation(Policy):
     read = flops(model.readout, x)
     asked = read * self.draft / self.reach  # the readouts of the draft
     cost = spent + cost.total() + Cost.dense(read, x[..., 0].size)
-    cost = cost._replace(spent=cost.spent + asked)
+    cost = cost.with_overhead(asked)
     return Step(
       kept.tokens,
       count,

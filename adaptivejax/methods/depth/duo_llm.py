@@ -94,7 +94,7 @@ class DuoMlp(nnx.Module):
     choice = jnp.where(live, choice, 0)
     y, cost = self.run(x, choice)
     share = jnp.array(self.price)[choice].mean()
-    cost = cost._replace(spent=cost.spent + asked)
+    cost = cost.with_overhead(asked)
     return y, cost, Signals(share, jnp.float32(0))
 
   def _train(self, x, live, key) -> tuple[Array, Cost, Signals]:

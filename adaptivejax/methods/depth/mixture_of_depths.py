@@ -84,7 +84,7 @@ class MixtureOfDepths(Layer):
     taken = chosen[..., None]
     weight = self.router(jnp.where(taken, x, 0))
     asked = self._asking(x)
-    cost = cost._replace(spent=cost.spent + asked)
+    cost = cost.with_overhead(asked)
     change = jnp.where(taken, y - x, 0)
     return x + weight * change, cache, cost, signals
 
@@ -97,7 +97,7 @@ class MixtureOfDepths(Layer):
     y, _, cost, signals = on_chosen(block, self.router, x, positions, chosen, k)
     guess = self.predictor(jax.lax.stop_gradient(x))[..., 0]
     penalty = binary_cross_entropy(guess, chosen).mean()
-    cost = cost._replace(spent=cost.spent + self._asking(x))
+    cost = cost.with_overhead(self._asking(x))
     share = jnp.float32(k / tokens)
     signals = Signals(share * signals.share, penalty + signals.penalty)
     return y, None, cost, signals

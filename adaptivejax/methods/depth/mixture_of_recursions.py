@@ -122,7 +122,7 @@ class MixtureOfRecursions(Layer):
       )
       x = x + gate * only(chosen, y - x)
       cost, inner = cost + spent, [*inner, signals]
-    cost = cost._replace(spent=cost.spent + self._asking(x))
+    cost = cost.with_overhead(self._asking(x))
     signals = _mean(inner, shares, penalty)
     return x, None if cache is None else keys, cost, signals
 
@@ -148,7 +148,7 @@ class MixtureOfRecursions(Layer):
       x, keys, spent, signals = on_chosen(block, gate, x, positions, kept, k)
       cost += spent
       inner, shares = [*inner, signals], [*shares, k / tokens]
-    cost = cost._replace(spent=cost.spent + self._asking(x))
+    cost = cost.with_overhead(self._asking(x))
     return x, None, cost, _mean(inner, shares, penalty)
 
   def _gate(self, r: int, x):

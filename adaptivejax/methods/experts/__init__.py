@@ -12,7 +12,7 @@ from adaptivejax.methods.experts.exflow import (
   placement,
 )
 from adaptivejax.methods.experts.expert_choice import ExpertChoiceRouter
-from adaptivejax.methods.experts.factor_llm import FactorLLM, clusters
+from adaptivejax.methods.experts.factor_llm import FactorLLM
 from adaptivejax.methods.experts.mixtral import MixtralRouter
 from adaptivejax.methods.experts.mixture_of_experts_plus_plus import MoEPlusPlus
 from adaptivejax.methods.experts.soft_moe import SoftMoE
@@ -32,7 +32,6 @@ __all__ = [
   "TutelRouter",
   "affinity",
   "apply_placement",
-  "clusters",
   "hops",
   "in_order",
   "placement",

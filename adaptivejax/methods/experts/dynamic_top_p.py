@@ -7,7 +7,7 @@ Huang et al., 2024, https://arxiv.org/abs/2403.07652
     y = sum_{i in S} P_i E_i(x)
 
 so a token whose router is sure of one expert runs that one.  Lest all P become
-flat, and all experts run, the loss (sec. 3.3) gets
+flat, and all experts run, the loss gets
 
     0.01 E sum_i f_i Q_i - 0.0001 sum_i P_i log P_i
 
@@ -27,11 +27,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from adaptivejax.core.dispatch import NOBODY, check_count
-from adaptivejax.core.losses import load_balance, router_entropy
+from adaptivejax.core.router_losses import load_balance, router_entropy
 from adaptivejax.core.select import top_p
-from adaptivejax.nn.experts import Routing
 from adaptivejax.nn.linear import linear
-from adaptivejax.nn.routing import only_live, router_logits, weights_of
+from adaptivejax.nn.routing import Routing, router_logits
 from adaptivejax.nn.setting import Setting, refuse_nan
 
 
@@ -75,11 +74,9 @@ class TopPRouter(nnx.Module):
   ) -> Routing:
     del key
     logits = router_logits(self.gate, x)
-    probability = jax.nn.softmax(logits)
-    taken = top_p(probability, self.p - self.lowered.get_value())
+    p = jax.nn.softmax(logits)
+    taken = top_p(p, self.p - self.lowered.get_value())
     experts = jnp.where(taken, jnp.arange(self.count), NOBODY)
-    experts = only_live(experts, live)
-    penalty = self.balance * load_balance(probability, experts, live)
+    penalty = self.balance * load_balance(p, experts, live)
     penalty += self.entropy * router_entropy(logits, live)
-    weights = weights_of(probability, experts)
-    return Routing(experts, weights, penalty, jnp.float32(0))
+    return Routing.of(p, experts, live, penalty=penalty)

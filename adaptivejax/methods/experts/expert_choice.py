@@ -4,7 +4,7 @@ r"""Expert choice: each of E experts takes the tokens that score it best.
 Zhou et al., 2022, https://arxiv.org/abs/2202.09368
 
     p = softmax(W x),   expert e takes its k = c T / E tokens of highest p_te,
-    y_t = sum_{e takes t} p_te E_e(x_t)                               (sec. 3.2)
+    y_t = sum_{e takes t} p_te E_e(x_t)
 
 All experts carry the same load, and a token runs 0 to E of them; the capacity
 factor c is the mean.  Nothing needs balancing.
@@ -27,9 +27,8 @@ from jaxtyping import Array, Bool, Float, Key
 
 from adaptivejax.core.dispatch import NOBODY, check_count
 from adaptivejax.core.select import expert_choice
-from adaptivejax.nn.experts import Routing
 from adaptivejax.nn.linear import linear
-from adaptivejax.nn.routing import router_logits
+from adaptivejax.nn.routing import Routing, router_logits
 from adaptivejax.nn.setting import Setting
 
 
@@ -81,7 +80,6 @@ class ExpertChoiceRouter(nnx.Module):
     k = jnp.clip(k, 0, p.shape[-2]).astype(jnp.int32)
     k = jnp.broadcast_to(k[..., None], (*k.shape, self.count))
     scores = jnp.where(live[..., None], p, -1)
-    taken = expert_choice(scores, k) & live[..., None]
+    taken = expert_choice(scores, k)
     experts = jnp.where(taken, jnp.arange(self.count), NOBODY)
-    zero = jnp.float32(0)
-    return Routing(experts, jnp.where(taken, p, 0), zero, zero)
+    return Routing.of(p, experts, live)

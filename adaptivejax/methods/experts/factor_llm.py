@@ -25,27 +25,22 @@ is ours.
 Axes: D features, F hidden neurons, E experts, K choices, S subsets of K.
 """
 
-import itertools
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from adaptivejax.core.clusters import balanced_clusters
 from adaptivejax.core.cost import Cost, Signals, flops
-from adaptivejax.core.dispatch import NOBODY, check_count, dispatch_mask
-from adaptivejax.core.experts import expert_apply
-from adaptivejax.core.losses import load_balance
+from adaptivejax.core.dispatch import NOBODY, check_count
+from adaptivejax.core.router_losses import load_balance, router_divergence
 from adaptivejax.core.select import top_k
+from adaptivejax.core.subsets import best_subset, check_subsets
 from adaptivejax.nn.block import only
+from adaptivejax.nn.experts import apply_masked_experts, expert_signals
 from adaptivejax.nn.mlp import Mlp, split_mlp
 from adaptivejax.nn.router import Router
-from adaptivejax.nn.setting import Frozen, Setting
-
-MOST_SUBSETS = 1000
+from adaptivejax.nn.setting import Setting, frozen
 
 
 class FactorLLM(nnx.Module):
@@ -56,13 +51,10 @@ class FactorLLM(nnx.Module):
     experts: E, which divides its hidden neurons.
     top_k: K.
     order: of the neurons, those of an expert in a row; as they stand, if not
-      given.  See `clusters`.
-    prior, balance: weights of the losses; with `prior` 0 no teacher is kept,
-      and training computes what was chosen only.
+      given.  See `nn.cluster_neurons`.
+    prior, balance: weights of the losses; without `prior` no teacher is kept,
+      subsets may be many, and training computes what was chosen only.
     rngs: for the router.
-
-  Raises:
-    ValueError: no such split or choice, or more subsets than can be tried.
   """
 
   def __init__(
@@ -77,11 +69,8 @@ class FactorLLM(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_count(experts, top_k)
-    if prior and math.comb(experts, top_k) > MOST_SUBSETS:
-      raise ValueError(
-        f"{top_k} of {experts} experts can be chosen in more than"
-        f" {MOST_SUBSETS} ways, too many to find the best: pass `prior=0`."
-      )
+    if prior:
+      check_subsets(experts, top_k)
     self.experts = split_mlp(mlp, experts, order)
     self.teacher = frozen(mlp) if prior else None
     self.router = Router(mlp.up.kernel.shape[0], experts, rngs=rngs)
@@ -102,86 +91,28 @@ class FactorLLM(nnx.Module):
   ) -> tuple[Float[Array, "*N D"], Cost, Signals]:
     x = only(live, x)
     logits = self.router(x).astype(jnp.float32)
-    chosen = self.choose(logits)
-    chosen = chosen if live is None else chosen & live[..., None]
-    mask, flat = chosen.reshape(-1, self.count), x.reshape(-1, x.shape[-1])
-    scale = self.count / jnp.maximum(mask.sum(-1, keepdims=True), 1)
-    gate = jnp.where(mask, scale, 0).astype(x.dtype)
-    penalty = jnp.float32(0)
+    chosen = only(live, self.choose(logits))
+    scale = self.count / jnp.maximum(chosen.sum(-1, keepdims=True), 1)
+    gates = jnp.where(chosen, scale, 0).astype(x.dtype)
+    penalty = 0.0
     if key is None or self.teacher is None:
-      plan = dispatch_mask(mask, gate)
-      y, cost = expert_apply(lambda r, m: m.rows(r), flat, plan, self.experts)
+      y, cost = apply_masked_experts(self.experts, x, chosen, gates)
     else:
-      y, cost, best = self._teach(self.teacher, flat, gate)
-      penalty = self.prior * _distance(logits, best.reshape(chosen.shape), live)
+      y, cost, best = self._teach(self.teacher, x, gates)
+      penalty = self.prior * router_divergence(logits, best, live)
     if key is not None:
-      listed = jnp.where(chosen, jnp.arange(self.count), NOBODY)
-      p = jax.nn.softmax(logits)
+      p, each = jax.nn.softmax(logits), jnp.arange(self.count)
+      listed = jnp.where(chosen, each, NOBODY)
       penalty += self.balance * load_balance(p, listed, live)
     asked = flops(lambda m, x: m(x), self.router, x)
-    used = chosen.astype(jnp.float32)
-    load = (used.reshape(-1, self.count).sum(0),)
-    signals = Signals(used.mean(), penalty, load, (used.sum(-1),))
-    return y.reshape(x.shape), cost._replace(spent=cost.spent + asked), signals
+    return y, cost.with_overhead(asked), expert_signals(chosen, penalty)
 
-  def _teach(self, teacher, x, gate) -> tuple[Array, Cost, Bool[Array, "N E"]]:
+  def _teach(self, teacher, x, gates) -> tuple[Array, Cost, Array]:
     """All experts, weighted; what they and the teacher cost; the best K."""
     run = jax.vmap(Mlp.rows, in_axes=(0, None))
     parts, wanted = run(self.experts, x), teacher.rows(x)
-    y = jnp.einsum("end,ne->nd", parts, gate)
-    experts = flops(run, self.experts, x)
-    cost = Cost.dense(experts, gate.size)
-    taught = flops(Mlp.rows, teacher, x)
-    cost = cost._replace(spent=cost.spent + taught)
+    y = jnp.einsum("e...d,...e->...d", parts, gates)
+    cost = Cost.dense(flops(run, self.experts, x), gates.size)
+    cost = cost.with_overhead(flops(Mlp.rows, teacher, x))
     best = best_subset(*jax.lax.stop_gradient((parts, wanted)), self.top_k)
-    return y, cost, best
-
-
-def best_subset(
-  parts: Float[Array, "E N D"], wanted: Float[Array, "N D"], k: int
-) -> Bool[Array, "N E"]:
-  """The `k` parts whose sum is nearest to `wanted`.
-
-  All subsets are tried, by |f - sum p|^2 = |f|^2 - 2 sum f.p + sum p.p; at ties
-  the first in lexicographic order wins.
-  """
-  parts, wanted = parts.astype(jnp.float32), wanted.astype(jnp.float32)
-  count = len(parts)
-  chosen = np.zeros((math.comb(count, k), count), np.float32)
-  for row, subset in zip(chosen, itertools.combinations(range(count), k)):
-    row[list(subset)] = 1
-  along = jnp.einsum("end,nd,se->ns", parts, wanted, chosen)
-  gram = jnp.einsum("end,fnd->nef", parts, parts)
-  size = jnp.einsum("se,nef,sf->ns", chosen, gram, chosen)
-  return jnp.asarray(chosen > 0)[(size - 2 * along).argmin(-1)]
-
-
-def clusters(mlp: Mlp, experts: int, *, seed: int = 0) -> Int[np.ndarray, " F"]:
-  """An order of the neurons in which those of an expert are alike.
-
-  Alike is in the direction of their input weights (`core.clusters`, host).
-  """
-  layer = mlp.up if mlp.gate is None else mlp.gate
-  points = np.asarray(layer.kernel.get_value(), np.float32).T
-  points = points / np.maximum(np.linalg.norm(points, axis=1)[:, None], 1e-12)
-  expert = balanced_clusters(points, experts, seed=seed)
-  return np.argsort(expert, kind="stable").astype(np.int32)
-
-
-def frozen(mlp: Mlp) -> Mlp:
-  """A copy whose weights are no parameters."""
-  mlp = jax.tree.map(jnp.copy, mlp)
-  for layer in (mlp.up, mlp.gate, mlp.down):
-    if layer is not None:
-      weight = Frozen(layer.kernel.get_value())
-      layer.kernel = weight  # pyrefly: ignore[bad-assignment]
-  return mlp
-
-
-def _distance(logits, best, live) -> Float[Array, ""]:
-  """KL(softmax(logits) | softmax(1_best)), mean over live items."""
-  log_p = jax.nn.log_softmax(logits)
-  log_q = jax.nn.log_softmax(best.astype(jnp.float32))
-  each = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
-  live = jnp.ones(each.shape, bool) if live is None else live
-  return jnp.where(live, each, 0).sum() / jnp.maximum(live.sum(), 1)
+    return y, cost, best.astype(jnp.float32)

@@ -3,13 +3,13 @@ r"""Mixtral: a token runs its K best of E experts, weights summing to one.
 
 Jiang et al., 2024, https://arxiv.org/abs/2401.04088
 
-    y = sum_{i in top-K(W x)} softmax(top-K(W x))_i E_i(x)          (sec. 2.1)
+    y = sum_{i in top-K(W x)} softmax(top-K(W x))_i E_i(x)
 
 with SwiGLU experts, K = 2 of E = 8; nothing is dropped.  The softmax over the
 chosen logits is the softmax over all of them, renormalised over the chosen.
 Without `renormalised` the weights stay what they are: Qwen3-MoE's
 `norm_topk_prob=False` (Yang et al., 2025, https://arxiv.org/abs/2505.09388).
-To the loss comes 0.001 E sum_i f_i P_i, see `core.losses.load_balance`.
+To the loss comes 0.001 E sum_i f_i P_i, see `core.router_losses.load_balance`.
 
 Primitive: `expert_apply`.
 Departs: the paper does not state its balance loss; this is the one, with the
@@ -25,17 +25,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from adaptivejax.core.dispatch import check_count
-from adaptivejax.core.losses import load_balance
+from adaptivejax.core.router_losses import load_balance
 from adaptivejax.core.select import best
-from adaptivejax.nn.experts import Routing
 from adaptivejax.nn.linear import linear
-from adaptivejax.nn.routing import (
-  fewer_choices,
-  only_live,
-  renormalise,
-  router_logits,
-  weights_of,
-)
+from adaptivejax.nn.routing import Routing, fewer_choices, router_logits
 from adaptivejax.nn.setting import Setting
 
 
@@ -77,10 +70,8 @@ class MixtralRouter(nnx.Module):
   ) -> Routing:
     del key
     p = jax.nn.softmax(router_logits(self.gate, x))
-    experts = only_live(best(p, self.top_k), live)
-    experts = fewer_choices(experts, self.fewer.get_value())
-    weights = weights_of(p, experts)
-    if self.renormalised:
-      weights = renormalise(weights)
+    experts = fewer_choices(best(p, self.top_k), self.fewer.get_value())
     penalty = self.balance * load_balance(p, experts, live)
-    return Routing(experts, weights, penalty, jnp.float32(0))
+    return Routing.of(
+      p, experts, live, renormalised=self.renormalised, penalty=penalty
+    )

@@ -13,7 +13,8 @@ LongCat-Flash has copies only, a factor on g, no capacity, and for the loss a
 bias on the choice of FFN experts, so that `active` of them run per token.
 
 Primitive: `expert_apply` on FFN experts only; the others are elementwise.
-Departs: no gating residuals (eq. 6), which need the router of the layer before.
+Departs: no gating residuals (eq. 6): the logits of the layer before would have
+to come with x from layer to layer, and a layer passes on nothing else.
 The released code renormalises g without the zero expert's and doubles x; the
 paper does not.  A capacity is per sequence, and holds in training only.  First
 choices are served before second ones (GShard), so in training later tokens may
@@ -30,13 +31,13 @@ from jaxtyping import Array, Bool, Float, Key
 
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.dispatch import NOBODY, check_count
-from adaptivejax.core.losses import excess_load, expert_use
+from adaptivejax.core.router_losses import excess_load, expert_use
 from adaptivejax.core.select import best
 from adaptivejax.nn.block import only
-from adaptivejax.nn.experts import Routing, apply_experts
+from adaptivejax.nn.experts import apply_experts
 from adaptivejax.nn.linear import linear
 from adaptivejax.nn.mlp import Mlp
-from adaptivejax.nn.routing import only_live, router_logits, serve, weights_of
+from adaptivejax.nn.routing import Routing, router_logits, serve
 from adaptivejax.nn.setting import Setting
 from adaptivejax.nn.zero_computation import ZeroComputationExperts
 
@@ -76,9 +77,8 @@ class MoEPlusPlus(nnx.Module):
     if not (tau > 0 and (capacity_factor is None or capacity_factor > 0)):
       raise ValueError(f"{tau=} and {capacity_factor=} must be above 0.")
     self.gate = linear(features, self.count, rngs=rngs)
-    self.load_bias = (
-      None if active is None else nnx.Param(jnp.zeros(self.count))
-    )
+    zeros = jnp.zeros(self.count)
+    self.load_bias = None if active is None else nnx.Param(zeros)
     self.lowered = Setting(jnp.zeros(()))
     self.top_k, self.scale, self.active = top_k, scale, active
     self.tau, self.balance, self.capacity_factor = tau, balance, capacity_factor
@@ -88,24 +88,24 @@ class MoEPlusPlus(nnx.Module):
     low, ffn = self.lowered.get_value(), jnp.arange(self.count) < self.ffn
     tax = jnp.where(ffn, jnp.maximum(low, 0), jnp.maximum(-low, 0))
     p = jax.nn.softmax(router_logits(self.gate, x) - tax)  # one side untouched
-    bias = (
-      jnp.zeros(()) if self.load_bias is None else self.load_bias.get_value()
-    )
-    wanted = only_live(best(p + bias, self.top_k), live)
-    experts, dropped = wanted, jnp.float32(0)
+    bias = None if self.load_bias is None else self.load_bias.get_value()
+    wanted = best(p if bias is None else p + bias, self.top_k)
+    experts, dropped = wanted, 0.0
     if key is not None and self.capacity_factor is not None:
       units = self.tau * self.ffn + self.others.count
       room = self.capacity_factor * x.shape[-2] / units
       room = jnp.ceil(jnp.where(ffn, self.tau, 1) * room - 1e-4)
-      experts, dropped = serve(wanted, self.count, room.astype(jnp.int32))
+      room = room.astype(jnp.int32)
+      experts, dropped = serve(wanted, live, self.count, room)
     used, asked = expert_use(p, wanted, live)
     eta = jnp.where(ffn, 1, self.tau)
     penalty = self.balance * (eta * used * asked).sum()
-    if self.active is not None:
+    if bias is not None and self.active is not None:
       excess = (used - self.active / self.ffn) / self.top_k
       penalty = excess_load(bias, jnp.where(ffn, excess, 0))
-    weights = self.scale * weights_of(p, experts)
-    return Routing(experts, weights, penalty, dropped)
+    return Routing.of(
+      p, experts, live, scale=self.scale, penalty=penalty, dropped=dropped
+    )
 
   def __call__(
     self,
@@ -122,4 +122,4 @@ class MoEPlusPlus(nnx.Module):
     ffn = routing._replace(experts=jnp.where(runs, routing.experts, NOBODY))
     y, cost, signals = apply_experts(self.experts, x, ffn, live, key)
     asked = flops(lambda m, x, w: (m.gate(x), m.others(x, w)), self, x, weights)
-    return y + rest, cost._replace(spent=cost.spent + asked), signals
+    return y + rest, cost.with_overhead(asked), signals

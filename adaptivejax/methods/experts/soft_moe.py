@@ -7,8 +7,7 @@ With unit vectors, and a learned scale a, slot (e, p) and token t match by
 
     l_tep = a  x_t / |x_t| . mu_ep / |mu_ep|
 
-and a slot is a mean of the tokens, a token one of the slots (eqs. 1-3, and
-sec. 2.3 for the unit vectors):
+and a slot is a mean of the tokens, a token one of the slots (eqs. 1-3):
 
     s_ep = sum_t softmax_t(l)_tep x_t
     y_t  = sum_ep softmax_ep(l)_tep E_e(s_ep)

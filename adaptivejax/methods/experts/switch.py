@@ -30,11 +30,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from adaptivejax.core.dispatch import check_count
-from adaptivejax.core.losses import load_balance, router_z
+from adaptivejax.core.router_losses import load_balance, router_z
 from adaptivejax.core.select import best
-from adaptivejax.nn.experts import Routing
 from adaptivejax.nn.linear import linear
-from adaptivejax.nn.routing import only_live, router_logits, serve, weights_of
+from adaptivejax.nn.routing import Routing, router_logits, serve
 from adaptivejax.nn.setting import Setting
 
 
@@ -97,10 +96,9 @@ class SwitchRouter(nnx.Module):
       x = x * noise.astype(x.dtype)
     logits = router_logits(self.gate, x)
     p = jax.nn.softmax(logits)
-    wanted = only_live(best(p, 1), live)
+    wanted = best(p, 1)
     room = self.capacity(x.shape[-2], key is not None)
-    experts, dropped = serve(wanted, self.count, room)
+    experts, dropped = serve(wanted, live, self.count, room)
     penalty = self.balance * load_balance(p, wanted, live)
     penalty += self.z * router_z(logits, live)
-    weights = weights_of(p, experts)
-    return Routing(experts, weights, penalty, dropped)
+    return Routing.of(p, experts, live, penalty=penalty, dropped=dropped)

@@ -15,9 +15,9 @@ earlier items before later ones, or, if prioritized, those of a larger best gate
 (Riquelme et al., 2021, https://arxiv.org/abs/2106.05974).  The gates of the K
 choices are made to sum to 1, before any is dropped.
 
-Where experts and items are changes no result, only time (sec. 3): `nn.spread`
-puts experts apart ("expert"), in slices (None, width="model"), or both; not
-spread, they are whole everywhere.  `chunks` pipelines, `nn.fastest` chooses.
+Where experts and items are changes no result, only time: `nn.shard_experts`
+puts experts apart ("expert"), in slices (None, width="model"), or both; else
+they are whole everywhere.  `chunks` pipelines, `nn.fastest_program` chooses.
 
 Primitive: `within_capacity`, `expert_apply_parallel`.
 Departs: another layout is another program; Tutel switches at no cost.  But for
@@ -33,8 +33,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from adaptivejax.core.dispatch import NOBODY, no_drop_capacity, within_capacity
-from adaptivejax.nn.experts import Routing
-from adaptivejax.nn.routing import only_live
+from adaptivejax.nn.routing import Routing, only_live
 from adaptivejax.nn.setting import Setting, refuse_nan
 
 

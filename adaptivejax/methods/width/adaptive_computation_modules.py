@@ -82,7 +82,7 @@ class AdaptiveComputationModule(nnx.Module):
     else:
       y, cost, signals = self._train(x, live, key)
     gate = flops(lambda g, x: g(x), self.gate, x)
-    return y, cost._replace(spent=cost.spent + gate), signals
+    return y, cost.with_overhead(gate), signals
 
   def _infer(self, x, live) -> tuple[Array, Cost, Signals]:
     level = self.level(x)
