@@ -22,6 +22,16 @@ from adaptivejax.core.block_lists import (
   visible_blocks,
   window_blocks,
 )
+from adaptivejax.core.block_scores import (
+  antidiagonal_mass,
+  end_blocks,
+  fewest_of_mass,
+  jensen_shannon,
+  last_queries,
+  line_mass,
+  pooled_scores,
+  slash_blocks,
+)
 from adaptivejax.core.buckets import bucketed, masked
 from adaptivejax.core.budget import (
   budget_loss,
@@ -43,6 +53,7 @@ from adaptivejax.core.cache import (
   write,
 )
 from adaptivejax.core.clusters import balanced_clusters
+from adaptivejax.core.column_attention import attend_columns, coverage
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.covers import (
   Cover,
@@ -157,9 +168,11 @@ __all__ = [
   "Verified",
   "accuracy",
   "ancestors",
+  "antidiagonal_mass",
   "append",
   "attend",
   "attend_blocks",
+  "attend_columns",
   "attend_with_mass",
   "attention_weights",
   "balanced_clusters",
@@ -176,6 +189,7 @@ __all__ = [
   "commit_path",
   "compact",
   "compacted_positions",
+  "coverage",
   "crop",
   "cross_entropy",
   "default_cover",
@@ -187,6 +201,7 @@ __all__ = [
   "dispatch",
   "dispatch_mask",
   "draft_verify",
+  "end_blocks",
   "entropy",
   "evict",
   "exchange_cover",
@@ -199,6 +214,7 @@ __all__ = [
   "expert_apply_parallel",
   "expert_choice",
   "expert_cover",
+  "fewest_of_mass",
   "flops",
   "freeze",
   "full_lists",
@@ -207,11 +223,14 @@ __all__ = [
   "gumbel_softmax",
   "hoeffding",
   "hoeffding_bentkus",
+  "jensen_shannon",
   "kv_propagate",
   "ladder",
+  "last_queries",
   "learn_then_test",
   "leave_empty",
   "level_apply",
+  "line_mass",
   "lists_from_function",
   "lists_from_mask",
   "lists_from_rows",
@@ -230,6 +249,7 @@ __all__ = [
   "only_after",
   "patience",
   "ponder",
+  "pooled_scores",
   "prefix_slice",
   "quantise",
   "replace_victim",
@@ -242,6 +262,7 @@ __all__ = [
   "share_from",
   "shared_by_group",
   "sink_blocks",
+  "slash_blocks",
   "solve_depth_threshold",
   "solve_exit_thresholds",
   "solve_setting",

@@ -37,6 +37,12 @@ from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.routing import Routing
 from adaptivejax.nn.setting import Frozen, Setting, adjust, frozen
+from adaptivejax.nn.sparse_prefill import (
+  Chosen,
+  SparsePrefill,
+  Watch,
+  coverage_of,
+)
 from adaptivejax.nn.spread import expert_specs, fastest_program, shard_experts
 from adaptivejax.nn.stack import (
   FULL,
@@ -52,6 +58,7 @@ __all__ = [
   "Attention",
   "Block",
   "ByStack",
+  "Chosen",
   "Coded",
   "Evicting",
   "ExpertSharding",
@@ -72,8 +79,10 @@ __all__ = [
   "Routing",
   "STATE",
   "Setting",
+  "SparsePrefill",
   "StackOutput",
   "Step",
+  "Watch",
   "Worth",
   "ZeroComputationExperts",
   "adjust",
@@ -82,6 +91,7 @@ __all__ = [
   "apply_masked_experts",
   "by_plan",
   "cluster_neurons",
+  "coverage_of",
   "early_exit",
   "empty_cache_of",
   "every_layer",

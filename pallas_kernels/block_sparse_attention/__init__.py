@@ -2,6 +2,7 @@
 """Attention over lists of key blocks, whose contents are data."""
 
 from pallas_kernels.block_sparse_attention import reference
+from pallas_kernels.block_sparse_attention.merge import merge_lse
 from pallas_kernels.block_sparse_attention.ops import block_sparse_attention
 from pallas_kernels.block_sparse_attention.types import (
   Attended,
@@ -16,5 +17,6 @@ __all__ = [
   "Marks",
   "Rule",
   "block_sparse_attention",
+  "merge_lse",
   "reference",
 ]
