@@ -18,6 +18,7 @@ C entries of a list, T queries, S keys, N blocks of one query.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +55,10 @@ def lists_from_mask(
     ValueError: a list may overflow: less capacity than blocks, not `truncate`.
   """
   _check_mask(mask)
-  capacity = _capacity(capacity, mask.shape[-1], truncate)
+  room = _capacity(capacity, mask.shape[-1], truncate)
   order, count = _compact(mask)
-  count = jnp.minimum(count, capacity)
-  return BlockLists(order[..., :capacity], count, None, block_q, block_kv)
+  count = jnp.minimum(count, room)
+  return BlockLists(order[..., :room], count, None, block_q, block_kv)
 
 
 def lists_from_rows(
@@ -147,7 +148,7 @@ def lists_from_tables(
 
 
 def lists_from_function(
-  visible: Callable[[Array, Array], Array],
+  visible: Callable[[Any, Any], Any],
   queries: int,
   keys: int,
   *,
@@ -160,7 +161,7 @@ def lists_from_function(
   pairs inside a block are visible remains a matter of positions and segments.
 
   Args:
-    visible: `(q_pos i32[block_q, 1], kv_pos i32[1, S]) -> bool`, of constants.
+    visible: `(q_pos i32[block_q, 1], kv_pos i32[1, S]) -> bool`, elementwise.
     queries, keys: T and S; positions are 0..T-1 and 0..S-1 (static).
     block_q, block_kv: queries in a tile and keys in a block (static).
 

@@ -1,35 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over a set of keys from attention over its parts.
+"""Joins attention over parts of the keys into attention over all of them.
 
-Axes: n parts, E value width.
+Axes: N parts, D head width.
 """
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 
 def merge_lse(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Joins attention over disjoint parts of the keys; exact, differentiable.
+  """Attention over disjoint sets of keys, from the attention over each.
 
-  Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867 (sec. 3.1).
+  out = sum_n exp(lse_n - lse) out_n with lse = log sum_n exp(lse_n), as in
+  FlashAttention-2 (Dao, 2023, https://arxiv.org/abs/2307.08691, section 3.1).
+  Differentiable in both.
 
   Args:
-    outs: what each part gives, [n, ..., E].
-    lses: log of the sum of exp of its scores, f32[n, ...]; -inf where it saw
-      nothing.
+    outs: of each part, [N, ..., D]; where a part saw nothing, anything.
+    lses: of each part, f32[N, ...]; -inf where it saw nothing.
 
   Returns:
-    `(out, lse)` of all keys, [..., E] and f32[...]; 0 and -inf for a query that
-    saw nothing in any part.  NaN of a part becomes NaN of the whole.
+    `(out, lse)`, [..., D] and f32[...]; 0 and -inf where no part saw anything.
+
+  Raises:
+    ValueError: the shapes do not belong together.
   """
-  lses = lses.astype(jnp.float32)
-  top = lax.stop_gradient(lses.max(0))
+  if outs.ndim < 2 or outs.shape[:-1] != lses.shape:
+    raise ValueError(
+      "outs is [N, ..., D] and lses [N, ...]; got"
+      f" {outs.shape} and {lses.shape}"
+    )
+  top = jax.lax.stop_gradient(lses.max(0))
   top = jnp.where(jnp.isneginf(top), 0, top)
   weights = jnp.exp(lses - top)
   total = weights.sum(0)
   empty = total == 0
-  divisor = jnp.where(empty, 1, total)
-  out = (weights[..., None] * outs).sum(0) / divisor[..., None]
-  lse = jnp.where(empty, -jnp.inf, top + jnp.log(divisor))
-  return out.astype(outs.dtype), lse
+  total = jnp.where(empty, 1, total)
+  seen = (weights != 0)[..., None]  # NaN is not 0
+  shares = (weights / total)[..., None]
+  wide = jnp.where(seen, outs.astype(jnp.float32), 0)
+  lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+  return (shares * wide).sum(0).astype(outs.dtype), lse

@@ -46,7 +46,7 @@ def visible_pairs(
     seen &= pos <= at
   if rule.window is not None:
     seen &= pos > at - rule.window
-  if marks.q_segment is not None:
+  if marks.q_segment is not None and marks.kv_segment is not None:
     same = marks.q_segment[:, :, None] == marks.kv_segment[:, None, :]
     seen &= same[:, None]
   return jnp.broadcast_to(seen, (batch, heads, queries, keys))

@@ -8,7 +8,7 @@ a list, P key heads that own marks (1 or G).
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -37,9 +37,9 @@ class BlockLists:
     block_kv: keys in a block (static); the last one may be cut off.
   """
 
-  index: jax.Array
-  count: jax.Array
-  rows: jax.Array | None = None
+  index: Any  # of arrays, but JAX also unflattens with what is none
+  count: Any
+  rows: Any = None
   block_q: int = 128
   block_kv: int = 128
 

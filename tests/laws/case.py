@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adaptivejax.core import buckets, depth, experts, plans
+from adaptivejax.core import buckets, depth, experts, plans, sparse_attention
 from adaptivejax.models import DecoderConfig
 from adaptivejax.nn import Setting, adjust
 
@@ -140,6 +140,10 @@ def _asked_always(due, halt):
 
 
 EXECUTORS = {
+  "attend_blocks": (
+    sparse_attention.attend_blocks,
+    sparse_attention.attend_blocks_dense,
+  ),
   "expert_apply": (experts.expert_apply, experts.expert_apply_dense),
   "bucketed": (buckets.bucketed, buckets.masked),
   "depth_loop": (depth.depth_loop, depth.depth_scan),

@@ -5,7 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptivejax.core import buckets, depth, experts, levels, plans
+from adaptivejax.core import (
+  block_lists,
+  buckets,
+  depth,
+  experts,
+  levels,
+  plans,
+  sparse_attention,
+)
+from adaptivejax.core.attention import Keys
 from adaptivejax.core.dispatch import NOBODY, dispatch
 from adaptivejax.nn import Mlp, split_mlp
 from tests import reference
@@ -16,6 +25,7 @@ from tests.laws.case import (
   F,
   L,
   M,
+  T,
   gaussian,
   poisoned_items,
   some_rows,
@@ -118,6 +128,60 @@ def _poisoned_weights(budget, *gone):
   return poison
 
 
+HEADS, BLOCK = 4, 2
+
+
+def _attention_inputs(batch):
+  """Keys for two groups of heads, and a score of each block of them."""
+  blocks = T // BLOCK
+  ranks = np.random.default_rng(1).permuted(
+    np.tile(np.arange(blocks), (batch, 1)), axis=1
+  )
+  return {
+    "q": gaussian(batch, T, HEADS, D),
+    "k": gaussian(batch, HEADS // 2, T, D, seed=1),
+    "v": gaussian(batch, HEADS // 2, T, D, seed=2),
+    "score": jnp.asarray((ranks + 0.5) / blocks, jnp.float32),
+  }
+
+
+def _positions(x):
+  return jnp.broadcast_to(jnp.arange(T), x["q"].shape[:2])
+
+
+def _attend_blocks(sinks, x, level):
+  mask = (x["score"] > level)[:, None, None]
+  mask &= block_lists.causal_blocks(T, T, block_q=BLOCK, block_kv=BLOCK)
+  whole = jnp.ones_like(mask) & (level < 0)
+  lists = block_lists.lists_from_mask(
+    mask | whole, block_q=BLOCK, block_kv=BLOCK
+  )
+  found, cost = sparse_attention.attend_blocks(
+    x["q"],
+    Keys(x["k"], x["v"], _positions(x)),
+    lists,
+    _positions(x),
+    sinks=sinks,
+  )
+  return found.out, cost
+
+
+def _attend_all(sinks, x):
+  each = lambda a: jnp.repeat(a, 2, axis=1)
+  scores = jnp.einsum("bthd,bhsd->bhts", x["q"], each(x["k"])) / D**0.5
+  scores = jnp.where(jnp.tri(T, dtype=bool), scores, -jnp.inf)
+  sink = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
+  weights = jax.nn.softmax(jnp.concatenate([scores, sink], -1))[..., :-1]
+  return jnp.einsum("bhts,bhsd->bthd", weights, each(x["v"]))
+
+
+def _poisoned_keys(params, x):
+  budget = np.float32(0.5)
+  gone = jnp.repeat(x["score"] <= budget, BLOCK, axis=1)[:, None, :, None]
+  bad = {name: jnp.where(gone, jnp.nan, x[name]) for name in "kv"}
+  return params, {**x, **bad}, budget, None
+
+
 _no_module = "a primitive is a function; its parameters are the caller's"
 _no_price = "depth_loop prices nothing; the layers do, see calm"
 _no_reverse = "a while_loop has no reverse mode; depth_scan is its twin"
@@ -126,6 +190,20 @@ _no_price_plan = "a plan prices nothing; the layers do, see evopress"
 _no_reverse_plan = "a loop of dynamic length; specialize to train"
 
 PRIMITIVES = [
+  Case(
+    "attend_blocks",
+    "core.sparse_attention",
+    lambda rngs: rngs.normal((HEADS,)),
+    _attention_inputs,
+    _attend_blocks,
+    full=np.float32(-1),
+    some=np.float32(0.5),
+    none=np.float32(2),
+    dense=_attend_all,
+    least=lambda sinks, x: jnp.zeros_like(x["q"]),
+    poison=_poisoned_keys,
+    unless={"linen": _no_module, "cover": "its rows are not compacted"},
+  ),
   Case(
     "bucketed",
     "core.buckets",
