@@ -232,6 +232,13 @@ def shared_positions(keys: Keys) -> Int[Array, "B S"]:
   return keys.pos[:, 0]
 
 
+def tokens_before(keys: Keys) -> Int[Array, "B 1 S"]:
+  """Tokens before each key; of no key, more than there are."""
+  place = shared_positions(keys)
+  none = jnp.iinfo(jnp.int32).max
+  return jnp.where(place >= 0, place - _first(place), none)[:, None]
+
+
 def _first(place):
   """The least position there is, i32[B, 1]."""
   none = jnp.iinfo(jnp.int32).max

@@ -23,6 +23,7 @@ from adaptivejax.core.cost import flops
 from adaptivejax.core.sparse_attention import attend_blocks
 from adaptivejax.nn.look import Look, Looked, look_cost
 from adaptivejax.nn.looks import with_look
+from adaptivejax.nn.setting import Setting, refuse_nan
 
 
 class Chosen(NamedTuple):
@@ -47,6 +48,7 @@ class SparsePrefill(Look):
     block_q: queries of a tile (static).
     block_kv: keys of a block (static).
     room: columns that a head may choose (static); any number if not given.
+    level: of the `Setting`: 0 is the whole budget, 1 what is always seen.
   """
 
   def __init__(
@@ -55,15 +57,30 @@ class SparsePrefill(Look):
     block_q: int = BLOCK,
     block_kv: int = BLOCK,
     room: int | None = None,
+    level: float = 0.0,
   ):
+    refuse_nan(level=level)
     if min(block_q, block_kv) < 1:
       raise ValueError(f"{block_q=} and {block_kv=} must be at least 1.")
     self.block_q, self.block_kv, self.room = block_q, block_kv, room
+    self.level = Setting(jnp.float32(level))
 
   @property
   def blocks(self) -> dict[str, int]:
     """The sizes of a tile and a block, as arguments."""
     return {"block_q": self.block_q, "block_kv": self.block_kv}
+
+  def left(self, budget: int, least: int = 1) -> Int[Array, ""]:
+    """What the level leaves of a budget in tokens or blocks, `least` or more.
+
+    Both are static.
+    """
+    left = jnp.round(budget * self.share())
+    return jnp.maximum(left, least).astype(jnp.int32)
+
+  def share(self) -> Float[Array, ""]:
+    """What the level leaves of all."""
+    return 1 - self.level.get_value().astype(jnp.float32)
 
   def choose(
     self,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix, method by law: `CASES`; see `case` for what a case says."""
 
+from tests.laws.attention import ATTENTION
 from tests.laws.blocks_of_experts import BLOCKS
 from tests.laws.case import (
   LAWS,
@@ -30,9 +31,11 @@ CASES = [
   *MODELS,
   *EXITS,
   *POLICIES,
+  *ATTENTION,
 ]
 
 __all__ = [
+  "ATTENTION",
   "BLOCKS",
   "CASES",
   "EXITS",

@@ -5,6 +5,7 @@ Axes: B batch, T queries, S keys, H query heads, G key heads, W head width.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,12 +33,16 @@ class Prompt(NamedTuple):
 
   def look(self, look):
     """What a look finds, and chose."""
-    q, keys, at = self.arrays()
-    return look(q, keys, at), look.choose(q, keys, at)
+    return _look(look, *self.arrays())
 
   def arrays(self):
     keys = Keys(*map(jnp.asarray, (self.k, self.v, self.pos[:, None])))
     return jnp.asarray(self.q), keys, jnp.asarray(self.at)
+
+
+@jax.jit
+def _look(look, q, keys, at):
+  return look(q, keys, at), look.choose(q, keys, at)
 
 
 def text(tokens=22, seed=0, scale=2.0):
@@ -111,9 +116,7 @@ def masked(p: Prompt, allowed):
 
 def tiles(p: Prompt):
   """Rows and places of each query tile and of each key block."""
-  cut = lambda n: [
-    np.arange(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)
-  ]
+  cut = lambda n: [np.arange(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]
   return cut(p.q.shape[1]), cut(p.k.shape[2])
 
 
@@ -207,7 +210,7 @@ def pooled(p: Prompt, rows=None):
   return out
 
 
-def planted(kind, seed=0, tokens=64):
+def planted(kind, seed=0, tokens=64, offsets=(7, 25)):
   """Attention with one structure in every head, and the pairs that have it.
 
   `vertical`: all look at some keys.  `slash`: all look at some distances.
@@ -219,7 +222,7 @@ def planted(kind, seed=0, tokens=64):
   if kind == "vertical":
     pair[:, [3, 21, 37]] = True
   elif kind == "slash":
-    for offset in (6, 25):
+    for offset in offsets:
       pair |= at[0][:, None] - at[0] == offset
   else:
     for i in range(tokens // BLOCK):

@@ -37,7 +37,7 @@ from adaptivejax.core.block_scores import (
   slash_blocks,
 )
 from adaptivejax.core.select import top_k
-from adaptivejax.nn.setting import Frozen, Setting, refuse_nan
+from adaptivejax.nn.setting import Frozen, refuse_nan
 from adaptivejax.nn.sparse_prefill import Chosen, SparsePrefill
 
 
@@ -66,14 +66,13 @@ class FlexPrefill(SparsePrefill):
     refuse_nan(gamma=gamma, tau=tau)
     if min_budget < 0:
       raise ValueError(f"{min_budget=} must not be negative.")
-    super().__init__(block_q=block_q, block_kv=block_kv)
+    super().__init__(block_q=block_q, block_kv=block_kv, level=1 - gamma)
     self.min_budget = min_budget
-    self.level = Setting(jnp.float32(1 - gamma))
     self.tau = Frozen(jnp.float32(tau))
 
   def choose(self, q, keys: Keys, positions, layer=0) -> Chosen:
     del layer
-    gamma = 1 - self.level.get_value().astype(jnp.float32)
+    gamma = self.share()
     probe, at = last_queries(q, positions, self.block_q)
     column_mass, slash_mass = line_mass(
       attention_weights(probe, keys, at), at, keys
@@ -87,7 +86,7 @@ class FlexPrefill(SparsePrefill):
       )
 
     columns = lines(column_mass, keys.pos >= 0)
-    slashes = lines(slash_mass, jnp.bool_(True))
+    slashes = lines(slash_mass, jnp.ones_like(keys.pos, bool))
     mask = slash_blocks(slashes, positions, keys, **self.blocks)
     seen = visible_blocks(positions, keys.pos, **self.blocks)
     ends = end_blocks(positions, keys, **self.blocks)

@@ -5,23 +5,21 @@ Jiang et al., 2024, https://arxiv.org/abs/2407.02490
 
 Three patterns (sec. 3): *a_shape*, the first keys and the last ones;
 *vertical_slash*, the columns and the slashes at which the last 64 queries look
-most, the first columns and the nearest slashes in any case (alg. 2);
-*block_sparse*, the blocks whose mean keys score best for the mean query of a
-tile (alg. 3).  `assign` finds the pattern of each head: on a prompt, the one
-that keeps most of the true attention.
+most, with the first columns and the nearest slashes (alg. 2); *block_sparse*,
+the blocks whose mean keys score best for the mean query of a tile (alg. 3).
+`assign` finds each head's: the one that keeps most attention on a prompt.
 
 Primitive: `line_mass`, `slash_blocks`, `pooled_scores`, `attend_columns`.
-Departs: columns are gathered in a second pass, merged exactly.  Every tile of
-block_sparse also sees the first block and its own, or its first queries might
-see nothing.  `assign` compares patterns of given budgets, where the paper first
-makes these cost the same on its kernels, and where the published code turns the
-other patterns into vertical_slash.  Budgets are those of the published code;
-1024 + 4096 of a_shape are unverified.  The choice of all tiles depends on the
-last queries.
+Departs: columns are gathered in a second pass, merged exactly.  block_sparse
+also sees the first block and its own, or some queries might see nothing.
+`assign` takes budgets as given; the paper first makes them cost the same, the
+published code then turns all patterns into vertical_slash.  1024 and 4096 are
+unverified, other budgets those of that code.  The last queries choose for all.
 Axes: B batch, T queries, S keys, H query heads, L layers.
 """
 
-import jax
+from dataclasses import astuple, dataclass
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,122 +31,102 @@ from adaptivejax.core.block_scores import (
   line_mass,
   pooled_scores,
   slash_blocks,
+  tokens_before,
 )
 from adaptivejax.core.select import top_k
-from adaptivejax.nn.setting import Setting
 from adaptivejax.nn.sparse_prefill import Chosen, SparsePrefill, coverage_of
 
 PATTERNS = ("a_shape", "vertical_slash", "block_sparse")
 
 
+@dataclass(frozen=True)
+class Budgets:
+  """How much the patterns look at, in tokens but for `blocks`."""
+
+  sinks: int = 1024  # first keys of a_shape
+  window: int = 4096  # last keys of a_shape
+  verticals: int = 1000  # columns of vertical_slash, and
+  first: int = 30  # of these, first keys that stay
+  slashes: int = 6096  # offsets of vertical_slash, and
+  recent: int = 100  # of these, least ones that stay
+  blocks: int = 100  # of a tile of block_sparse
+  probe: int = 64  # last queries, which choose columns and slashes
+
+
 class MInference(SparsePrefill):
   """A look of a pattern for each head; see `nn.with_look`.
 
-  All static, sizes in tokens but for `blocks`:
-
   Args:
     patterns: a name for each head, or a tuple of such tuples, one a layer.
-    sinks, window: first and last keys of a_shape.
-    verticals, slashes: columns and offsets of vertical_slash.
-    first, recent: of these, the first keys and least offsets that are forced.
-    blocks: key blocks that a tile of block_sparse looks at.
-    probe: last queries that choose columns and slashes.
-    block_q, block_kv: queries of a tile, keys of a block.
+    budgets: of the patterns (static).
+    block_q, block_kv: static.
 
-  `level`, the `Setting`, is the share of the budgets that is not used; what is
-  forced stays, and one key, offset and block of each.
+  `level`, the `Setting`, is the share of the budgets that is not used.
   """
 
-  def __init__(
-    self, patterns, *, sinks: int = 1024, window: int = 4096,
-    verticals: int = 1000, slashes: int = 6096, first: int = 30,
-    recent: int = 100, blocks: int = 100, probe: int = 64, block_q: int = 64,
-    block_kv: int = 64,
-  ):  # fmt: skip
-    patterns = tuple(patterns)
-    table = (patterns,) if isinstance(patterns[0], str) else patterns
-    if bad := {name for row in table for name in row} - set(PATTERNS):
+  def __init__(self, patterns, budgets=Budgets(), *, block_q=64, block_kv=64):
+    b = budgets
+    table = [patterns] if isinstance(patterns[0], str) else patterns
+    if bad := {name for row in table for name in row} - {*PATTERNS}:
       raise ValueError(f"patterns are {PATTERNS}; got {sorted(bad)}.")
-    if len({len(row) for row in table}) > 1:
-      raise ValueError("`patterns` must name as many heads in every layer.")
-    sizes = sinks, window, verticals, slashes, first, recent, blocks, probe
-    if min(sizes) < 1:
-      raise ValueError(f"budgets must be at least 1; got {min(sizes)}.")
-    room = max(sinks, verticals, first)
-    super().__init__(block_q=block_q, block_kv=block_kv, room=room)
-    self.patterns, self.sizes = tuple(map(tuple, table)), sizes
-    self.level = Setting(jnp.zeros(()))
+    if min(astuple(b)) < 1 or len({len(row) for row in table}) > 1:
+      raise ValueError(f"{b} must be at least 1, and {patterns} of one length.")
+    super().__init__(block_q=block_q, block_kv=block_kv)
+    self.room = max(b.sinks, b.verticals, b.first)
+    self.budgets, self.patterns = b, tuple(map(tuple, table))
 
   def choose(self, q, keys: Keys, positions, layer=0) -> Chosen:
-    table = np.array(
-      [[PATTERNS.index(p) for p in row] for row in self.patterns]
-    )
-    if q.shape[2] != table.shape[1]:
-      raise ValueError(f"{table.shape[1]} patterns for {q.shape[2]} heads.")
-    kind = jnp.asarray(table)[layer if len(table) > 1 else 0][None, :, None]
-    mask, columns = jnp.bool_(False), jnp.zeros((), bool)
-    for number in sorted(set(table.flat)):
-      chosen = getattr(self, PATTERNS[number])(q, keys, positions)
-      mask |= (kind == number)[..., None] & chosen.mask
-      if chosen.columns is not None:
-        columns |= (kind == number) & chosen.columns
-    return Chosen(mask, columns if columns.ndim else None)
-
-  def left(self, size: int, least: int = 1):
-    """What the level leaves of a budget, i32[]."""
-    left = jnp.round(size * (1 - self.level.get_value()))
-    return jnp.maximum(left, least).astype(jnp.int32)
+    kinds = np.array([[*map(PATTERNS.index, row)] for row in self.patterns])
+    if q.shape[2] != kinds.shape[1]:
+      raise ValueError(f"{kinds.shape[1]} patterns for {q.shape[2]} heads.")
+    kind = jnp.asarray(kinds)[layer if len(kinds) > 1 else 0][None, :, None]
+    mask = columns = jnp.zeros((), bool)
+    for number in sorted(set(kinds.flat)):
+      here = getattr(self, PATTERNS[number])(q, keys, positions)
+      mask |= (kind == number)[..., None] & here.mask
+      columns |= (kind == number) & here.columns
+    return Chosen(mask, columns)
 
   def a_shape(self, q, keys, positions) -> Chosen:
-    sinks, window, *_ = self.sizes
-    near = jnp.arange(keys.pos.shape[-1]) < self.left(window)
+    """As if all heads were of this pattern, like the next two."""
+    near = jnp.arange(keys.pos.shape[-1]) < self.left(self.budgets.window)
     near = jnp.broadcast_to(near, (len(q), 1, near.size))
     mask = slash_blocks(near, positions, keys, **self.blocks)
-    return Chosen(mask, _age(keys) < self.left(sinks))
+    sinks = tokens_before(keys) < self.left(self.budgets.sinks)
+    return Chosen(mask, sinks)
 
   def vertical_slash(self, q, keys, positions) -> Chosen:
-    _, _, verticals, slashes, first, recent, _, probe = self.sizes
-    asked, at = last_queries(q, positions, probe)
-    weights = attention_weights(asked, keys, at)
-    by_column, by_slash = line_mass(weights, at, keys)
-    by_column = jnp.where(_age(keys) < first, jnp.inf, by_column)
-    columns = top_k(by_column, self.left(verticals, first)) & (keys.pos >= 0)
-    near = jnp.arange(by_slash.shape[-1]) < recent
-    by_slash = jnp.where(near, jnp.inf, by_slash)
-    chosen = top_k(by_slash, self.left(slashes, recent))
-    mask = slash_blocks(chosen, positions, keys, **self.blocks)
-    return Chosen(mask, columns)
+    first, recent = self.budgets.first, self.budgets.recent
+    probe, at = last_queries(q, positions, self.budgets.probe)
+    columns, slashes = line_mass(attention_weights(probe, keys, at), at, keys)
+    columns = jnp.where(tokens_before(keys) < first, jnp.inf, columns)
+    slashes = slashes.at[..., :recent].set(jnp.inf)
+    slashes = top_k(slashes, self.left(self.budgets.slashes, recent))
+    mask = slash_blocks(slashes, positions, keys, **self.blocks)
+    columns = top_k(columns, self.left(self.budgets.verticals, first))
+    return Chosen(mask, columns & (keys.pos >= 0))
 
   def block_sparse(self, q, keys, positions) -> Chosen:
     scores = pooled_scores(q, keys, positions, **self.blocks)
     seen = visible_blocks(positions, keys.pos, **self.blocks)
-    best = top_k(jnp.where(seen, scores, -jnp.inf), self.left(self.sizes[6]))
-    return Chosen(seen & best | end_blocks(positions, keys, **self.blocks))
+    best = top_k(
+      jnp.where(seen, scores, -jnp.inf), self.left(self.budgets.blocks)
+    )
+    ends = end_blocks(positions, keys, **self.blocks)
+    return Chosen(seen & best | ends, jnp.zeros_like(keys.pos, bool))
 
 
-def assign(
-  model, tokens, look: MInference, since: int = 0
-) -> tuple[tuple[str, ...], ...]:
-  """The pattern of each layer and head that keeps most attention on a prompt.
+def assign(model, tokens, look: MInference, since: int = 0):
+  """The patterns that keep most attention on a prompt, L tuples of H names.
 
   Args:
     model: trained; called as `model(tokens, cache)`.
     tokens: the prompt to calibrate on, i32[B, T].
-    look: whose budgets and number of heads are used.
-    since: queries from this position on count (static), 2500 in the paper's
-      code: the first ones see little either way.
+    look: its budgets and number of heads are used, its patterns are not.
+    since: queries from this position on count (static); 2500 in that code.
   """
-  heads, candidates = len(look.patterns[0]), []
-  for name in PATTERNS:
-    candidates.append(jax.tree.map(lambda a: a, look))  # a copy
-    candidates[-1].patterns = ((name,) * heads,)
-  mass, _ = coverage_of(model, tokens, candidates, heads, since)
-  best = np.asarray(mass).argmax(-1)  # of equals, the first
+  heads = len(look.patterns[0])
+  one = lambda name: MInference((name,) * heads, look.budgets, **look.blocks)
+  kept, _ = coverage_of(model, tokens, [*map(one, PATTERNS)], heads, since)
+  best = np.asarray(kept).argmax(-1)  # of equals, the first
   return tuple(tuple(PATTERNS[i] for i in row) for row in best)
-
-
-def _age(keys: Keys):
-  """Tokens before each key, i32[B, 1, S]; of no key, more than there are."""
-  none = jnp.iinfo(jnp.int32).max
-  pos = jnp.where(keys.pos < 0, none, keys.pos)
-  return jnp.where(keys.pos < 0, none, pos - pos.min(-1, keepdims=True))

@@ -7,18 +7,18 @@ Of s neighbouring queries i and keys j, with i = s u + s - 1 - t, j = s n + t,
 
     A_un = sum_t q_i . k_j / (s sqrt(D)),        P = softmax_n A  (alg. 1),
 
-which crosses every row, column and slash once.  A tile of queries looks at the
-fewest blocks that hold a share p of what P gives its rows, and always at the
-first block and at its own.
+which meets each query and each key once.  A tile of queries looks at the fewest
+blocks that hold a share p of what P gives its rows, and always at the first
+block and at its own.
 
 Primitive: `antidiagonal_mass`, `fewest_of_mass`, `attend_blocks`.
 Departs: one p for all heads; the paper also finds one for each, offline.
 Positions, not places, decide what is visible, so it goes with padding and a
-cache.  Queries of a tile choose together; a later tile has no part in it.
+cache.  Queries of a tile choose together; a later tile has no part in it.  With
+s even an antidiagonal crosses slashes of odd offset only: a lone one of even
+offset is missed, though the paper says that every slash is seen.
 Axes: B batch, T queries, S keys, H query heads, Q query tiles, K key blocks.
 """
-
-import jax.numpy as jnp
 
 from adaptivejax.core.attention import Keys
 from adaptivejax.core.block_lists import BLOCK, visible_blocks
@@ -27,7 +27,7 @@ from adaptivejax.core.block_scores import (
   end_blocks,
   fewest_of_mass,
 )
-from adaptivejax.nn.setting import Setting, refuse_nan
+from adaptivejax.nn.setting import refuse_nan
 from adaptivejax.nn.sparse_prefill import Chosen, SparsePrefill
 
 
@@ -54,9 +54,8 @@ class XAttention(SparsePrefill):
     refuse_nan(threshold=threshold)
     if stride < 1 or block_q % stride or block_kv % stride:
       raise ValueError(f"{stride=} must divide {block_q=} and {block_kv=}.")
-    super().__init__(block_q=block_q, block_kv=block_kv)
+    super().__init__(block_q=block_q, block_kv=block_kv, level=1 - threshold)
     self.stride = stride
-    self.level = Setting(jnp.float32(1 - threshold))
 
   def choose(self, q, keys: Keys, positions, layer=0) -> Chosen:
     del layer
@@ -65,5 +64,4 @@ class XAttention(SparsePrefill):
     )
     forced = end_blocks(positions, keys, **self.blocks)
     allowed = visible_blocks(positions, keys.pos, **self.blocks)
-    p = 1 - self.level.get_value().astype(jnp.float32)
-    return Chosen(fewest_of_mass(mass, p, forced, allowed))
+    return Chosen(fewest_of_mass(mass, self.share(), forced, allowed))
