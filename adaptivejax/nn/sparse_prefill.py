@@ -9,7 +9,7 @@ Axes: B batch, T queries, S keys, H query heads, W head width, Q query tiles, K
 key blocks, L layers, C looks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ class SparsePrefill(Look):
     self.level = Setting(jnp.float32(level))
 
   @property
-  def blocks(self) -> dict[str, int]:
+  def blocks(self) -> dict[str, Any]:
     """The sizes of a tile and a block, as arguments."""
     return {"block_q": self.block_q, "block_kv": self.block_kv}
 
@@ -114,7 +114,13 @@ class SparsePrefill(Look):
       out, spent = found.out, cost.spent
     else:
       out, spent = attend_columns(
-        q, keys, *chosen, positions, **self.blocks, room=self.room
+        q,
+        keys,
+        chosen.mask,
+        chosen.columns,
+        positions,
+        **self.blocks,
+        room=self.room,
       )
     spent += flops(self.choose, q, keys, positions, layer)
     cost = look_cost(q, keys.k.shape[2], live)
@@ -154,7 +160,7 @@ class Watch(Look):
 
 
 def coverage_of(
-  model: Callable,
+  model: nnx.Module,
   tokens: Int[Array, "B T"],
   looks: Sequence[SparsePrefill],
   heads: int,
