@@ -4,10 +4,9 @@ r"""MInference: each head reads a prompt by a pattern found offline.
 Jiang et al., 2024, https://arxiv.org/abs/2407.02490
 
 Three patterns (sec. 3): *a_shape*, the first keys and the last ones;
-*vertical_slash*, the columns and the slashes at which the last 64 queries look
-most, with the first columns and the nearest slashes (alg. 2); *block_sparse*,
-the blocks whose mean keys score best for the mean query of a tile (alg. 3).
-`assign` finds each head's: the one that keeps most attention on a prompt.
+*vertical_slash*, the columns and slashes at which the last 64 queries look most
+(alg. 2); *block_sparse*, the blocks whose mean keys score best for the mean
+query of a tile (alg. 3).  `assign` finds the one that keeps most, by head.
 
 Primitive: `line_mass`, `slash_blocks`, `pooled_scores`, `attend_columns`.
 Departs: columns are gathered in a second pass, merged exactly.  block_sparse
@@ -56,24 +55,19 @@ class Budgets:
 class MInference(SparsePrefill):
   """A look of a pattern for each head; see `nn.with_look`.
 
-  Args:
-    patterns: a name for each head, or a tuple of such tuples, one a layer.
-    budgets: of the patterns (static).
-    block_q, block_kv: static.
-
-  `level`, the `Setting`, is the share of the budgets that is not used.
+  `patterns`: a name for each head, or a tuple of such tuples, one a layer; like
+  `budgets` static.  `level`, the `Setting`, is the share of these not used.
   """
 
   def __init__(self, patterns, budgets=Budgets(), *, block_q=64, block_kv=64):
-    b = budgets
     table = [patterns] if isinstance(patterns[0], str) else patterns
     if bad := {name for row in table for name in row} - {*PATTERNS}:
       raise ValueError(f"patterns are {PATTERNS}; got {sorted(bad)}.")
-    if min(astuple(b)) < 1 or len({len(row) for row in table}) > 1:
-      raise ValueError(f"{b} must be at least 1, and {patterns} of one length.")
+    if min(astuple(budgets)) < 1 or len({len(row) for row in table}) > 1:
+      raise ValueError(f"{budgets} must be at least 1, {table} of one length.")
     super().__init__(block_q=block_q, block_kv=block_kv)
-    self.room = max(b.sinks, b.verticals, b.first)
-    self.budgets, self.patterns = b, tuple(map(tuple, table))
+    self.room = max(budgets.sinks, budgets.verticals, budgets.first)
+    self.budgets, self.patterns = budgets, tuple(map(tuple, table))
 
   def choose(self, q, keys: Keys, positions, layer=0) -> Chosen:
     kinds = np.array([[*map(PATTERNS.index, row)] for row in self.patterns])
@@ -90,10 +84,9 @@ class MInference(SparsePrefill):
   def a_shape(self, q, keys, positions) -> Chosen:
     """As if all heads were of this pattern, like the next two."""
     near = jnp.arange(keys.pos.shape[-1]) < self.left(self.budgets.window)
-    near = jnp.broadcast_to(near, (len(q), 1, near.size))
+    near = jnp.broadcast_to(near, keys.pos.shape)
     mask = slash_blocks(near, positions, keys, **self.blocks)
-    sinks = tokens_before(keys) < self.left(self.budgets.sinks)
-    return Chosen(mask, sinks)
+    return Chosen(mask, tokens_before(keys) < self.left(self.budgets.sinks))
 
   def vertical_slash(self, q, keys, positions) -> Chosen:
     first, recent = self.budgets.first, self.budgets.recent
@@ -109,21 +102,17 @@ class MInference(SparsePrefill):
   def block_sparse(self, q, keys, positions) -> Chosen:
     scores = pooled_scores(q, keys, positions, **self.blocks)
     seen = visible_blocks(positions, keys.pos, **self.blocks)
-    best = top_k(
-      jnp.where(seen, scores, -jnp.inf), self.left(self.budgets.blocks)
-    )
-    ends = end_blocks(positions, keys, **self.blocks)
-    return Chosen(seen & best | ends, jnp.zeros_like(keys.pos, bool))
+    scores = jnp.where(seen, scores, -jnp.inf)
+    mask = seen & top_k(scores, self.left(self.budgets.blocks))
+    mask |= end_blocks(positions, keys, **self.blocks)
+    return Chosen(mask, jnp.zeros_like(keys.pos, bool))
 
 
 def assign(model, tokens, look: MInference, since: int = 0):
   """The patterns that keep most attention on a prompt, L tuples of H names.
 
-  Args:
-    model: trained; called as `model(tokens, cache)`.
-    tokens: the prompt to calibrate on, i32[B, T].
-    look: its budgets and number of heads are used, its patterns are not.
-    since: queries from this position on count (static); 2500 in that code.
+  Runs `model(tokens i32[B, T], cache)`, with the budgets of `look`; queries
+  from position `since` (static) on count, 2500 in the published code.
   """
   heads = len(look.patterns[0])
   one = lambda name: MInference((name,) * heads, look.budgets, **look.blocks)
