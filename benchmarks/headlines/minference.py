@@ -19,7 +19,7 @@ BUDGETS = Budgets(
   first=1,
   slashes=12,
   recent=8,
-  blocks=5,
+  blocks=3,
   probe=16,
 )
 
@@ -45,7 +45,7 @@ def measure(quick: bool) -> Headline:
     )
   )
   numbers = {"dense_bits": dense, "bits": sparse}
-  holds = sparse <= 1.01 * dense and one.density <= 0.3
+  holds = sparse <= 1.01 * dense and one.density <= 0.27
   return Headline(text, {**prefill.figures(found), **numbers}, holds)
 
 

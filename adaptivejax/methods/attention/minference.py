@@ -82,7 +82,6 @@ class MInference(SparsePrefill):
     return Chosen(mask, columns)
 
   def a_shape(self, q, keys, positions) -> Chosen:
-    """As if all heads were of this pattern, like the next two."""
     near = jnp.arange(keys.pos.shape[-1]) < self.left(self.budgets.window)
     near = jnp.broadcast_to(near, keys.pos.shape)
     mask = slash_blocks(near, positions, keys, **self.blocks)
