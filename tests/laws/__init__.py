@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix, method by law: `CASES`; see `case` for what a case says."""
 
+from tests.laws.attention import ATTENTION
 from tests.laws.blocks_of_experts import BLOCKS
 from tests.laws.case import (
   LAWS,
@@ -23,22 +24,11 @@ from tests.laws.policies import POLICIES
 from tests.laws.primitives import PRIMITIVES
 from tests.laws.recurrent import RECURRENT
 
-CASES = [
-  *PRIMITIVES,
-  *LAYERS,
-  *EXPERTS,
-  *BLOCKS,
-  *PARALLEL,
-  *RECURRENT,
-  *MODELS,
-  *EXITS,
-  *POLICIES,
-  *KV,
-]
-
 __all__ = [
+  "ATTENTION",
   "BLOCKS",
   "CASES",
+  "Case",
   "EXITS",
   "EXPERTS",
   "KV",
@@ -49,7 +39,6 @@ __all__ = [
   "POLICIES",
   "PRIMITIVES",
   "RECURRENT",
-  "Case",
   "close",
   "compiled",
   "dense_twin",
@@ -58,12 +47,3 @@ __all__ = [
   "loss",
   "parameters",
 ]
-
-
-def held() -> dict[str, str]:
-  """How many laws each method obeys, the least over its cases."""
-  count: dict[str, int] = {}
-  for case in CASES:
-    holds = len(LAWS) - len(case.unless)
-    count[case.method] = min(holds, count.get(case.method, holds))
-  return {name: f"{n} of {len(LAWS)}" for name, n in sorted(count.items())}
