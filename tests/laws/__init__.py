@@ -24,6 +24,20 @@ from tests.laws.policies import POLICIES
 from tests.laws.primitives import PRIMITIVES
 from tests.laws.recurrent import RECURRENT
 
+CASES = [
+  *PRIMITIVES,
+  *LAYERS,
+  *EXPERTS,
+  *BLOCKS,
+  *PARALLEL,
+  *RECURRENT,
+  *KV,
+  *ATTENTION,
+  *MODELS,
+  *EXITS,
+  *POLICIES,
+]
+
 __all__ = [
   "ATTENTION",
   "BLOCKS",
