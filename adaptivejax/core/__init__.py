@@ -8,6 +8,7 @@ from adaptivejax.core.attention import (
   attention_weights,
   rotary,
 )
+from adaptivejax.core.attention_mass import attention_mass, group_reduce
 from adaptivejax.core.block_lists import (
   causal_blocks,
   full_lists,
@@ -113,11 +114,7 @@ from adaptivejax.core.plans import (
   specialize,
 )
 from adaptivejax.core.quantise import dequantise, quantise
-from adaptivejax.core.risk import (
-  hoeffding,
-  hoeffding_bentkus,
-  learn_then_test,
-)
+from adaptivejax.core.risk import hoeffding, hoeffding_bentkus, learn_then_test
 from adaptivejax.core.sampling import Draw, Sampling, log_probs
 from adaptivejax.core.select import (
   chunk_union,
@@ -131,6 +128,11 @@ from adaptivejax.core.select import (
   top_p,
 )
 from adaptivejax.core.sparse_attention import attend_blocks
+from adaptivejax.core.sparse_decode import (
+  masked_decode,
+  sparse_decode,
+  units_from_mask,
+)
 from adaptivejax.core.staged import freeze, masked_scan, staged_while
 from adaptivejax.core.trees import Path, Tree, ancestors, depths, tree_verify
 from adaptivejax.core.trigrams import TrigramTable
@@ -161,6 +163,7 @@ __all__ = [
   "attend",
   "attend_blocks",
   "attend_with_mass",
+  "attention_mass",
   "attention_weights",
   "balanced_clusters",
   "best",
@@ -202,6 +205,7 @@ __all__ = [
   "flops",
   "freeze",
   "full_lists",
+  "group_reduce",
   "grouped_matmul",
   "gumbel_sigmoid",
   "gumbel_softmax",
@@ -223,6 +227,7 @@ __all__ = [
   "margin",
   "mask_from_lists",
   "masked",
+  "masked_decode",
   "masked_scan",
   "max_prob",
   "merge",
@@ -245,6 +250,7 @@ __all__ = [
   "solve_depth_threshold",
   "solve_exit_thresholds",
   "solve_setting",
+  "sparse_decode",
   "specialize",
   "staged_while",
   "straight_through",
@@ -253,6 +259,7 @@ __all__ = [
   "top_k",
   "top_p",
   "tree_verify",
+  "units_from_mask",
   "victim",
   "visible_blocks",
   "window_blocks",

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.block_sparse_attention.types import (
   CAUSAL,
@@ -13,7 +14,7 @@ from pallas_kernels.block_sparse_attention.types import (
   Marks,
   Rule,
 )
-from pallas_kernels.sparse_decode_attention import xla
+from pallas_kernels.sparse_decode_attention import tpu, tuned, xla
 from pallas_kernels.sparse_decode_attention.pieces import length
 from pallas_kernels.sparse_decode_attention.types import Units
 
@@ -41,6 +42,10 @@ def sparse_decode_attention(
 
   Differentiable in q, k, v, kv_bias, sinks and the scales, once and in reverse;
   the gradient of a cache is as large as the cache.
+
+  On TPU a kernel of ours runs where pages are whole tiles of memory (`tuned`),
+  else, and on other platforms, gathers of XLA: so it is for single tokens, and
+  in `jax.shard_map` unless `check_vma=False`.
 
   Axes: B batch, H query heads, G key heads (a divisor of H), T queries, S slots
   of a sequence, D and E head widths, N pages of a pool, L heads that own a
@@ -72,7 +77,21 @@ def sparse_decode_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(config, moving, still):
-  return _forward(xla.forward, config, moving, still)
+  q, k, v, *_ = moving
+  units, _, page_table = still
+  fits = tuned.blocks(q, k, v, units, page_table) is not None
+  plain = functools.partial(_forward, xla.forward, config)
+  if not fits or _varies(moving, still):
+    return plain(moving, still)
+  kernel = functools.partial(_forward, tpu.forward, config)
+  return lax.platform_dependent(moving, still, tpu=kernel, default=plain)
+
+
+def _varies(*trees) -> bool:
+  """Whether an array differs over mesh axes, as `jax.shard_map` says."""
+  types = [jax.typeof(a) for a in jax.tree.leaves(trees)]
+  manual = [getattr(t, "manual_axis_type", None) for t in types]
+  return any(getattr(m, "varying", None) for m in manual)
 
 
 def _forward(implementation, config, moving, still, **how):

@@ -186,7 +186,7 @@ def _weigh(scores, shape, visible, bias, sinks, rule):
     scores = scores + bias[:, :, None, None]
   visible = visible[:, :, None]
   scores = jnp.where(visible, scores, NEVER)
-  top = scores.max(-1)
+  top = jnp.maximum(scores.max(-1), NEVER)
   sink = None
   if sinks is not None:
     sink = sinks.reshape(1, gathered, -1, 1)
