@@ -25,11 +25,14 @@ def rotate(x, positions):
   return jnp.concatenate([turned.real, turned.imag], -1)
 
 
-def attention(module, x, live=None, seen=None, both_ways=False, memory=None):
+def attention(
+  module, x, live=None, seen=None, both_ways=False, memory=None, pairs=None
+):
   """From live tokens to seen ones at or before them; zero for the others.
 
   `both_ways`: every token has position 0, as in `models.classifier`.  Keys are
-  made of `memory`, or of `x`.
+  made of `memory`, or of `x`.  Of all these pairs, those in `pairs` bool[T, T]
+  see one another.
   """
   batch, tokens, _ = x.shape
   live = _all(x) if live is None else live
@@ -44,6 +47,7 @@ def attention(module, x, live=None, seen=None, both_ways=False, memory=None):
   share = q.shape[2] // k.shape[2]
   k, v = jnp.repeat(k, share, axis=2), jnp.repeat(v, share, axis=2)
   visible = order[None, :] <= order[:, None]
+  visible = visible if pairs is None else visible & pairs
   visible = (visible & seen[:, None, :] & live[:, :, None])[:, None]
   scores = jnp.einsum("bthw,bshw->bhts", q, k) / w**0.5
   odds = jnp.where(visible, jnp.exp(jnp.where(visible, scores, 0)), 0)
@@ -79,7 +83,14 @@ def experts(module, x, gates):
 
 
 def block(
-  module, x, live=None, seen=None, level=None, both_ways=False, memory=None
+  module,
+  x,
+  live=None,
+  seen=None,
+  level=None,
+  both_ways=False,
+  memory=None,
+  pairs=None,
 ):
   """A `Block` on the live tokens; the others pass.
 
@@ -90,14 +101,14 @@ def block(
   h = norm(module.norm_attention, x)
   if memory is not None:
     memory = norm(module.norm_attention, memory)
-  x = x + attention(module.attention, h, live, seen, both_ways, memory)
+  x = x + attention(module.attention, h, live, seen, both_ways, memory, pairs)
   return x + mlp(module.mlp, norm(module.norm_mlp, x), level * live)
 
 
-def layer(module, x, live=None, seen=None, level=None):
+def layer(module, x, live=None, seen=None, level=None, pairs=None):
   """A `Block`, or one in a `MixtureOfDepths`: the change times the router."""
   if not hasattr(module, "router"):
-    return block(module, x, live, seen, level)
+    return block(module, x, live, seen, level, pairs=pairs)
   change = block(module.block, x, live, seen, level) - x
   return x + score(module.router, x) * change
 
@@ -130,7 +141,7 @@ def layers_of(model):
   return [one for i in range(count) for one in _open(pick(i))]
 
 
-def hidden(model, tokens, live=None, seen=None, level=None):
+def hidden(model, tokens, live=None, seen=None, level=None, pairs=None):
   """The hidden state after every layer.
 
   Args:
@@ -138,12 +149,13 @@ def hidden(model, tokens, live=None, seen=None, level=None):
     seen: bool[L, B, T], tokens that have a key there (the live ones).
     level: i32[L, B, T], learners that a token uses there (all); 0 skips the
       feed-forward half.
+    pairs: bool[T, T], queries and keys that may see one another (all).
   """
   x = model.embedding.get_value()[tokens]
   states = []
   for i, module in enumerate(layers_of(model)):
     at = lambda a, i=i: None if a is None else a[i]
-    x = layer(module, x, at(live), at(seen), at(level))
+    x = layer(module, x, at(live), at(seen), at(level), pairs)
     states.append(x)
   return states
 
@@ -155,9 +167,9 @@ def readout(model, x):
   return x @ model.head.kernel.get_value()
 
 
-def decoder(model, tokens, live=None, seen=None, level=None):
+def decoder(model, tokens, live=None, seen=None, level=None, pairs=None):
   """Logits after every token; arguments as in `hidden`."""
-  return readout(model, hidden(model, tokens, live, seen, level)[-1])
+  return readout(model, hidden(model, tokens, live, seen, level, pairs)[-1])
 
 
 ROOM = 32

@@ -22,6 +22,7 @@ from tests.laws import (
   CASES,
   EXITS,
   EXPERTS,
+  KV,
   LAWS,
   LAYERS,
   MODELS,
@@ -260,8 +261,16 @@ def test_the_cost_is_that_of_the_decision(case):
 
 @pytest.mark.parametrize(
   "cases",
-  [PRIMITIVES, LAYERS, [*EXPERTS, *BLOCKS, *PARALLEL], MODELS, EXITS, POLICIES],
-  ids=["primitives", "layers", "experts", "models", "exits", "policies"],
+  [
+    PRIMITIVES,
+    LAYERS,
+    [*EXPERTS, *BLOCKS, *PARALLEL],
+    MODELS,
+    EXITS,
+    POLICIES,
+    KV,
+  ],
+  ids=["primitives", "layers", "experts", "models", "exits", "policies", "kv"],
 )
 def test_eight_devices_agree_with_one(cases):
   """In a process of its own: a mistake here is a deadlock."""

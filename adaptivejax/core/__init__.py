@@ -5,7 +5,6 @@ from adaptivejax.core.attention import (
   Keys,
   attend,
   attend_with_mass,
-  attention_weights,
   rotary,
 )
 from adaptivejax.core.attention_mass import attention_mass, group_reduce
@@ -114,7 +113,11 @@ from adaptivejax.core.plans import (
   specialize,
 )
 from adaptivejax.core.quantise import dequantise, quantise
-from adaptivejax.core.risk import hoeffding, hoeffding_bentkus, learn_then_test
+from adaptivejax.core.risk import (
+  hoeffding,
+  hoeffding_bentkus,
+  learn_then_test,
+)
 from adaptivejax.core.sampling import Draw, Sampling, log_probs
 from adaptivejax.core.select import (
   chunk_union,
@@ -164,7 +167,6 @@ __all__ = [
   "attend_blocks",
   "attend_with_mass",
   "attention_mass",
-  "attention_weights",
   "balanced_clusters",
   "best",
   "binary_cross_entropy",

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.quantise import dequantise
@@ -105,14 +106,6 @@ def attend_with_mass(
   return out[:, :tokens], mass.sum(0)
 
 
-def attention_weights(
-  q: Float[Array, "B T H D"], keys: Keys, positions: Int[Array, "B T"]
-) -> Float[Array, "B H T S"]:
-  """The softmax of `attend`; 0 for what a query does not see."""
-  weights, *_ = _weigh(q, keys, positions)
-  return weights.reshape(weights.shape[0], -1, *weights.shape[3:])
-
-
 def _mix(weights, v, broken):
   """[B, T, H, E] of the values."""
   out = jnp.einsum("bgrts,bgsd->btgrd", weights.astype(v.dtype), v)
@@ -155,7 +148,7 @@ def visible_keys(
   return visible if window is None else visible & (pos > at - window)
 
 
-def dequantised(keys: Keys, dtype: jnp.dtype) -> Keys:
+def dequantised(keys: Keys, dtype: DTypeLike) -> Keys:
   """Keys and values as numbers; themselves where these are no codes."""
   if keys.scale is None:
     return keys
@@ -174,7 +167,7 @@ def _readable(keys: Keys, visible: Bool[Array, "B P T S"]):
     seen = visible[:, :, 0, :, None]
     return jnp.where(seen, keys.k, 0), jnp.where(seen, keys.v, 0), None
   fine = lambda a: jnp.where(jnp.isfinite(a), a, 0)
-  bad = ~(jnp.isfinite(keys.k) & jnp.isfinite(keys.v)).all(-1)
+  bad = ~(jnp.isfinite(keys.k).all(-1) & jnp.isfinite(keys.v).all(-1))
   broken = (visible & bad[:, :, None]).any(-1)
   return fine(keys.k), fine(keys.v), broken
 

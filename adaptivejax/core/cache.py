@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from adaptivejax.core.attention import Keys
@@ -65,7 +66,7 @@ class KVCache(NamedTuple):
     heads: int,
     slots: int,
     width: int,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     *,
     per_head: bool = False,
     merges: bool = False,

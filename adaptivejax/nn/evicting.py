@@ -22,7 +22,6 @@ from adaptivejax.core.eviction import (
   evict,
   gather,
   replace_victim,
-  victim,
 )
 from adaptivejax.nn.look import Look, Looked, look_cost
 from adaptivejax.nn.setting import Setting
@@ -39,12 +38,14 @@ class Worth(NamedTuple):
     score: to remember of each key, f32[B, G, N].
     priority: by which keys stay, f32[B, G, N]; empty slots do not count.
     keep: keys that stay, i32[] or i32[B]; at most S - 1 do.
+    asked: FLOPs of finding out, beside those of looking, f32[].
   """
 
   out: Array
   score: Array
   priority: Array
   keep: Array
+  asked: Array | float = 0.0
 
 
 class Evicting(Look):
@@ -103,13 +104,16 @@ class Evicting(Look):
     del x, key
     decodes = keys.k.shape[2] == 1
     run = self.decode if decodes else self.prefill
-    out, cache, seen = run(q, keys, positions, cache, layer)
+    worth, cache, seen = run(q, keys, positions, cache, layer)
     cost = look_cost(q, seen, live)
     full = cache.length.mean(dtype=jnp.float32) + keys.k.shape[2]
-    cost = cost._replace(full=4.0 * q.size * full)
-    return Looked(out, cost), cache
+    spent = cost.spent + worth.asked
+    cost = cost._replace(spent=spent, full=4.0 * q.size * full)
+    return Looked(worth.out, cost), cache
 
-  def decode(self, q, keys, positions, cache, layer):
+  def decode(
+    self, q, keys, positions, cache, layer
+  ) -> tuple[Worth, KVCache, int]:
     """One token: its key takes an empty slot, and the least one leaves."""
     score = cache.recollect(layer)
     cache, slot = replace_victim(cache, layer, keys, score)
@@ -118,13 +122,15 @@ class Evicting(Look):
     worth = self.worth(q, held, positions, jnp.where(new, 0, score))
     keep = jnp.minimum(worth.keep, cache.slots - 1)
     over = (held.pos >= 0).sum(-1) > jnp.reshape(keep, (-1, 1))
-    least = victim(held.pos, jnp.where(held.pos < 0, jnp.inf, worth.priority))
+    least = jnp.where(held.pos < 0, jnp.inf, worth.priority).argmin(-1)
     gone = over[..., None] & (jnp.arange(cache.slots) == least[..., None])
     pos = jnp.where(gone, -1, held.pos)
     cache = cache._replace(pos=cache.pos.at[:, layer].set(pos))
-    return worth.out, cache.remember(layer, worth.score), cache.slots
+    return worth, cache.remember(layer, worth.score), cache.slots
 
-  def prefill(self, q, keys, positions, cache, layer):
+  def prefill(
+    self, q, keys, positions, cache, layer
+  ) -> tuple[Worth, KVCache, int]:
     """Many tokens: the best of what was held and of theirs stay."""
     both = candidates(cache, layer, keys)
     score = cache.recollect(layer)
@@ -135,15 +141,7 @@ class Evicting(Look):
     index = best(priority, keep, cache.slots)
     cache = put(cache, layer, evict(both, index))
     cache = cache.remember(layer, gather(worth.score, index))
-    return worth.out, cache, both.pos.shape[-1]
-
-
-def group_reduce(
-  a: Float[Array, "B H *N"], groups: int, how: GroupReduce
-) -> Float[Array, "B G *N"]:
-  """Over the query heads of each key head."""
-  a = a.reshape(a.shape[0], groups, -1, *a.shape[2:])
-  return {"mean": jnp.mean, "max": jnp.max, "sum": jnp.sum}[how](a, 2)
+    return worth, cache, both.pos.shape[-1]
 
 
 def newest(positions: Int[Array, "B T"], keys: Keys) -> Int[Array, "B 1 1"]:

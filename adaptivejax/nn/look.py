@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.attention import Keys, attend
@@ -74,7 +75,7 @@ class Look(nnx.Module):
     return slots
 
   def memory(
-    self, batch: int, heads: int, slots: int, width: int, dtype: jnp.dtype
+    self, batch: int, heads: int, slots: int, width: int, dtype: DTypeLike
   ) -> Any:
     """What one layer remembers before it has seen anything, or None.
 
@@ -91,7 +92,7 @@ class Look(nnx.Module):
     heads: int,
     slots: int,
     width: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
   ) -> KVCache:
     """A cache in which such looks can keep texts of `slots` tokens (static)."""
     slots = self.slots(slots)

@@ -37,7 +37,8 @@ def presses():
   """The two classes, without the rest of kvpress and what that imports."""
   spec = importlib.util.find_spec("kvpress")
   root = Path(spec.submodule_search_locations[0])
-  for name, path in {"kvpress": root, "kvpress.presses": root / "presses"}.items():
+  for name in ("kvpress", "kvpress.presses"):
+    path = root.joinpath(*name.split(".")[1:])
     package = types.ModuleType(name)
     package.__path__ = [str(path)]
     sys.modules[name] = package

@@ -15,6 +15,7 @@ from tests.laws.case import (
 )
 from tests.laws.exits import EXITS
 from tests.laws.experts import EXPERTS
+from tests.laws.kv import KV
 from tests.laws.layers import LAYERS
 from tests.laws.models import MODELS
 from tests.laws.parallel import PARALLEL
@@ -30,6 +31,7 @@ CASES = [
   *MODELS,
   *EXITS,
   *POLICIES,
+  *KV,
 ]
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
   "CASES",
   "EXITS",
   "EXPERTS",
+  "KV",
   "LAWS",
   "LAYERS",
   "MODELS",

@@ -22,11 +22,11 @@ Axes: B batch, T tokens, N keys, H query heads, G key heads.
 import jax.numpy as jnp
 
 from adaptivejax.core.attention import Keys, attend_with_mass
+from adaptivejax.core.attention_mass import group_reduce
 from adaptivejax.nn.evicting import (
   Evicting,
   GroupReduce,
   Worth,
-  group_reduce,
   newest,
   refuse_group_reduce,
 )

@@ -12,7 +12,7 @@ where pooling over neighbours keeps details together.  Once the prompt is read,
 each key head keeps the window and the best others, `capacity` in all; the keys
 of generated tokens are added to them.
 
-Primitive: `attention_weights` of the window, then `evict` (`nn.Evicting`).
+Primitive: `attention_mass` of the window, then `evict` (`nn.Evicting`).
 Departs: `group_reduce` says how query heads that share keys vote (the published
 code keeps other keys for each query head).  There is room for `extra` generated
 tokens; beyond it the prompt's least key makes way, and then the oldest one.
@@ -26,12 +26,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from adaptivejax.core.attention import Keys, attend, attention_weights
+from adaptivejax.core.attention import Keys, attend
+from adaptivejax.core.attention_mass import attention_mass, group_reduce
+from adaptivejax.core.cost import Cost
 from adaptivejax.nn.evicting import (
   Evicting,
   GroupReduce,
   Worth,
-  group_reduce,
   refuse_group_reduce,
 )
 
@@ -78,27 +79,29 @@ class SnapKV(Evicting):
       new = keys.pos == positions[:, None]
       score = jnp.where(new, 1.0 + keys.pos, score)
       return Worth(out, score, score, jnp.int32(room))
-    voted = self.votes(q, keys, positions)
+    voted, cost = self.votes(q, keys, positions)
     read = (positions >= 0).any(1)
     score = jnp.where(read[:, None, None], voted, score)
     keep = jnp.where(read, self.share_of(self.capacity), room)
-    return Worth(out, score, score, keep)
+    return Worth(out, score, score, keep, cost.spent)
 
-  def votes(self, q, keys: Keys, positions) -> Float[Array, "B G N"]:
+  def votes(
+    self, q, keys: Keys, positions
+  ) -> tuple[Float[Array, "B G N"], Cost]:
     """The score of each key; above 1 in the window, by age."""
     many = min(self.window, positions.shape[1])
     place, at = lax.top_k(positions, many)  # the last ones; -1 if there is none
     asked = jnp.take_along_axis(q, at[..., None, None], axis=1)
-    weights = attention_weights(asked, keys, place)  # [B, H, M, N]
-    there = jnp.maximum((place >= 0).sum(1), 1)[:, None, None]
-    mean = weights.sum(2) / there
+    mass, cost = attention_mass(asked, keys, place)  # [B, H, N]
+    mean = mass / jnp.maximum((place >= 0).sum(1), 1)[:, None, None]
     first = jnp.where(place >= 0, place, jnp.iinfo(place.dtype).max).min(1)
     before = (keys.pos >= 0) & (keys.pos < first[:, None, None])
-    by_head = mean.reshape(*keys.pos.shape[:2], -1, mean.shape[-1])
+    groups = keys.k.shape[1]
+    by_head = mean.reshape(mean.shape[0], groups, -1, mean.shape[-1])
     voted = jnp.where(before[:, :, None], by_head, 0)
     pooled = self._pool(voted, keys.pos[:, :, None]).reshape(mean.shape)
-    score = group_reduce(pooled, keys.pos.shape[1], self.group_reduce)
-    return jnp.where(before, score, 1.0 + keys.pos)
+    score = group_reduce(pooled, groups, self.group_reduce)
+    return jnp.where(before, score, 1.0 + keys.pos), cost
 
   def _pool(self, score: Float[Array, "*X N"], pos: Int[Array, "*Y N"]):
     """Over neighbours in the text, which slots need not be; 0 outside."""
