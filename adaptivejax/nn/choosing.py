@@ -2,7 +2,7 @@
 """Looks that keep all keys, and read few of them for each new token.
 
 A method says by `choose` which units of the cache, tokens or pages, the next
-token looks at.  Several tokens at once, a prompt or drafts, look at all.
+token looks at.  Several tokens at once, such as a prompt, look at all keys.
 
 Axes: B batch, T tokens, S slots, N units, L heads that own a choice (1, or the
 key heads G), H query heads, W head width.
@@ -49,6 +49,7 @@ class Choosing(Look):
     weighs: `learn` is to be told the attention that keys got (static).
   """
 
+  alone = True
   weighs: bool = False
 
   def __init__(self, capacity: int, unit: int = 1, dense_layers: int = 0):
