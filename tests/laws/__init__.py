@@ -22,6 +22,7 @@ from tests.laws.models import MODELS
 from tests.laws.parallel import PARALLEL
 from tests.laws.policies import POLICIES
 from tests.laws.primitives import PRIMITIVES
+from tests.laws.recurrent import RECURRENT
 
 CASES = [
   *PRIMITIVES,
@@ -29,6 +30,7 @@ CASES = [
   *EXPERTS,
   *BLOCKS,
   *PARALLEL,
+  *RECURRENT,
   *MODELS,
   *EXITS,
   *POLICIES,
@@ -49,6 +51,7 @@ __all__ = [
   "PARALLEL",
   "POLICIES",
   "PRIMITIVES",
+  "RECURRENT",
   "Case",
   "close",
   "compiled",

@@ -3,7 +3,15 @@
 
 from adaptivejax.methods.attention.delta import DELTA
 from adaptivejax.methods.attention.kinetics import Kinetics, kinetics_cost
+from adaptivejax.methods.attention.lightning import LightningAttention
 from adaptivejax.methods.attention.quest import Quest
 from adaptivejax.methods.attention.token_select import TokenSelect
 
-__all__ = ["DELTA", "Kinetics", "Quest", "TokenSelect", "kinetics_cost"]
+__all__ = [
+  "DELTA",
+  "Kinetics",
+  "LightningAttention",
+  "Quest",
+  "TokenSelect",
+  "kinetics_cost",
+]
