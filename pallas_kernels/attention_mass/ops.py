@@ -57,16 +57,18 @@ def attention_mass(
     ValueError: shapes do not fit together, or no such reduction.
   """
   _check(q, k, lse, marks, reduce_q, block, block_q, q_weight)
-  stop = lambda tree: jax.tree.map(lax.stop_gradient, tree)
   if q_weight is not None and q_weight.ndim == 2:
     q_weight = q_weight[:, None]
   return xla.forward(
-    *stop((q, k, lse, marks)),
+    lax.stop_gradient(q),
+    lax.stop_gradient(k),
+    lax.stop_gradient(lse),
+    lax.stop_gradient(marks),
     rule,
     reduce=jnp.add if reduce_q == "sum" else jnp.maximum,
     block=block,
     block_q=block_q,
-    q_weight=stop(q_weight),
+    q_weight=lax.stop_gradient(q_weight),
   )
 
 

@@ -43,7 +43,7 @@ class _Keys(NamedTuple):
   segment: jax.Array | None
   bias: jax.Array | None
 
-  def chunk(self, n: jax.Array, size: int) -> "_Keys":
+  def chunk(self, n: jax.Array | int, size: int) -> "_Keys":
     """Keys n * size and so on."""
     take = lambda a: lax.dynamic_slice_in_dim(a, n * size, size, axis=2)
     return jax.tree.map(take, self)
@@ -220,8 +220,6 @@ def _tiles(q, lse, marks, q_weight, rows) -> _Queries:
     pos = jnp.broadcast_to(jnp.arange(queries), (batch, queries))
 
   def cut(a, axis, fill=0):
-    if a is None:
-      return None
     pads = [(0, 0)] * a.ndim
     pads[axis] = (0, count * rows - queries)
     a = jnp.pad(a, pads, constant_values=fill)
@@ -229,9 +227,12 @@ def _tiles(q, lse, marks, q_weight, rows) -> _Queries:
     return jnp.moveaxis(a.reshape(shape), axis, 0)
 
   return _Queries(
-    cut(q, 2), cut(pos, 1, -1), cut(marks.q_segment, 1), cut(lse, 2),
-    cut(q_weight, 2),
-  )  # fmt: skip
+    cut(q, 2),
+    cut(pos, 1, -1),
+    None if marks.q_segment is None else cut(marks.q_segment, 1),
+    None if lse is None else cut(lse, 2),
+    None if q_weight is None else cut(q_weight, 2),
+  )
 
 
 def _keys(k: jax.Array, marks: Marks, padded: int) -> _Keys:
@@ -242,13 +243,13 @@ def _keys(k: jax.Array, marks: Marks, padded: int) -> _Keys:
     pos = jnp.arange(keys)[None, None]
 
   def pad(a, fill=0):
-    if a is None or keys == padded:
-      return a
     pads = [(0, 0), (0, 0), (0, padded - keys)] + [(0, 0)] * (a.ndim - 3)
     return jnp.pad(a, pads, constant_values=fill)
 
-  segment = marks.kv_segment
+  segment, bias = marks.kv_segment, marks.kv_bias
   return _Keys(
-    pad(k), pad(pos, -1), pad(None if segment is None else segment[:, None]),
-    pad(marks.kv_bias),
-  )  # fmt: skip
+    pad(k),
+    pad(pos, -1),
+    None if segment is None else pad(segment[:, None]),
+    None if bias is None else pad(bias),
+  )

@@ -6,7 +6,7 @@ K entries of a list, M pieces, g slots of a piece, S slots of a cache, N pages
 of a pool.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ class Pieces(NamedTuple):
   live: jax.Array
 
 
-def length(k: jax.Array, page_table: jax.Array | None) -> int:
+def length(k: Any, page_table: Any) -> int:
   """Slots of a sequence, S."""
   return k.shape[2] * (1 if page_table is None else page_table.shape[1])
 

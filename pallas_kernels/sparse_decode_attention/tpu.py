@@ -413,7 +413,7 @@ def _kernel(*refs, rule: Rule, plan: _Plan, each: int):
   most, counts, clean, start, *refs = refs
   lead, refs = (refs[0], refs[1:]) if plan.pooled else (None, refs)
   q_ref, marks_ref, *refs = refs
-  scales, refs = (refs[:2], refs[2:]) if plan.quantised else ((), refs)
+  scales, refs = refs[: 2 * plan.quantised], refs[2 * plan.quantised :]
   k_hbm, v_hbm, out_ref, lse_ref, *scores, k_ref, v_ref = refs[:-5]
   sems, state, top_ref, sum_ref, total_ref = refs[-5:]
   core, step = pl.program_id(0), pl.program_id(1)

@@ -11,6 +11,7 @@ import dataclasses
 import math
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.tuned import (
   LANES,
@@ -29,6 +30,7 @@ MOST_HEADS = 8
 MOST_ITEMS = 8
 """Of a step."""
 SUBLANES = 8
+Shaped = jax.Array | jax.ShapeDtypeStruct
 MOST_SCALARS = 200_000
 """32-bit words of the lists that fit the scalar memory of every chip, 1 MiB."""
 
@@ -57,12 +59,12 @@ class Blocks:
 
 
 def blocks(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+  q: Shaped,
+  k: Shaped,
+  v: Shaped,
   units: Units | None,
-  page_table: jax.Array | None,
-  info=None,
+  page_table: Shaped | None,
+  info: pltpu.TpuInfo | None = None,
 ) -> Blocks | None:
   """Blocks for arrays of these shapes; None if transfers would not be whole.
 

@@ -6,6 +6,7 @@ Axes: B batch, L heads that own a list (1, G or H), K entries of a list.
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -30,6 +31,6 @@ class Units:
       a contiguous cache may be cut off.
   """
 
-  index: jax.Array
-  count: jax.Array
+  index: Any  # not `jax.Array`: JAX also puts marks in places of arrays
+  count: Any
   unit: int = 1

@@ -33,6 +33,8 @@ from pallas_kernels.sparse_decode_attention.types import Units
 
 CHUNK_BYTES = 4 << 20
 """Of keys, in f32, that are gathered at a time."""
+LEAST_SLOTS = 16
+"""Of a head, that are gathered at a time."""
 
 
 def forward(
@@ -59,7 +61,7 @@ def forward(
   slots = length(k, page_table)
   whole = units is None
   gathered = max(k.shape[1], 1 if whole else units.index.shape[1])
-  most = max(CHUNK_BYTES // (4 * batch * gathered * width), 16)
+  most = max(CHUNK_BYTES // (4 * batch * gathered * width), LEAST_SLOTS)
   if whole:
     units = everything(k, page_table, most)
 
@@ -70,9 +72,9 @@ def forward(
     got = _attend(
       q, k, v, pieces, each, marks, rule, k_scale, v_scale, slots, gathered
     )
-    if not mass:
-      return got._replace(mass=None)
     of_slot = got.mass
+    if not mass or of_slot is None:
+      return got._replace(mass=None)
     if whole:  # the last piece begins early where it would end too late
       tail = slots - (count - 1) * size
       parts = of_slot[..., : -size or None], of_slot[..., -tail:]
