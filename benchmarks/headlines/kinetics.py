@@ -34,11 +34,10 @@ def measure(quick: bool) -> Headline:
   words = (
     f"by the cost law, {TRIALS} texts of {', '.join(map(str, DENSE))} tokens"
     f" cost {times('cheaper')} times as much densely as with {BUDGET} tokens"
-    f" read, and at the same cost are {times('longer')} times as long if sparse;"
-    f" needles found, {figures['all']:.2f} with all keys,"
+    f" read, and at the same cost are {times('longer')} times as long; needles"
+    f" found, {figures['all']:.2f} with all keys,"
     f" {figures['means_64']:.2f} with 64 and {figures['means_256']:.2f} with 256"
-    f" of {needles.LENGTH} tokens: a mean key hides one token among 16 that are"
-    " unlike it"
+    f" of {needles.LENGTH} tokens: a mean key hides one token among 15 others"
   )
   scales = np.diff([figures[f"cheaper_{length}"] for length in DENSE]) > 0
   kept = figures["means_256"] >= 0.9 * figures["all"]
