@@ -11,6 +11,7 @@ Axes: B batch, T new tokens, S slots, H query heads, D head width, L heads that
 own a choice (1, or the key heads G), N units of the cache.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -34,6 +35,7 @@ def decode_chosen(
   chosen: Bool[Array, "B L N"],
   positions: Int[Array, "B T"],
   *,
+  layer: Int[Array, ""] | int | None = None,
   unit: int = 1,
   capacity: int | None = None,
   mass: bool = False,
@@ -45,9 +47,11 @@ def decode_chosen(
 
   Args:
     q: queries of the new tokens.
-    keys: a layer of the cache.
+    keys: a layer of the cache; with `layer` all of them, [B, layers, ...], of
+      which one is read where it lies: to take it out would be to copy it.
     chosen: which units may be looked at (dynamic).
     positions: of the new tokens, -1 for none.
+    layer: which one (dynamic).
     unit: slots in a unit (static).
     capacity: units of the longest list (static); N if None.
     mass: return the attention that each key got, f32[B, H, S], in rows that
@@ -57,27 +61,30 @@ def decode_chosen(
     `Attended`, its `out` as q; and the cost: `spent` is that of the lists that
     ran, `items` are keys chosen.
   """
-  _check(keys, chosen, unit, capacity)
+  slots = _check(keys, chosen, unit, capacity)
   count = chosen.shape[2]
   rungs = list_capacities(count if capacity is None else capacity, count)
-  shape = *q.shape[:1], q.shape[2], keys.k.shape[2]
+  shape = q.shape[0], q.shape[2], slots
 
   def listed(size):
-    def run(q, keys, chosen, positions):
+    def run(q, keys, chosen, positions, layer):
       units = units_from_mask(chosen, unit, size)
-      attended, cost = sparse_decode(q, keys, units, positions)
+      keys, table = _in_place(keys, layer, unit)
+      attended, cost = sparse_decode(
+        q, keys, units, positions, page_table=table
+      )
       none = jnp.zeros(shape, jnp.float32) if mass else None
       return attended._replace(mass=none), cost
 
     return run
 
-  def whole(q, keys, chosen, positions):
-    only = _marked(keys, chosen, unit)
+  def whole(q, keys, chosen, positions, layer):
+    only = _marked(_taken_out(keys, layer), chosen, unit)
     attended, cost = sparse_decode(q, only, None, positions, mass=mass)
     return _of_everything(attended, chosen), cost
 
   branches = [*map(listed, rungs), whole]
-  operands = q, keys, chosen, positions
+  operands = q, keys, chosen, positions, layer
   axes = varying_axes(operands)
 
   def choose(*operands):
@@ -96,13 +103,14 @@ def decode_chosen_masked(
   chosen: Bool[Array, "B L N"],
   positions: Int[Array, "B T"],
   *,
+  layer: Int[Array, ""] | int | None = None,
   unit: int = 1,
   capacity: int | None = None,
   mass: bool = False,
 ) -> tuple[Attended, Cost]:
   """The dense twin of `decode_chosen`: all pairs, and a mask of the chosen."""
   _check(keys, chosen, unit, capacity)
-  only = _marked(keys, chosen, unit)
+  only = _marked(_taken_out(keys, layer), chosen, unit)
   attended, cost = masked_decode(q, only, None, positions, mass=mass)
   attended = _of_everything(attended, chosen)
   return attended, cost._replace(items=_items(chosen, unit, cost))
@@ -112,6 +120,28 @@ def list_capacities(capacity: int, count: int) -> tuple[int, ...]:
   """Of the lists that are compiled for a cache of `count` units (static)."""
   rungs = {-(-capacity // part) for part in (4, 2, 1)}
   return tuple(sorted(rung for rung in rungs if rung < count))
+
+
+def _taken_out(keys: Keys, layer) -> Keys:
+  if layer is None:
+    return keys
+  pick = lambda a: lax.dynamic_index_in_dim(a, layer, 1, keepdims=False)
+  return jax.tree.map(pick, keys)
+
+
+def _in_place(keys: Keys, layer, unit):
+  """A layer as a pool, each of whose pages is a row of a layer, and its table.
+
+  Where units are not whole parts of these, the layer is taken out.
+  """
+  one = _taken_out(keys, layer)  # costs nothing where it is not used
+  if layer is None or keys.k.shape[3] % unit:
+    return one, None
+  batch, layers = keys.k.shape[:2]
+  rows = lambda a: a.reshape(batch * layers, *a.shape[2:])
+  table = jnp.arange(batch, dtype=jnp.int32) * layers + layer
+  pool = Keys(rows(keys.k), rows(keys.v), one.pos)
+  return pool, table[:, None]
 
 
 def _marked(keys: Keys, chosen, unit) -> Keys:
@@ -133,8 +163,9 @@ def _items(chosen, unit, cost: Cost):
   return jnp.minimum(asked, cost.capacity)
 
 
-def _check(keys: Keys, chosen, unit, capacity):
-  groups, slots = keys.k.shape[1:3]
+def _check(keys: Keys, chosen, unit, capacity) -> int:
+  """Slots of the cache."""
+  groups, slots = keys.k.shape[-3:-1]
   if unit < 1 or (capacity is not None and capacity < 1):
     raise ValueError(f"{unit=} and {capacity=} must be at least 1.")
   units = -(-slots // unit)
@@ -144,3 +175,4 @@ def _check(keys: Keys, chosen, unit, capacity):
       f" {unit} slots to look at; got {chosen.shape}. Join choices of query"
       " heads that share keys by `group_reduce` of their scores."
     )
+  return slots
