@@ -21,6 +21,7 @@ from tests.laws import (
   ATTENTION,
   BLOCKS,
   CASES,
+  DECODING_ATTENTION,
   EXITS,
   EXPERTS,
   KV,
@@ -271,7 +272,7 @@ def test_the_cost_is_that_of_the_decision(case):
     EXITS,
     POLICIES,
     KV,
-    ATTENTION,
+    [*ATTENTION, *DECODING_ATTENTION],
   ],
   ids=[
     "primitives",

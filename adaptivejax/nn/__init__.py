@@ -56,6 +56,8 @@ from adaptivejax.nn.stack import (
 from adaptivejax.nn.zero_computation import ZeroComputationExperts
 
 __all__ = [
+  "Choice",
+  "Choosing",
   "Attention",
   "Block",
   "ByStack",

@@ -14,6 +14,7 @@ from tests.laws.case import (
   loss,
   parameters,
 )
+from tests.laws.decoding_attention import DECODING_ATTENTION
 from tests.laws.exits import EXITS
 from tests.laws.experts import EXPERTS
 from tests.laws.kv import KV
@@ -33,16 +34,19 @@ CASES = [
   *RECURRENT,
   *KV,
   *ATTENTION,
+  *DECODING_ATTENTION,
   *MODELS,
   *EXITS,
   *POLICIES,
 ]
+
 
 __all__ = [
   "ATTENTION",
   "BLOCKS",
   "CASES",
   "Case",
+  "DECODING_ATTENTION",
   "EXITS",
   "EXPERTS",
   "KV",
