@@ -149,13 +149,15 @@ def hidden(model, tokens, live=None, seen=None, level=None, pairs=None):
     seen: bool[L, B, T], tokens that have a key there (the live ones).
     level: i32[L, B, T], learners that a token uses there (all); 0 skips the
       feed-forward half.
-    pairs: bool[T, T], queries and keys that may see one another (all).
+    pairs: bool[T, T], or [L, T, T]: queries and keys that may see one another
+      (all).
   """
   x = model.embedding.get_value()[tokens]
   states = []
   for i, module in enumerate(layers_of(model)):
     at = lambda a, i=i: None if a is None else a[i]
-    x = layer(module, x, at(live), at(seen), at(level), pairs)
+    here = pairs if pairs is None or pairs.ndim == 2 else pairs[i]
+    x = layer(module, x, at(live), at(seen), at(level), here)
     states.append(x)
   return states
 

@@ -20,6 +20,7 @@ from adaptivejax.linen import ToLinen, variables_of
 from tests.laws import (
   BLOCKS,
   CASES,
+  DECODING_ATTENTION,
   EXITS,
   EXPERTS,
   KV,
@@ -269,7 +270,7 @@ def test_the_cost_is_that_of_the_decision(case):
     MODELS,
     EXITS,
     POLICIES,
-    KV,
+    [*KV, *DECODING_ATTENTION],
   ],
   ids=["primitives", "layers", "experts", "models", "exits", "policies", "kv"],
 )

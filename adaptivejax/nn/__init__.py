@@ -53,6 +53,8 @@ __all__ = [
   "Attention",
   "Block",
   "ByStack",
+  "Choice",
+  "Choosing",
   "Coded",
   "Evicting",
   "ExpertSharding",

@@ -59,6 +59,8 @@ class Look(nnx.Module):
     coded: keys and values are stored in 8 bits, with a scale.
     evicts: keys are given up for new ones.  Such a look writes the cache
       itself, in `step`, and takes no token back: drafts refuse it.
+    alone: a token that comes alone is looked after otherwise than among others,
+      so drafts, which are checked together, refuse it.
   """
 
   rotated: bool = True
@@ -66,6 +68,7 @@ class Look(nnx.Module):
   merges: bool = False
   coded: bool = False
   evicts: bool = False
+  alone: bool = False
 
   def slots(self, slots: int) -> int:
     """Cache slots it needs where a text of `slots` tokens is to fit.

@@ -63,13 +63,19 @@ def empty_cache_of(module: nnx.Module, *shape: Any) -> KVCache:
 
 
 def refuse_drafts(module: nnx.Module, who: str) -> None:
-  """Raises ValueError if a look cannot take back what it read."""
+  """Raises ValueError if a look would make of drafts another text."""
   for look in looks_of(module):
     if look.evicts:
       raise ValueError(
         f"{who} needs drafts taken back, but {type(look).__name__} gives keys"
         " up for each new one: decode without drafts, or with a look that keeps"
         " all keys."
+      )
+    if look.alone:
+      raise ValueError(
+        f"{who} checks several tokens at once; {type(look).__name__} chooses"
+        " keys only for one that comes alone: what is said would depend on the"
+        " drafts. Decode without drafts, or with a look at all keys."
       )
 
 

@@ -13,6 +13,7 @@ from tests.laws.case import (
   loss,
   parameters,
 )
+from tests.laws.decoding_attention import DECODING_ATTENTION
 from tests.laws.exits import EXITS
 from tests.laws.experts import EXPERTS
 from tests.laws.kv import KV
@@ -34,11 +35,13 @@ CASES = [
   *EXITS,
   *POLICIES,
   *KV,
+  *DECODING_ATTENTION,
 ]
 
 __all__ = [
   "BLOCKS",
   "CASES",
+  "DECODING_ATTENTION",
   "EXITS",
   "EXPERTS",
   "KV",

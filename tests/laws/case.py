@@ -22,7 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adaptivejax.core import buckets, depth, experts, plans, sparse_attention
+from adaptivejax.core import (
+  buckets,
+  chosen_decode,
+  depth,
+  experts,
+  plans,
+  sparse_attention,
+)
 from adaptivejax.models import DecoderConfig
 from adaptivejax.nn import Setting, adjust
 
@@ -149,6 +156,10 @@ EXECUTORS = {
   "depth_loop": (depth.depth_loop, depth.depth_scan),
   "only_after": (depth.only_after, _asked_always),
   "run_if": (plans.run_if, plans.run_anyway),
+  "decode_chosen": (
+    chosen_decode.decode_chosen,
+    chosen_decode.decode_chosen_masked,
+  ),
 }
 
 

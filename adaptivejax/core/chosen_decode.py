@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a new token over a choice of tokens or pages, of any number.
+
+Lists have a static capacity and choices have not.  So there are lists of a few
+capacities, of which the shortest that fits runs; a choice too long for all, or
+of everything, reads the cache in place:
+
+    work = min {C in capacity / 4, capacity / 2, capacity, all : C >= count}
+
+Axes: B batch, T new tokens, S slots, H query heads, D head width, L heads that
+own a choice (1, or the key heads G), N units of the cache.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from adaptivejax.core.attention import Keys
+from adaptivejax.core.attention_mass import of_heads
+from adaptivejax.core.batching import looped
+from adaptivejax.core.cost import Cost
+from adaptivejax.core.sparse_decode import (
+  masked_decode,
+  sparse_decode,
+  units_from_mask,
+)
+from adaptivejax.core.varying import vary, varying_axes
+from pallas_kernels.block_sparse_attention.types import Attended
+
+
+def decode_chosen(
+  q: Float[Array, "B T H D"],
+  keys: Keys,
+  chosen: Bool[Array, "B L N"],
+  positions: Int[Array, "B T"],
+  *,
+  unit: int = 1,
+  capacity: int | None = None,
+  mass: bool = False,
+) -> tuple[Attended, Cost]:
+  """Softmax attention of up to 16 new tokens over the chosen keys they see.
+
+  Exact for every choice.  What one row needs, all rows of the batch run; under
+  `vmap` examples go one by one.
+
+  Args:
+    q: queries of the new tokens.
+    keys: a layer of the cache.
+    chosen: which units may be looked at (dynamic).
+    positions: of the new tokens, -1 for none.
+    unit: slots in a unit (static).
+    capacity: units of the longest list (static); N if None.
+    mass: return the attention that each key got, f32[B, H, S], in rows that
+      choose everything; 0 in others.
+
+  Returns:
+    `Attended`, its `out` as q; and the cost: `spent` is that of the lists that
+    ran, `items` are keys chosen.
+  """
+  _check(keys, chosen, unit, capacity)
+  count = chosen.shape[2]
+  rungs = list_capacities(count if capacity is None else capacity, count)
+  shape = *q.shape[:1], q.shape[2], keys.k.shape[2]
+
+  def listed(size):
+    def run(q, keys, chosen, positions):
+      units = units_from_mask(chosen, unit, size)
+      attended, cost = sparse_decode(q, keys, units, positions)
+      none = jnp.zeros(shape, jnp.float32) if mass else None
+      return attended._replace(mass=none), cost
+
+    return run
+
+  def whole(q, keys, chosen, positions):
+    only = _marked(keys, chosen, unit)
+    attended, cost = sparse_decode(q, only, None, positions, mass=mass)
+    return _of_everything(attended, chosen), cost
+
+  branches = [*map(listed, rungs), whole]
+  operands = q, keys, chosen, positions
+  axes = varying_axes(operands)
+
+  def choose(*operands):
+    need = operands[2].sum(-1, dtype=jnp.int32).max()
+    over = (need > jnp.asarray(rungs, jnp.int32)).sum()
+    same = [lambda *a, f=f: vary(f(*a), axes) for f in branches]
+    return lax.switch(over, same, *operands)
+
+  attended, cost = looped(choose)(*vary(operands, axes))
+  return attended, cost._replace(items=_items(chosen, unit, cost))
+
+
+def decode_chosen_masked(
+  q: Float[Array, "B T H D"],
+  keys: Keys,
+  chosen: Bool[Array, "B L N"],
+  positions: Int[Array, "B T"],
+  *,
+  unit: int = 1,
+  capacity: int | None = None,
+  mass: bool = False,
+) -> tuple[Attended, Cost]:
+  """The dense twin of `decode_chosen`: all pairs, and a mask of the chosen."""
+  _check(keys, chosen, unit, capacity)
+  only = _marked(keys, chosen, unit)
+  attended, cost = masked_decode(q, only, None, positions, mass=mass)
+  attended = _of_everything(attended, chosen)
+  return attended, cost._replace(items=_items(chosen, unit, cost))
+
+
+def list_capacities(capacity: int, count: int) -> tuple[int, ...]:
+  """Of the lists that are compiled for a cache of `count` units (static)."""
+  rungs = {-(-capacity // part) for part in (4, 2, 1)}
+  return tuple(sorted(rung for rung in rungs if rung < count))
+
+
+def _marked(keys: Keys, chosen, unit) -> Keys:
+  """With position -1 where a key is not chosen."""
+  pos = of_heads(keys.pos)
+  mask = jnp.repeat(chosen, unit, axis=2)[..., : pos.shape[2]]
+  return keys._replace(pos=jnp.where(mask, pos, -1))
+
+
+def _of_everything(attended: Attended, chosen) -> Attended:
+  if attended.mass is None:
+    return attended
+  everything = chosen.all((1, 2))[:, None, None]
+  return attended._replace(mass=jnp.where(everything, attended.mass, 0))
+
+
+def _items(chosen, unit, cost: Cost):
+  asked = chosen.sum(dtype=jnp.float32) * unit
+  return jnp.minimum(asked, cost.capacity)
+
+
+def _check(keys: Keys, chosen, unit, capacity):
+  groups, slots = keys.k.shape[1:3]
+  if unit < 1 or (capacity is not None and capacity < 1):
+    raise ValueError(f"{unit=} and {capacity=} must be at least 1.")
+  units = -(-slots // unit)
+  if chosen.shape[1] not in (1, groups) or chosen.shape[2] != units:
+    raise ValueError(
+      f"`chosen` must say for 1 or {groups} key heads which of {units} units of"
+      f" {unit} slots to look at; got {chosen.shape}. Join choices of query"
+      " heads that share keys by `group_reduce` of their scores."
+    )
