@@ -20,6 +20,7 @@ from adaptivejax.linen import ToLinen, variables_of
 from tests.laws import (
   BLOCKS,
   CASES,
+  CONTEXTS,
   DECODING_ATTENTION,
   EXITS,
   EXPERTS,
@@ -270,7 +271,7 @@ def test_the_cost_is_that_of_the_decision(case):
     MODELS,
     EXITS,
     POLICIES,
-    [*KV, *DECODING_ATTENTION],
+    [*KV, *DECODING_ATTENTION, *CONTEXTS],
   ],
   ids=["primitives", "layers", "experts", "models", "exits", "policies", "kv"],
 )

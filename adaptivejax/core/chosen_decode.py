@@ -67,10 +67,11 @@ def decode_chosen(
   def listed(size):
     def run(q, keys, chosen, positions):
       units = units_from_mask(chosen, unit, size)
-      by_key = mass and unit == 1
-      attended, cost = sparse_decode(q, keys, units, positions, mass=by_key)
+      attended, cost = sparse_decode(
+        q, keys, units, positions, mass=mass and unit == 1
+      )
       got = jnp.zeros(shape, jnp.float32) if mass else None
-      if by_key:
+      if attended.mass is not None:
         got = _by_key(attended.mass, units, got)
       return attended._replace(mass=got), cost
 

@@ -13,6 +13,7 @@ from tests.laws.case import (
   loss,
   parameters,
 )
+from tests.laws.contexts import CONTEXTS
 from tests.laws.decoding_attention import DECODING_ATTENTION
 from tests.laws.exits import EXITS
 from tests.laws.experts import EXPERTS
@@ -36,11 +37,13 @@ CASES = [
   *POLICIES,
   *KV,
   *DECODING_ATTENTION,
+  *CONTEXTS,
 ]
 
 __all__ = [
   "BLOCKS",
   "CASES",
+  "CONTEXTS",
   "DECODING_ATTENTION",
   "EXITS",
   "EXPERTS",

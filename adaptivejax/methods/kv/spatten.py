@@ -88,7 +88,7 @@ class SpAtten(Look):
 
 def _attend(
   q, keys: Keys, positions, chosen: Bool[Array, "B G S"], live
-) -> tuple[Array, Float[Array, "B H S"], Cost]:
+) -> tuple[Array, Float[Array, "B H S"] | None, Cost]:
   """What queries find among the chosen keys, and what these got."""
   cost = look_cost(q, keys.k.shape[2], live)
   if q.shape[1] == 1:
