@@ -32,6 +32,7 @@ import numpy as np
 from benchmarks import tpu_schedule as schedule
 from benchmarks.harness import Options, Row, main
 from benchmarks.tpu_schedule import CHIPS
+from benchmarks.tpu_simulator import simulate
 from pallas_kernels.block_sparse_attention.types import CAUSAL, UNMARKED
 from pallas_kernels.sparse_decode_attention import Units, tpu, tuned
 from pallas_kernels.sparse_decode_attention.specs import SERVING
@@ -77,7 +78,7 @@ def decode_rows(chip_name: str, kind: str) -> Iterator[Row]:
   (program,) = schedule.compile_for(chip, f, q, k, k, units, scale)
   cut = tuned.blocks(q, k, k, units, None, chip.info)
   assert cut is not None
-  run = schedule.simulate(program, scalars(cut, listed // cut.piece, lists))
+  run = simulate(program, scalars(cut, listed // cut.piece, lists))
   if run.unknown:
     raise RuntimeError(f"{run.unknown} branches or waits are not understood")
   nbytes = s.bytes(listed, jnp.dtype(dtype).itemsize)

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from benchmarks import tpu_schedule as schedule
 from benchmarks.harness import Options, Row, main
 from benchmarks.tpu_schedule import CHIPS, Chip
+from benchmarks.tpu_simulator import simulate
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.linear_attention.specs import LONG
 
@@ -67,7 +68,7 @@ def cycles(chip: Chip, f: Callable[..., Any], *args: Any) -> tuple[float, int]:
   """Of all programs that multiply, together, and what they spill."""
   total, spills = 0.0, 0
   for program in schedule.compile_for(chip, f, *args):
-    run = schedule.simulate(program)
+    run = simulate(program)
     if run.unknown:
       raise RuntimeError(f"{run.unknown} branches or waits are not understood")
     total, spills = total + run.cycles, spills + run.spills

@@ -18,6 +18,7 @@ import pytest
 from adaptivejax.core import covers
 from adaptivejax.linen import ToLinen, variables_of
 from tests.laws import (
+  ATTENTION,
   BLOCKS,
   CASES,
   CONTEXTS,
@@ -272,8 +273,18 @@ def test_the_cost_is_that_of_the_decision(case):
     EXITS,
     POLICIES,
     [*KV, *DECODING_ATTENTION, *CONTEXTS],
+    ATTENTION,
   ],
-  ids=["primitives", "layers", "experts", "models", "exits", "policies", "kv"],
+  ids=[
+    "primitives",
+    "layers",
+    "experts",
+    "models",
+    "exits",
+    "policies",
+    "kv",
+    "attention",
+  ],
 )
 def test_eight_devices_agree_with_one(cases):
   """In a process of its own: a mistake here is a deadlock."""

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Primitives: pure functions of arrays; the one home of control flow."""
 
-from adaptivejax.core.attention import Keys, attend, attend_with_mass, rotary
+from adaptivejax.core.attention import (
+  Keys,
+  attend,
+  attend_with_mass,
+  attention_weights,
+  rotary,
+)
 from adaptivejax.core.attention_mass import attention_mass, group_reduce
 from adaptivejax.core.block_lists import (
   causal_blocks,
@@ -16,6 +22,16 @@ from adaptivejax.core.block_lists import (
   sink_blocks,
   visible_blocks,
   window_blocks,
+)
+from adaptivejax.core.block_scores import (
+  antidiagonal_mass,
+  end_blocks,
+  fewest_of_mass,
+  jensen_shannon,
+  last_queries,
+  line_mass,
+  pooled_scores,
+  slash_blocks,
 )
 from adaptivejax.core.buckets import bucketed, masked
 from adaptivejax.core.budget import (
@@ -38,6 +54,7 @@ from adaptivejax.core.cache import (
   write,
 )
 from adaptivejax.core.clusters import balanced_clusters
+from adaptivejax.core.column_attention import attend_columns, coverage
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.covers import (
   Cover,
@@ -157,12 +174,15 @@ __all__ = [
   "Verified",
   "accuracy",
   "ancestors",
+  "antidiagonal_mass",
   "append",
-  "attend_linear",
   "attend",
   "attend_blocks",
+  "attend_columns",
+  "attend_linear",
   "attend_with_mass",
   "attention_mass",
+  "attention_weights",
   "balanced_clusters",
   "best",
   "binary_cross_entropy",
@@ -177,6 +197,7 @@ __all__ = [
   "commit_path",
   "compact",
   "compacted_positions",
+  "coverage",
   "crop",
   "cross_entropy",
   "default_cover",
@@ -188,6 +209,7 @@ __all__ = [
   "dispatch",
   "dispatch_mask",
   "draft_verify",
+  "end_blocks",
   "entropy",
   "evict",
   "exchange_cover",
@@ -200,6 +222,7 @@ __all__ = [
   "expert_apply_parallel",
   "expert_choice",
   "expert_cover",
+  "fewest_of_mass",
   "flops",
   "freeze",
   "full_lists",
@@ -209,12 +232,15 @@ __all__ = [
   "gumbel_softmax",
   "hoeffding",
   "hoeffding_bentkus",
+  "jensen_shannon",
   "kv_propagate",
   "ladder",
+  "last_queries",
   "learn_then_test",
   "leave_empty",
-  "linear_attention_sharded",
   "level_apply",
+  "line_mass",
+  "linear_attention_sharded",
   "lists_from_function",
   "lists_from_mask",
   "lists_from_rows",
@@ -234,6 +260,7 @@ __all__ = [
   "only_after",
   "patience",
   "ponder",
+  "pooled_scores",
   "prefix_slice",
   "quantise",
   "replace_victim",
@@ -246,6 +273,7 @@ __all__ = [
   "share_from",
   "shared_by_group",
   "sink_blocks",
+  "slash_blocks",
   "solve_depth_threshold",
   "solve_exit_thresholds",
   "solve_setting",

@@ -106,6 +106,14 @@ def attend_with_mass(
   return out[:, :tokens], mass.sum(0)
 
 
+def attention_weights(
+  q: Float[Array, "B T H D"], keys: Keys, positions: Int[Array, "B T"]
+) -> Float[Array, "B H T S"]:
+  """The softmax of `attend`; 0 for what a query does not see."""
+  weights, *_ = _weigh(q, keys, positions)
+  return weights.reshape(weights.shape[0], -1, *weights.shape[3:])
+
+
 def _mix(weights, v, broken):
   """[B, T, H, E] of the values."""
   out = jnp.einsum("bgrts,bgsd->btgrd", weights.astype(v.dtype), v)

@@ -60,7 +60,7 @@ def attention_mass(
     jnp.moveaxis(q, 2, 1),
     keys.k,
     lse=lse,
-    marks=marks._replace(q_pos=positions, kv_pos=of_heads(keys.pos)),
+    marks=marks._replace(q_pos=positions, kv_pos=keys.pos),
     rule=rule,
     reduce_q=reduce_q,
     block=block,
@@ -70,11 +70,6 @@ def attention_mass(
   batch, queries, heads, width = q.shape
   pairs = batch * heads * queries * keys.k.shape[2]
   return mass, Cost.dense(2.0 * pairs * width, batch * queries)
-
-
-def of_heads(pos: Int[Array, "B ... S"]) -> Int[Array, "B P S"]:
-  """Positions with an axis of heads, which is 1 if all have the same."""
-  return pos if pos.ndim == 3 else pos[:, None]
 
 
 def group_reduce(

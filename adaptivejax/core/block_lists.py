@@ -226,14 +226,28 @@ def visible_blocks(
     q_pos, kv_pos: positions (dynamic); -1 for none.
     block_q, block_kv, causal, window: static; as in `attend_blocks`.
   """
-  first_q, last_q = _extremes(q_pos[:, None], block_q)
-  first_k, last_k = _extremes(kv_pos, block_kv)
+  first_q, last_q = block_extremes(q_pos[:, None], block_q)
+  first_k, last_k = block_extremes(kv_pos, block_kv)
   seen = (last_q >= 0)[..., None] & (last_k >= 0)[:, :, None]
   if causal:
     seen &= first_k[:, :, None] <= last_q[..., None]
   if window is not None:
     seen &= last_k[:, :, None] > first_q[..., None] - window
   return seen
+
+
+def block_extremes(
+  pos: Int[Array, "B X N"], block: int
+) -> tuple[Int[Array, "B X M"], Int[Array, "B X M"]]:
+  """Least and greatest position of each block of `block` (static) tokens.
+
+  Where a block holds none, the least is past all others, the greatest -1.
+  """
+  none = jnp.iinfo(jnp.int32).max // 2
+  pad = [(0, 0)] * (pos.ndim - 1) + [(0, -pos.shape[-1] % block)]
+  pos = jnp.pad(pos, pad, constant_values=-1)
+  pos = pos.reshape(*pos.shape[:-1], -1, block)
+  return jnp.where(pos >= 0, pos, none).min(-1), pos.max(-1)
 
 
 def causal_blocks(
@@ -341,15 +355,6 @@ def _tiled(mask, block_q):
   pad[2] = (0, -mask.shape[2] % block_q)
   mask = jnp.pad(mask, pad)
   return mask.reshape(*mask.shape[:2], -1, block_q, mask.shape[-1])
-
-
-def _extremes(pos, block):
-  """Least and greatest position of each block; none is past all, and -1."""
-  none = jnp.iinfo(jnp.int32).max // 2
-  pad = [(0, 0)] * (pos.ndim - 1) + [(0, -pos.shape[-1] % block)]
-  pos = jnp.pad(pos, pad, constant_values=-1)
-  pos = pos.reshape(*pos.shape[:-1], -1, block)
-  return jnp.where(pos >= 0, pos, none).min(-1), pos.max(-1)
 
 
 def _positions(queries, keys, block_q, block_kv, start):

@@ -124,9 +124,8 @@ def _arguments(
   q, keys, positions, window, segments, bias, sinks, softcap, scale, causal
 ):
   """Head-major arrays, marks and rule."""
-  pos = keys.pos if keys.pos.ndim == 3 else keys.pos[:, None]
   of_query, of_key = segments if segments is not None else (None, None)
-  marks = Marks(positions, pos, of_query, of_key, bias, sinks)
+  marks = Marks(positions, keys.pos, of_query, of_key, bias, sinks)
   rule = Rule(causal=causal, window=window, scale=scale, softcap=softcap)
   return (jnp.swapaxes(q, 1, 2), keys.k, keys.v), marks, rule
 

@@ -10,7 +10,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.attention import Keys
-from adaptivejax.core.attention_mass import of_heads
 from adaptivejax.core.cost import Cost
 from pallas_kernels.block_sparse_attention.types import (
   CAUSAL,
@@ -115,7 +114,7 @@ def masked_decode(
 
 
 def _attend(f, q, keys, units, positions, rule, marks, **more) -> Attended:
-  marks = marks._replace(q_pos=positions, kv_pos=of_heads(keys.pos))
+  marks = marks._replace(q_pos=positions, kv_pos=keys.pos)
   heads_first = jnp.moveaxis(q, 2, 1)
   attended = f(heads_first, keys.k, keys.v, units, marks, rule, **more)
   return attended._replace(out=jnp.moveaxis(attended.out, 1, 2))
@@ -123,7 +122,7 @@ def _attend(f, q, keys, units, positions, rule, marks, **more) -> Attended:
 
 def _cost(q, keys, units, page_table) -> Cost:
   batch, queries, heads, _ = q.shape
-  slots = of_heads(keys.pos).shape[2]
+  slots = keys.pos.shape[2]
   of_key = 2.0 * queries * heads * (keys.k.shape[3] + keys.v.shape[3])
   full = of_key * batch * slots
   if units is None:

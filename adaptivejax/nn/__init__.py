@@ -38,6 +38,12 @@ from adaptivejax.nn.recurrent import Recurrent
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.routing import Routing
 from adaptivejax.nn.setting import Frozen, Setting, adjust, frozen
+from adaptivejax.nn.sparse_prefill import (
+  Chosen,
+  SparsePrefill,
+  Watch,
+  coverage_of,
+)
 from adaptivejax.nn.spread import expert_specs, fastest_program, shard_experts
 from adaptivejax.nn.stack import (
   FULL,
@@ -55,6 +61,7 @@ __all__ = [
   "ByStack",
   "Choice",
   "Choosing",
+  "Chosen",
   "Coded",
   "Evicting",
   "ExpertSharding",
@@ -70,14 +77,16 @@ __all__ = [
   "MixtureOfExperts",
   "Mlp",
   "Policy",
-  "Recurrent",
   "RMSNorm",
+  "Recurrent",
   "Router",
   "Routing",
   "STATE",
   "Setting",
+  "SparsePrefill",
   "StackOutput",
   "Step",
+  "Watch",
   "Worth",
   "ZeroComputationExperts",
   "adjust",
@@ -86,6 +95,7 @@ __all__ = [
   "apply_masked_experts",
   "by_plan",
   "cluster_neurons",
+  "coverage_of",
   "early_exit",
   "empty_cache_of",
   "every_layer",

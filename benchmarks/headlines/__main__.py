@@ -27,7 +27,15 @@ from benchmarks.headlines import Headline
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"
-SHARED = {"__init__", "__main__", "beds", "classifiers", "mixtures", "routed"}
+SHARED = {
+  "__init__",
+  "__main__",
+  "beds",
+  "classifiers",
+  "mixtures",
+  "prefill",
+  "routed",
+}
 MARKS = {True: "[green]✓", False: "[red]✗", None: "-"}
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from pallas_kernels.block_sparse_attention import xla
+from pallas_kernels.block_sparse_attention import tpu, tpu_backward, xla
 from pallas_kernels.block_sparse_attention.types import (
   CAUSAL,
   UNMARKED,
@@ -100,7 +100,11 @@ def _forward(rule, mass, q, k, v, lists, marks):
   """NaN moves from values to keys, where only those who see it meet it."""
   bad = _bad(k, v)
   k, v = jnp.where(bad, jnp.nan, k), jnp.where(bad, 0, v)
-  return xla.forward(q, k, v, lists, marks, rule, mass)
+  return _run(
+    functools.partial(tpu.forward, rule=rule, mass=mass),
+    functools.partial(xla.forward, rule=rule, mass=mass),
+    *(q, k, v, lists, marks),
+  )
 
 
 def _backward(rule, q, k, v, lists, marks, out, lse, dout, dlse):
@@ -114,7 +118,27 @@ def _backward(rule, q, k, v, lists, marks, out, lse, dout, dlse):
   if marks.kv_bias is not None:
     bias = marks.kv_bias
     marks = marks._replace(kv_bias=jnp.where(jnp.isnan(bias), 0, bias))
-  return xla.backward(q, k, v, lists, marks, rule, out, lse, dout, dlse)
+
+  def on_tpu(q, k, v, lists, marks, *found):
+    operands = q, k, v, lists, marks, rule, *found
+    return tpu_backward.backward(*operands)[:4]
+
+  def default(q, k, v, lists, marks, *found):
+    operands = q, k, v, lists, marks, rule, *found
+    return xla.backward(*operands)
+
+  return _run(on_tpu, default, q, k, v, lists, marks, out, lse, dout, dlse)
+
+
+def _run(on_tpu, default, *operands):
+  """The kernel on a TPU, where it takes these arrays; XLA elsewhere.
+
+  In `shard_map` the kernel does not say over which axes its results vary.
+  """
+  sharded = any(_axes(a) for a in jax.tree.leaves(operands))
+  if sharded or tpu.unfit(*operands[:5]):
+    return default(*operands)
+  return lax.platform_dependent(*operands, tpu=on_tpu, default=default)
 
 
 def _bad(k, v):
@@ -175,18 +199,19 @@ def _vary(tree: Any) -> Any:
 
   So the sums over devices, where an array was the same on all, come outside.
   """
-
-  def axes(a):
-    manual = getattr(jax.typeof(a), "manual_axis_type", None)
-    return frozenset(getattr(manual, "varying", None) or ())
-
-  union = frozenset().union(*map(axes, jax.tree.leaves(tree)))
+  union = frozenset().union(*map(_axes, jax.tree.leaves(tree)))
 
   def mark(a):
-    missing = tuple(sorted(union - axes(a)))
+    missing = tuple(sorted(union - _axes(a)))
     return lax.pcast(a, missing, to="varying") if missing else a
 
   return jax.tree.map(mark, tree) if union else tree
+
+
+def _axes(a: jax.Array) -> frozenset[str]:
+  """The mesh axes over which an array differs, inside `shard_map`."""
+  manual = getattr(jax.typeof(a), "manual_axis_type", None)
+  return frozenset(getattr(manual, "varying", None) or ())
 
 
 def _check(q, k, v, lists, marks, rule):

@@ -21,7 +21,9 @@ def given(seed=0):
   make = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   pos = np.stack([rng.permutation(S) for _ in range(B)])
   pos = np.where(rng.random((B, S)) < 0.2, -1, pos)
-  keys = core.Keys(make(B, G, S, D), make(B, G, S, D), jnp.asarray(pos))
+  keys = core.Keys(
+    make(B, G, S, D), make(B, G, S, D), jnp.asarray(pos)[:, None]
+  )
   at = np.stack([rng.permutation(S)[:T] for _ in range(B)])
   return make(B, T, H, D), keys, jnp.asarray(at)
 
@@ -58,7 +60,7 @@ def test_the_twin_agrees_in_all():
     jnp.asarray(rng.integers(0, 2, (B, T))),
     jnp.asarray(rng.integers(0, 2, (B, S))),
   )
-  keys = keys._replace(pos=jnp.stack([keys.pos, keys.pos[:, ::-1]], 1))
+  keys = keys._replace(pos=jnp.concatenate([keys.pos, keys.pos[..., ::-1]], 1))
   more = {
     "window": 20,
     "segments": segments,

@@ -24,7 +24,7 @@ def layer():
   keys = jax.random.split(jax.random.key(0), 4)
   normal = lambda key, *shape: jax.random.normal(key, shape)
   pos = jnp.stack([jax.random.permutation(keys[3], S), jnp.arange(S)]) - 2
-  pos = jnp.maximum(pos, -1)
+  pos = jnp.maximum(pos, -1)[:, None]
   return normal(keys[0], B, T, H, D), Keys(
     normal(keys[1], B, G, S, D), normal(keys[2], B, G, S, D), pos
   ), jnp.array([[18, 19], [20, 21]])  # fmt: skip
@@ -68,11 +68,11 @@ def test_all_units_and_none_are_plain_attention(layer):
 
 def test_positions_may_differ_between_key_heads(layer):
   q, keys, positions = layer
-  split = jnp.stack([keys.pos, jnp.roll(keys.pos, 3, 1)], 1)
+  split = jnp.concatenate([keys.pos, jnp.roll(keys.pos, 3, 2)], 1)
   got, _ = sparse_decode(q, keys._replace(pos=split), None, positions)
   half = H // G
   for g in range(G):
-    part = Keys(keys.k[:, g : g + 1], keys.v[:, g : g + 1], split[:, g])
+    part = Keys(keys.k[:, g : g + 1], keys.v[:, g : g + 1], split[:, g : g + 1])
     heads = slice(g * half, (g + 1) * half)
     want = attend(q[:, :, heads], part, positions)
     np.testing.assert_allclose(got.out[:, :, heads], want, atol=1e-5)

@@ -1,10 +1,6 @@
 """Law: chunks, the recurrence and the sum over all pairs are one function."""
 
 import functools
-import importlib.util
-import subprocess
-import sys
-from pathlib import Path
 
 import chex
 import jax
@@ -15,7 +11,6 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.harness import from_json
 from pallas_kernels.linear_attention import (
   linear_attention,
   linear_attention_step,
@@ -315,27 +310,3 @@ def test_refuses(wrong, words):
   q, k, v, _ = arrays()
   with pytest.raises(ValueError, match=words):
     linear_attention(**{"q": q, "k": k, "v": v} | wrong)
-
-
-@pytest.mark.skipif(
-  importlib.util.find_spec("libtpu") is None,
-  reason="needs the compiler of TPUs: pip install 'adaptivejax[aot-tpu]'",
-)
-def test_the_tpu_compiler_takes_it(tmp_path):
-  """In a process of its own: the compiler reads its flags once."""
-  out = tmp_path / "cycles.json"
-  done = subprocess.run(
-    [sys.executable, "-m", "benchmarks.tpu_linear_attention", "--json", out],
-    cwd=Path(__file__).parents[2],
-    capture_output=True,
-    text=True,
-    timeout=900,
-  )
-  assert done.returncode == 0, done.stderr
-  rows = from_json(out.read_text())
-  chips = {row.case.split()[0] for row in rows}
-  assert chips == {"v5e", "v5p", "v6e"}
-  assert sum(row.target is not None for row in rows) == 4
-  if not jax.__version__.startswith("0.10."):
-    pytest.skip("it compiles; the targets are for the compiler of jax 0.10")
-  assert not [f"{r.case}: {r.metric}" for r in rows if r.met is False]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix, method by law: `CASES`; see `case` for what a case says."""
 
+from tests.laws.attention import ATTENTION
 from tests.laws.blocks_of_experts import BLOCKS
 from tests.laws.case import (
   LAWS,
@@ -32,19 +33,22 @@ CASES = [
   *BLOCKS,
   *PARALLEL,
   *RECURRENT,
+  *KV,
+  *ATTENTION,
   *MODELS,
   *EXITS,
   *POLICIES,
-  *KV,
   *DECODING_ATTENTION,
   *CONTEXTS,
 ]
 
 __all__ = [
+  "ATTENTION",
   "BLOCKS",
   "CASES",
   "CONTEXTS",
   "DECODING_ATTENTION",
+  "Case",
   "EXITS",
   "EXPERTS",
   "KV",
@@ -55,7 +59,6 @@ __all__ = [
   "POLICIES",
   "PRIMITIVES",
   "RECURRENT",
-  "Case",
   "close",
   "compiled",
   "dense_twin",
@@ -64,12 +67,3 @@ __all__ = [
   "loss",
   "parameters",
 ]
-
-
-def held() -> dict[str, str]:
-  """How many laws each method obeys, the least over its cases."""
-  count: dict[str, int] = {}
-  for case in CASES:
-    holds = len(LAWS) - len(case.unless)
-    count[case.method] = min(holds, count.get(case.method, holds))
-  return {name: f"{n} of {len(LAWS)}" for name, n in sorted(count.items())}

@@ -158,7 +158,7 @@ def _attend_blocks(sinks, x, level):
   )
   found, cost = sparse_attention.attend_blocks(
     x["q"],
-    Keys(x["k"], x["v"], _positions(x)),
+    Keys(x["k"], x["v"], _positions(x)[:, None]),
     lists,
     _positions(x),
     sinks=sinks,
