@@ -12,8 +12,9 @@ before it, so one look suffices.  It is trained on short texts, in seconds.
 
 `perplexity`: bytes of a real document of 100 thousand or more, held out, by a
 language model of Python's standard library.  A window is scored at once, its
-second half counted, where the context is long; a look that evicts reads the
-document from its start, piece by piece, through its cache.
+second half counted, where the context is long, token by token if the look takes
+tokens that come alone otherwise; a look that evicts reads the document from its
+start, piece by piece, through its cache.
 
 A look is made for a budget of keys by `LookFactory` and put into the trained
 model by `with_look`; it must leave rotary positions to the attention
@@ -37,6 +38,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.losses import cross_entropy
+from adaptivejax.decode import score
+from adaptivejax.methods.attention import Kinetics, Quest, TokenSelect
 from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
 from adaptivejax.nn import Look, with_look
 from adaptivejax.nn.attention import Attention
@@ -56,7 +59,33 @@ from benchmarks.headlines.beds import fit
 LookFactory = Callable[[int], Look]
 """`factory(budget)`: a look that lets a query see about so many keys."""
 
-LOOKS: dict[str, LookFactory] = {"all keys": lambda budget: Look()}
+
+def quest(budget: int) -> Quest:
+  """Pages, of 16 tokens if there are four; the one being filled is one."""
+  page = min(16, budget // 4)
+  return Quest(budget // page, page=page, dense_layers=0)
+
+
+def block_top_k(budget: int) -> Kinetics:
+  """The same, by mean keys."""
+  page = min(16, budget // 4)
+  pages = budget // page - 1
+  return Kinetics(pages, page=page, sinks=0, local=1, dense_layers=0)
+
+
+def token_select(budget: int) -> TokenSelect:
+  """Tokens, shared out as in the paper: 128 first, 512 last, 2048 between."""
+  initial, local = round(budget * 128 / 2688), round(budget * 512 / 2688)
+  top_k = budget - initial - local
+  return TokenSelect(top_k, initial=initial, local=local)
+
+
+LOOKS: dict[str, LookFactory] = {
+  "all keys": lambda budget: Look(),
+  "Quest": quest,
+  "block top-k": block_top_k,
+  "TokenSelect": token_select,
+}
 """What is measured; a method adds a line."""
 
 ACCURACY = "accuracy on needles"
@@ -319,6 +348,8 @@ def perplexity(
     looking = with_look(model, factory(budget))
     if looking.layers.attention.look.evicts:
       nats = _stream(looking, jnp.asarray(text[None, :length]), budget)
+    elif looking.layers.attention.look.alone:
+      nats = score(looking, windows[:, 0], prompt=CONTEXT // 2).nats.mean()
     else:
       nats = _windows(looking, windows)
     found[budget] = float(jnp.exp(nats))

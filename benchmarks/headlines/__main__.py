@@ -33,6 +33,7 @@ SHARED = {
   "beds",
   "classifiers",
   "mixtures",
+  "needles",
   "prefill",
   "routed",
 }

@@ -98,12 +98,12 @@ class TokenSelect(Choosing):
     alike = cosine(q, last.query, self.axis_name)[:, None, None]
     again = few | (alike >= self.similarity.get_value())
 
-    def elect(_, q, k, middle, keep):
+    def elect(before, q, k, middle, keep):
       votes = soft_votes(
         q, k, middle, kernel=self.kernel, axis_name=self.axis_name
       )
       best = top_k(votes, jnp.broadcast_to(keep, votes.shape[:2]))
-      return best, jnp.float32(2.0 * q.size * k.shape[2])
+      return best, before[1] + 2.0 * q.size * k.shape[2]
 
     start, asked = (last.chosen, jnp.float32(0)), (q, keys.k, there & ~ends)
     elected, spent = run_if(~again.all(), elect, start, *asked, keep)
