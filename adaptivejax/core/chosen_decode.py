@@ -17,7 +17,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.attention import Keys
-from adaptivejax.core.attention_mass import of_heads
 from adaptivejax.core.batching import looped
 from adaptivejax.core.cost import Cost
 from adaptivejax.core.sparse_decode import (
@@ -36,6 +35,7 @@ def decode_chosen(
   chosen: Bool[Array, "B L N"],
   positions: Int[Array, "B T"],
   *,
+  layer: Int[Array, ""] | int | None = None,
   unit: int = 1,
   capacity: int | None = None,
   mass: bool = False,
@@ -47,9 +47,11 @@ def decode_chosen(
 
   Args:
     q: queries of the new tokens.
-    keys: a layer of the cache.
+    keys: a layer of the cache; with `layer` all of them, [B, layers, ...], of
+      which one is read where it lies: to take it out would be to copy it.
     chosen: which units may be looked at (dynamic).
     positions: of the new tokens, -1 for none.
+    layer: which one (dynamic).
     unit: slots in a unit (static).
     capacity: units of the longest list (static); N if None.
     mass: return the attention that each key got, f32[B, H, S]; where a unit is
@@ -59,16 +61,18 @@ def decode_chosen(
     `Attended`, its `out` as q; and the cost: `spent` is that of the lists that
     ran, `items` are keys chosen.
   """
-  _check(keys, chosen, unit, capacity)
+  slots = _check(keys, chosen, unit, capacity)
   count = chosen.shape[2]
   rungs = list_capacities(count if capacity is None else capacity, count)
-  shape = *q.shape[:1], q.shape[2], keys.k.shape[2]
+  shape = q.shape[0], q.shape[2], slots
 
   def listed(size):
-    def run(q, keys, chosen, positions):
+    def run(q, keys, chosen, positions, layer):
       units = units_from_mask(chosen, unit, size)
+      keys, table = _in_place(keys, layer, unit)
+      by_key = mass and unit == 1
       attended, cost = sparse_decode(
-        q, keys, units, positions, mass=mass and unit == 1
+        q, keys, units, positions, page_table=table, mass=by_key
       )
       got = jnp.zeros(shape, jnp.float32) if mass else None
       if attended.mass is not None:
@@ -77,13 +81,13 @@ def decode_chosen(
 
     return run
 
-  def whole(q, keys, chosen, positions):
-    only = _marked(keys, chosen, unit)
+  def whole(q, keys, chosen, positions, layer):
+    only = _marked(_taken_out(keys, layer), chosen, unit)
     attended, cost = sparse_decode(q, only, None, positions, mass=mass)
     return _of_everything(attended, chosen, unit), cost
 
   branches = [*map(listed, rungs), whole]
-  operands = q, keys, chosen, positions
+  operands = q, keys, chosen, positions, layer
   axes = varying_axes(operands)
 
   def choose(*operands):
@@ -102,13 +106,14 @@ def decode_chosen_masked(
   chosen: Bool[Array, "B L N"],
   positions: Int[Array, "B T"],
   *,
+  layer: Int[Array, ""] | int | None = None,
   unit: int = 1,
   capacity: int | None = None,
   mass: bool = False,
 ) -> tuple[Attended, Cost]:
   """The dense twin of `decode_chosen`: all pairs, and a mask of the chosen."""
   _check(keys, chosen, unit, capacity)
-  only = _marked(keys, chosen, unit)
+  only = _marked(_taken_out(keys, layer), chosen, unit)
   attended, cost = masked_decode(q, only, None, positions, mass=mass)
   attended = _of_everything(attended, chosen, unit)
   return attended, cost._replace(items=_items(chosen, unit, cost))
@@ -120,9 +125,31 @@ def list_capacities(capacity: int, count: int) -> tuple[int, ...]:
   return tuple(sorted(rung for rung in rungs if rung < count))
 
 
+def _taken_out(keys: Keys, layer) -> Keys:
+  if layer is None:
+    return keys
+  pick = lambda a: lax.dynamic_index_in_dim(a, layer, 1, keepdims=False)
+  return jax.tree.map(pick, keys)
+
+
+def _in_place(keys: Keys, layer, unit):
+  """A layer as a pool, each of whose pages is a row of a layer, and its table.
+
+  Where units are not whole parts of these, the layer is taken out.
+  """
+  one = _taken_out(keys, layer)  # costs nothing where it is not used
+  if layer is None or keys.k.shape[3] % unit:
+    return one, None
+  batch, layers = keys.k.shape[:2]
+  rows = lambda a: a.reshape(batch * layers, *a.shape[2:])
+  table = jnp.arange(batch, dtype=jnp.int32) * layers + layer
+  pool = Keys(rows(keys.k), rows(keys.v), one.pos)
+  return pool, table[:, None]
+
+
 def _marked(keys: Keys, chosen, unit) -> Keys:
   """With position -1 where a key is not chosen."""
-  pos = of_heads(keys.pos)
+  pos = keys.pos
   mask = jnp.repeat(chosen, unit, axis=2)[..., : pos.shape[2]]
   return keys._replace(pos=jnp.where(mask, pos, -1))
 
@@ -148,8 +175,9 @@ def _items(chosen, unit, cost: Cost):
   return jnp.minimum(asked, cost.capacity)
 
 
-def _check(keys: Keys, chosen, unit, capacity):
-  groups, slots = keys.k.shape[1:3]
+def _check(keys: Keys, chosen, unit, capacity) -> int:
+  """Slots of the cache."""
+  groups, slots = keys.k.shape[-3:-1]
   if unit < 1 or (capacity is not None and capacity < 1):
     raise ValueError(f"{unit=} and {capacity=} must be at least 1.")
   units = -(-slots // unit)
@@ -159,3 +187,4 @@ def _check(keys: Keys, chosen, unit, capacity):
       f" {unit} slots to look at; got {chosen.shape}. Join choices of query"
       " heads that share keys by `group_reduce` of their scores."
     )
+  return slots

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from adaptivejax.core.attention import Keys
 from adaptivejax.core.attention_mass import REDUCTIONS
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.chosen_decode import decode_chosen
@@ -129,9 +130,10 @@ class Choosing(Look):
     choice = self.choose(q[:, 0], cache, layer)
     attended, cost = decode_chosen(
       q,
-      cache.read(layer),
+      Keys(cache.k, cache.v, cache.pos),
       choice.mask,
       positions,
+      layer=jnp.asarray(layer),
       unit=self.unit,
       capacity=self.capacity,
       mass=self.weighs,

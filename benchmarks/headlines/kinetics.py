@@ -36,7 +36,7 @@ def measure(quick: bool) -> Headline:
     f" cost {times('cheaper')} times as much densely as with {BUDGET} tokens"
     f" read, and at the same cost are {times('longer')} times as long; needles"
     f" found, {figures['all']:.2f} with all keys,"
-    f" {figures['means_64']:.2f} with 64 and {figures['means_256']:.2f} with 256"
+    f" {figures['means_64']:.2f} with 64, {figures['means_256']:.2f} with 256"
     f" of {needles.LENGTH} tokens: a mean key hides one token among 15 others"
   )
   scales = np.diff([figures[f"cheaper_{length}"] for length in DENSE]) > 0

@@ -87,6 +87,21 @@ def test_it_costs_the_shortest_list_that_fits():
     assert cost.items == count
 
 
+@pytest.mark.parametrize("unit", [1, 2, 11])
+@pytest.mark.parametrize("f", [decode_chosen, decode_chosen_masked])
+def test_a_layer_is_read_where_it_lies(f, unit):
+  """Whether or not units are parts of a row."""
+  q, keys, chosen, positions = given(unit, 1, 0.3)
+  other = jax.tree.map(lambda a: jnp.full_like(a, 3), keys)
+  layers = jax.tree.map(lambda *a: jnp.stack(a, 1), other, keys, other)
+  run = jax.jit(
+    lambda i: f(q, layers, chosen, positions, unit=unit, layer=i)[0]
+  )
+  want = brute(q, keys, chosen, positions, unit)[0]
+  np.testing.assert_allclose(run(1).out, want, atol=1e-5)
+  assert np.abs(run(0).out - want).max() > 0.1
+
+
 def test_poison_stays_where_it_is_not_chosen():
   for share in (0.3, 0.9):
     q, keys, chosen, positions = given(1, 1, share)

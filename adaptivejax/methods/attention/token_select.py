@@ -89,23 +89,25 @@ class TokenSelect(Choosing):
     return Voted(query, jnp.zeros((batch, 1, slots), bool))
 
   def choose(self, q, cache: KVCache, layer) -> Choice:
-    keys, slot = cache.read(layer), jnp.arange(cache.slots)
-    there, now = keys.pos[:, :1] >= 0, cache.length[:, None, None]
+    slot, now = jnp.arange(cache.slots), cache.length[:, None, None]
+    there = cache.read(layer).pos[:, :1] >= 0
     keep = self.share_of(self.top_k, 0)
     few = now < self.initial + keep + self.local  # all are seen: no election
     ends = (slot < self.initial) | (slot > now - self.local)
-    last = self._remembered(q, cache, layer)
+    layer, last = jnp.asarray(layer), self._remembered(q, cache, layer)
     alike = cosine(q, last.query, self.axis_name)[:, None, None]
     again = few | (alike >= self.similarity.get_value())
 
-    def elect(before, q, k, middle, keep):
-      votes = soft_votes(
-        q, k, middle, kernel=self.kernel, axis_name=self.axis_name
-      )
+    def elect(before, q, cache, layer, middle, keep):
+      how = {"kernel": self.kernel, "axis_name": self.axis_name}
+      votes = soft_votes(q, cache.read(layer).k, middle, **how)
       best = top_k(votes, jnp.broadcast_to(keep, votes.shape[:2]))
-      return best, before[1] + 2.0 * q.size * k.shape[2]
+      return best, before[1] + 2.0 * q.size * cache.slots
 
-    start, asked = (last.chosen, jnp.float32(0)), (q, keys.k, there & ~ends)
+    start, asked = (
+      (last.chosen, jnp.float32(0)),
+      (q, cache, layer, there & ~ends),
+    )
     elected, spent = run_if(~again.all(), elect, start, *asked, keep)
     chosen = jnp.where(again, last.chosen, elected)
     mask, memory = there & (few | ends | chosen), None

@@ -69,13 +69,12 @@ class SpAtten(Look):
   ) -> tuple[Looked, KVCache]:  # fmt: skip
     del x, key
     cache, old = self.append(cache, layer, keys), cache.recollect(0)
-    held, now = cache.read(layer), old.begin(cache.length)
+    now, pos = old.begin(cache.length), cache.read(layer).pos[:, 0]
     slot = jnp.minimum(cache.positions(q.shape[1]), cache.slots - 1)
     pruned = jnp.take_along_axis(now.no_token, slot, axis=1)
     asking = jnp.where(pruned, -1, positions)
     chosen = ~(now.no_token[:, None] | now.no_head[..., None])  # [B, G, S]
-    out, mass, cost = _attend(q, held, asking, chosen, live)
-    pos = held.pos[:, 0]
+    out, mass, cost = _attend(q, cache, layer, asking, chosen, live)
     now = now.observe(out, mass).prune(
       pos >= 0,
       pos == positions.max(1)[:, None],
@@ -87,12 +86,16 @@ class SpAtten(Look):
 
 
 def _attend(
-  q, keys: Keys, positions, chosen: Bool[Array, "B G S"], live
+  q, cache: KVCache, layer, positions, chosen: Bool[Array, "B G S"], live
 ) -> tuple[Array, Float[Array, "B H S"] | None, Cost]:
   """What queries find among the chosen keys, and what these got."""
-  cost = look_cost(q, keys.k.shape[2], live)
+  cost = look_cost(q, cache.slots, live)
   if q.shape[1] == 1:
-    found, spent = decode_chosen(q, keys, chosen, positions, mass=True)
+    every, at = Keys(cache.k, cache.v, cache.pos), jnp.asarray(layer)
+    found, spent = decode_chosen(
+      q, every, chosen, positions, layer=at, mass=True
+    )
     return found.out, found.mass, cost._replace(spent=spent.spent)
+  keys = cache.read(layer)
   only = keys._replace(pos=jnp.where(chosen, keys.pos, -1))
   return *attend_with_mass(q, only, positions), cost
