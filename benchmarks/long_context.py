@@ -17,8 +17,7 @@ tokens that come alone otherwise; a look that evicts reads the document from its
 start, piece by piece, through its cache.
 
 A look is made for a budget of keys by `LookFactory` and put into the trained
-model by `with_look`; it must leave rotary positions to the attention
-(`Look.rotated`).  Models are kept in runs/headlines.
+model by `with_look`.  Models are kept in runs/headlines.
 
 Axes: B texts, T tokens, K pairs.
 """
@@ -39,7 +38,8 @@ from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.losses import cross_entropy
 from adaptivejax.decode import score
-from adaptivejax.methods.attention import Kinetics, Quest, TokenSelect
+from adaptivejax.methods.attention import DELTA, Kinetics, Quest, TokenSelect
+from adaptivejax.methods.kv import H2O, SnapKV, StreamingLLM
 from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
 from adaptivejax.nn import Look, with_look
 from adaptivejax.nn.attention import Attention
@@ -58,6 +58,28 @@ from benchmarks.headlines.beds import fit
 
 LookFactory = Callable[[int], Look]
 """`factory(budget)`: a look that lets a query see about so many keys."""
+
+
+def h2o(budget: int) -> H2O:
+  """Half of them heavy hitters; one slot is for the new key."""
+  recent = budget // 2
+  return H2O(budget - 1 - recent, recent, normalise=True)
+
+
+def snap_kv(budget: int) -> SnapKV:
+  """Every piece of a text is its prompt, of which half the window votes."""
+  return SnapKV(budget - 1, window=min(32, budget // 2), extra=0)
+
+
+def streaming_llm(budget: int) -> StreamingLLM:
+  """Four sinks, and a window."""
+  return StreamingLLM(4, budget - 4)
+
+
+def delta(budget: int) -> DELTA:
+  """Pages as for Quest, in all layers but the first two, which see all."""
+  page = min(16, budget // 4)
+  return DELTA((0, 1), pages=budget // page, page=page, recent=1)
 
 
 def quest(budget: int) -> Quest:
@@ -82,11 +104,18 @@ def token_select(budget: int) -> TokenSelect:
 
 LOOKS: dict[str, LookFactory] = {
   "all keys": lambda budget: Look(),
+  "H2O": h2o,
+  "SnapKV": snap_kv,
+  "StreamingLLM": streaming_llm,
+  "DELTA": delta,
   "Quest": quest,
   "block top-k": block_top_k,
   "TokenSelect": token_select,
 }
 """What is measured; a method adds a line."""
+
+NO_NEEDLES = "StreamingLLM", "DELTA"
+"""It gives keys positions, which needles have not; it takes several layers."""
 
 ACCURACY = "accuracy on needles"
 PERPLEXITY = "perplexity of a long document"
@@ -286,7 +315,7 @@ def byte_model(quick: bool = False) -> DecoderLM:
   """A language model of bytes with a context of `CONTEXT`, trained or found."""
   return fit(
     TrainConfig(
-      name="headlines/long",
+      name="headlines/long_context",
       build=lambda rngs: DecoderLM(BYTES, rngs=rngs),
       loss=language_modeling,
       data=_data(),
@@ -377,15 +406,19 @@ def _stream(model, text, budget: int) -> Float[Array, ""]:
 
 
 def curves(name: str, factory: LookFactory, quick: bool) -> list[BudgetCurve]:
-  """Both beds for a look."""
+  """The beds that a look fits."""
   if quick:
-    needle = accuracy(factory, (64,), length=256, count=8, quick=True)
-    text = perplexity(factory, (64,), count=1, length=2048, quick=True)
+    needle = {"budgets": (64,), "length": 256, "count": 8, "quick": True}
+    text = {"budgets": (64,), "length": 512, "count": 1, "quick": True}
   else:
-    needle, text = accuracy(factory), perplexity(factory)
+    needle = text = {}
+  found = {}
+  if name not in NO_NEEDLES:
+    found[ACCURACY] = accuracy(factory, **needle)
+  found[PERPLEXITY] = perplexity(factory, **text)
   return [
-    BudgetCurve(name, measure, tuple(found), tuple(found.values()))
-    for measure, found in ((ACCURACY, needle), (PERPLEXITY, text))
+    BudgetCurve(name, measure, tuple(values), tuple(values.values()))
+    for measure, values in found.items()
   ]
 
 

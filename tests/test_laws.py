@@ -21,6 +21,7 @@ from tests.laws import (
   ATTENTION,
   BLOCKS,
   CASES,
+  CONTEXTS,
   DECODING_ATTENTION,
   EXITS,
   EXPERTS,
@@ -271,7 +272,7 @@ def test_the_cost_is_that_of_the_decision(case):
     MODELS,
     EXITS,
     POLICIES,
-    KV,
+    [*KV, *CONTEXTS],
     [*ATTENTION, *DECODING_ATTENTION],
   ],
   ids=[

@@ -17,7 +17,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.attention import Keys
-from adaptivejax.core.attention_mass import of_heads
 from adaptivejax.core.batching import looped
 from adaptivejax.core.cost import Cost
 from adaptivejax.core.sparse_decode import (
@@ -27,6 +26,7 @@ from adaptivejax.core.sparse_decode import (
 )
 from adaptivejax.core.varying import vary, varying_axes
 from pallas_kernels.block_sparse_attention.types import Attended
+from pallas_kernels.sparse_decode_attention import Units
 
 
 def decode_chosen(
@@ -54,8 +54,8 @@ def decode_chosen(
     layer: which one (dynamic).
     unit: slots in a unit (static).
     capacity: units of the longest list (static); N if None.
-    mass: return the attention that each key got, f32[B, H, S], in rows that
-      choose everything; 0 in others.
+    mass: return the attention that each key got, f32[B, H, S]; where a unit is
+      more than a key, in rows that choose everything, and 0 in others.
 
   Returns:
     `Attended`, its `out` as q; and the cost: `spent` is that of the lists that
@@ -70,18 +70,21 @@ def decode_chosen(
     def run(q, keys, chosen, positions, layer):
       units = units_from_mask(chosen, unit, size)
       keys, table = _in_place(keys, layer, unit)
+      by_key = mass and unit == 1
       attended, cost = sparse_decode(
-        q, keys, units, positions, page_table=table
+        q, keys, units, positions, page_table=table, mass=by_key
       )
-      none = jnp.zeros(shape, jnp.float32) if mass else None
-      return attended._replace(mass=none), cost
+      got = jnp.zeros(shape, jnp.float32) if mass else None
+      if attended.mass is not None:
+        got = _by_key(attended.mass, units, got)
+      return attended._replace(mass=got), cost
 
     return run
 
   def whole(q, keys, chosen, positions, layer):
     only = _marked(_taken_out(keys, layer), chosen, unit)
     attended, cost = sparse_decode(q, only, None, positions, mass=mass)
-    return _of_everything(attended, chosen), cost
+    return _of_everything(attended, chosen, unit), cost
 
   branches = [*map(listed, rungs), whole]
   operands = q, keys, chosen, positions, layer
@@ -112,7 +115,7 @@ def decode_chosen_masked(
   _check(keys, chosen, unit, capacity)
   only = _marked(_taken_out(keys, layer), chosen, unit)
   attended, cost = masked_decode(q, only, None, positions, mass=mass)
-  attended = _of_everything(attended, chosen)
+  attended = _of_everything(attended, chosen, unit)
   return attended, cost._replace(items=_items(chosen, unit, cost))
 
 
@@ -146,16 +149,25 @@ def _in_place(keys: Keys, layer, unit):
 
 def _marked(keys: Keys, chosen, unit) -> Keys:
   """With position -1 where a key is not chosen."""
-  pos = of_heads(keys.pos)
+  pos = keys.pos
   mask = jnp.repeat(chosen, unit, axis=2)[..., : pos.shape[2]]
   return keys._replace(pos=jnp.where(mask, pos, -1))
 
 
-def _of_everything(attended: Attended, chosen) -> Attended:
-  if attended.mass is None:
+def _of_everything(attended: Attended, chosen, unit) -> Attended:
+  if attended.mass is None or unit == 1:
     return attended
   everything = chosen.all((1, 2))[:, None, None]
   return attended._replace(mass=jnp.where(everything, attended.mass, 0))
+
+
+def _by_key(mass: Float[Array, "B H K"], units: Units, nothing):
+  """The attention of listed keys at their slots, in `nothing` [B, H, S]."""
+  share = mass.shape[1] // units.index.shape[1]
+  listed = jnp.arange(mass.shape[2]) < units.count[..., None]
+  at = jnp.where(listed, units.index, nothing.shape[2])
+  put = lambda row, at, a: row.at[at].set(a, mode="drop")
+  return jax.vmap(jax.vmap(put))(nothing, jnp.repeat(at, share, axis=1), mass)
 
 
 def _items(chosen, unit, cost: Cost):

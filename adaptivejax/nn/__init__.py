@@ -56,11 +56,11 @@ from adaptivejax.nn.stack import (
 from adaptivejax.nn.zero_computation import ZeroComputationExperts
 
 __all__ = [
-  "Choice",
-  "Choosing",
   "Attention",
   "Block",
   "ByStack",
+  "Choice",
+  "Choosing",
   "Chosen",
   "Coded",
   "Evicting",

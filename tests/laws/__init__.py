@@ -14,6 +14,7 @@ from tests.laws.case import (
   loss,
   parameters,
 )
+from tests.laws.contexts import CONTEXTS
 from tests.laws.decoding_attention import DECODING_ATTENTION
 from tests.laws.exits import EXITS
 from tests.laws.experts import EXPERTS
@@ -35,6 +36,7 @@ CASES = [
   *KV,
   *ATTENTION,
   *DECODING_ATTENTION,
+  *CONTEXTS,
   *MODELS,
   *EXITS,
   *POLICIES,
@@ -45,6 +47,7 @@ __all__ = [
   "ATTENTION",
   "BLOCKS",
   "CASES",
+  "CONTEXTS",
   "Case",
   "DECODING_ATTENTION",
   "EXITS",

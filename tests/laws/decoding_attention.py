@@ -4,6 +4,7 @@
 import numpy as np
 
 from adaptivejax.methods.attention import DELTA, Kinetics, Quest, TokenSelect
+from adaptivejax.methods.kv import SpAtten
 from adaptivejax.nn import adjust
 from tests import reference
 from tests.laws.case import PROMPT, Case, L, T
@@ -37,11 +38,17 @@ def _own_page(l, i, j):
 
 
 def _choosing(
-  name, look, least, overhead=lambda m, x: 0.0, full=FULL, some=HALF
+  name,
+  look,
+  least,
+  overhead=lambda m, x: 0.0,
+  full=FULL,
+  some=HALF,
+  axis="attention",
 ):
   return Case(
     name,
-    f"attention.{name}",
+    f"{axis}.{name}",
     _looking(look),
     _some_text,
     _plain,
@@ -91,5 +98,11 @@ DECODING_ATTENTION = [
     lambda: Kinetics(4, page=2, sinks=0, local=1, dense_layers=0),
     _own_page,
     _scored(1, page=2),
+  ),
+  _choosing(
+    "spatten",
+    SpAtten,
+    lambda l, i, j: l == 0 or i == j,
+    axis="kv",
   ),
 ]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods on how queries look at keys."""
 
+from adaptivejax.methods.attention.ape import APE, parallel_context
 from adaptivejax.methods.attention.delta import DELTA
 from adaptivejax.methods.attention.flex_prefill import FlexPrefill
 from adaptivejax.methods.attention.kinetics import Kinetics, kinetics_cost
@@ -11,6 +12,7 @@ from adaptivejax.methods.attention.token_select import TokenSelect
 from adaptivejax.methods.attention.x_attention import XAttention
 
 __all__ = [
+  "APE",
   "Budgets",
   "DELTA",
   "FlexPrefill",
@@ -22,4 +24,5 @@ __all__ = [
   "XAttention",
   "assign",
   "kinetics_cost",
+  "parallel_context",
 ]

@@ -3,6 +3,7 @@
 
 from adaptivejax.methods.kv.h2o import H2O
 from adaptivejax.methods.kv.snap_kv import SnapKV
+from adaptivejax.methods.kv.spatten import SpAtten
 from adaptivejax.methods.kv.streaming_llm import StreamingLLM
 
-__all__ = ["H2O", "SnapKV", "StreamingLLM"]
+__all__ = ["H2O", "SnapKV", "SpAtten", "StreamingLLM"]
