@@ -26,7 +26,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -407,11 +407,11 @@ def _stream(model, text, budget: int) -> Float[Array, ""]:
 
 def curves(name: str, factory: LookFactory, quick: bool) -> list[BudgetCurve]:
   """The beds that a look fits."""
+  needle: dict[str, Any] = {}
+  text: dict[str, Any] = {}
   if quick:
     needle = {"budgets": (64,), "length": 256, "count": 8, "quick": True}
     text = {"budgets": (64,), "length": 512, "count": 1, "quick": True}
-  else:
-    needle = text = {}
   found = {}
   if name not in NO_NEEDLES:
     found[ACCURACY] = accuracy(factory, **needle)
