@@ -15,7 +15,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from adaptivejax.core.attention import Keys
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.select import top_k
 
@@ -40,42 +39,26 @@ def page_count(slots: int, page: int) -> int:
 
 
 def written_pages(
-  cache: KVCache,
-  layer: Int[Array, ""] | int,
-  keys: Keys,
-  page: int,
-  rows: Bool[Array, " B"] | None = None,
+  cache: KVCache, layer: Int[Array, ""] | int, tokens: int, page: int
 ) -> Pages:
-  """The pages that T new tokens, or as many before, lie in once they are there.
-
-  The cache is read as it was before: to write first would copy it all.
+  """The pages that the next `tokens`, or as many before, can lie in.
 
   Args:
-    cache: without the new tokens.
+    cache: the next tokens are written, and not counted by its `length` yet.
     layer: which one (dynamic).
-    keys: of the new tokens, which go to the next slots.
+    tokens: T (static).
     page: P (static).
-    rows: which are written (dynamic); all if None.
   """
-  count, tokens = page_count(cache.slots, page), keys.pos.shape[-1]
+  count = page_count(cache.slots, page)
   many = min((2 * tokens - 2) // page + 2, count)
   first = jnp.maximum(cache.length - tokens, 0) // page
   first = jnp.minimum(first, count - many)
   index = first[:, None] + jnp.arange(many, dtype=jnp.int32)  # [B, M]
-  slot = first[:, None] * page + jnp.arange(many * page)
+  slot = (index[..., None] * page + jnp.arange(page)).reshape(len(index), -1)
   row, inside = jnp.arange(len(index))[:, None], slot < cache.slots
   slot = jnp.minimum(slot, cache.slots - 1)
-  at = cache.positions(tokens) - first[:, None] * page
-  if rows is not None:
-    at = jnp.where(rows[:, None], at, many * page)
-
-  def read(old, new):
-    """[B, X, M * P, ...] of [B, layers, X, S, ...] and [B, X, T, ...]."""
-    new = jnp.moveaxis(new, 2, 1).astype(old.dtype)
-    window = old[row, layer, :, slot].at[row, at].set(new, mode="drop")
-    return jnp.moveaxis(window, 2, 1)
-
-  k, pos = read(cache.k, keys.k), read(cache.pos, keys.pos)
+  heads_first = lambda a: jnp.moveaxis(a[row, layer, :, slot], 2, 1)
+  k, pos = heads_first(cache.k), heads_first(cache.pos)
   there = (pos >= 0) & inside[:, None]
   shape = many, page
   return Pages(

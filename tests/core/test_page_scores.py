@@ -73,10 +73,9 @@ def test_summaries_follow_what_is_written_and_moved(page):
   count = -(-slots // page)
   low = high = means = jnp.zeros((2, 2, count, 4))
 
-  def write(cache, keys):
+  def written(cache, tokens):
     nonlocal low, high, means
-    pages = written_pages(cache, 0, keys, page)
-    cache = append(cache, 0, keys)
+    pages = written_pages(cache, 0, tokens, page)
     a, b = page_bounds(pages)
     low, high = put_pages(low, pages, a), put_pages(high, pages, b)
     means = put_pages(means, pages, page_means(pages))
@@ -88,14 +87,16 @@ def test_summaries_follow_what_is_written_and_moved(page):
         np.testing.assert_array_equal(low[row, :, p], held.min(1))
         np.testing.assert_array_equal(high[row, :, p], held.max(1))
         np.testing.assert_allclose(means[row, :, p], held.mean(1), atol=1e-6)
-    return cache
 
   prompt = [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, -1, -1, -1, -1]]
-  cache = write(cache, _keys(0, prompt)).advance(jnp.array([7, 3]))
+  cache = append(cache, 0, _keys(0, prompt))
+  written(cache, 7)
+  cache = cache.advance(jnp.array([7, 3]))
   for seed in (1, 2):
     start = np.asarray(cache.length)[:, None]
     tree = start + np.array([[0, 1, 1, 2, 2, 3]] * 2)
-    cache = write(cache, _keys(seed, tree))
+    cache = append(cache, 0, _keys(seed, tree))
+    written(cache, 6)
     path = jnp.array([[0, 2, 4, 5, 0, 0], [0, 1, 3, 0, 0, 0]])
     cache = commit_path(cache, path, jnp.array([4, 2]))
 

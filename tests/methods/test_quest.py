@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptivejax.core.cache import KVCache, crop
+from adaptivejax.core.cache import KVCache, append, crop
 from adaptivejax.core.page_scores import (
   bound_scores,
   page_bounds,
@@ -161,7 +161,8 @@ def test_no_product_is_above_its_bound(seed, page, length):
   keys = kv.Keys(
     jnp.asarray(k, jnp.float32), jnp.zeros(k.shape), jnp.asarray(pos)
   )
-  pages = written_pages(cache, 0, keys, page)
+  cache = append(cache, 0, keys)
+  pages = written_pages(cache, 0, 9, page)
   got = bound_scores(jnp.asarray(q, jnp.float32), *page_bounds(pages))
   first = int(pages.index[0, 0])
   for h, s in np.ndindex(4, length):

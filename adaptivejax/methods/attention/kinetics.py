@@ -71,8 +71,8 @@ class Kinetics(Choosing):
     return jnp.zeros((batch, heads, count, width), jnp.float32)  # the means
 
   def append(self, cache: KVCache, layer, keys, rows=None) -> KVCache:
-    new = written_pages(cache, layer, keys, self.unit, rows)
     cache = super().append(cache, layer, keys, rows)
+    new = written_pages(cache, layer, keys.k.shape[2], self.unit)
     means = put_pages(cache.recollect(layer), new, page_means(new))
     return cache.remember(layer, means)
 

@@ -76,8 +76,8 @@ class Quest(Choosing):
     return Bounds(nothing, nothing)
 
   def append(self, cache: KVCache, layer, keys, rows=None) -> KVCache:
-    new = written_pages(cache, layer, keys, self.unit, rows)
     cache = super().append(cache, layer, keys, rows)
+    new = written_pages(cache, layer, keys.k.shape[2], self.unit)
     old, bounds = cache.recollect(layer), page_bounds(new)
     put = (put_pages(a, new, b) for a, b in zip(old, bounds))
     return cache.remember(layer, Bounds(*put))
