@@ -46,8 +46,9 @@ aot-gpu-312: $(VENV)/.aot-gpu
 	$(BIN)/python -m benchmarks.gpu_static $(quick)
 
 aot-tpu: $(VENV)/.aot-tpu ## kernels as the TPU compiler sees them, without a TPU (700 MB)
-	$(BIN)/python -m pytest tests/kernels/test_tpu_cycles.py
+	$(BIN)/python -m pytest tests/kernels/test_tpu_cycles.py tests/kernels/test_linear_attention.py
 	$(BIN)/python -m benchmarks.tpu_cycles
+	$(BIN)/python -m benchmarks.tpu_linear_attention
 
 clean: ## remove environments, caches and build outputs; runs/ stays
 	rm -rf .venv .venv312 .venv-gpu .cache .hypothesis .pytest_cache .ruff_cache build dist

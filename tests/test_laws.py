@@ -29,6 +29,7 @@ from tests.laws import (
   PARALLEL,
   POLICIES,
   PRIMITIVES,
+  RECURRENT,
   Case,
   close,
   compiled,
@@ -263,7 +264,7 @@ def test_the_cost_is_that_of_the_decision(case):
   "cases",
   [
     PRIMITIVES,
-    LAYERS,
+    [*LAYERS, *RECURRENT],
     [*EXPERTS, *BLOCKS, *PARALLEL],
     MODELS,
     EXITS,

@@ -93,6 +93,10 @@ from adaptivejax.core.halting import (
   saturation,
 )
 from adaptivejax.core.levels import level_apply, prefix_slice
+from adaptivejax.core.linear_attention import (
+  attend_linear,
+  linear_attention_sharded,
+)
 from adaptivejax.core.losses import (
   accuracy,
   binary_cross_entropy,
@@ -154,6 +158,7 @@ __all__ = [
   "accuracy",
   "ancestors",
   "append",
+  "attend_linear",
   "attend",
   "attend_blocks",
   "attend_with_mass",
@@ -208,6 +213,7 @@ __all__ = [
   "ladder",
   "learn_then_test",
   "leave_empty",
+  "linear_attention_sharded",
   "level_apply",
   "lists_from_function",
   "lists_from_mask",

@@ -34,6 +34,7 @@ from adaptivejax.nn.norm import LayerNorm, RMSNorm
 from adaptivejax.nn.placement import reorder_experts, routing_trace
 from adaptivejax.nn.plan import by_plan
 from adaptivejax.nn.policy import ByStack, Policy, Step
+from adaptivejax.nn.recurrent import Recurrent
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.routing import Routing
 from adaptivejax.nn.setting import Frozen, Setting, adjust, frozen
@@ -67,6 +68,7 @@ __all__ = [
   "MixtureOfExperts",
   "Mlp",
   "Policy",
+  "Recurrent",
   "RMSNorm",
   "Router",
   "Routing",

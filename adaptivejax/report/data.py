@@ -152,6 +152,27 @@ class Mixture:
 
 
 @dataclasses.dataclass(frozen=True)
+class BudgetCurve:
+  """What a method reaches with each budget: `values[i]` with `budgets[i]`.
+
+  A budget is keys that a query may see; `measure` names what is measured, and
+  methods of one measure share a plot.
+  """
+
+  method: str
+  measure: str
+  budgets: tuple[float, ...]
+  values: tuple[Number, ...]
+
+  def __post_init__(self):
+    if len(self.budgets) != len(self.values):
+      raise ValueError(
+        f"BudgetCurve {self.method!r}: {len(self.values)} values for"
+        f" {len(self.budgets)} budgets; give None for those missing"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class Sample:
   """Text that a model wrote."""
 
@@ -179,6 +200,7 @@ class Report:
   mixtures: tuple[Mixture, ...] = ()
   snippets: tuple[Snippet, ...] = ()
   samples: tuple[Sample, ...] = ()
+  budgets: tuple[BudgetCurve, ...] = ()
   measured: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
 

@@ -35,9 +35,11 @@ def page(report: Report) -> str:
     [p.method for p in report.points]
     + [c.name for c in report.curves]
     + [m.method for m in report.mixtures]
+    + [c.method for c in report.budgets]
   )
   sections = [
     *(_regime(report, regime, style) for regime in report.regimes()),
+    _budgets(report, style),
     _mixtures(report.mixtures, style),
     _snippets(report.snippets),
     _samples(report.samples),
@@ -229,6 +231,21 @@ def _curves(report: Report, style: plots.Styles) -> str:
     figures.append(plots.imbalance_curves(curves, style))
   legend = _legend({c.name: "━" for c in curves}, style)
   return _section("Training", legend + _figures(*figures))
+
+
+def _budgets(report: Report, style: plots.Styles) -> str:
+  curves = report.budgets
+  if not curves:
+    return ""
+  glyphs = {c.method: plots.glyph(style[c.method]) for c in curves}
+  figures = [
+    plots.quality_against_budget(
+      [c for c in curves if c.measure == measure], style
+    )
+    for measure in dict.fromkeys(c.measure for c in curves)
+  ]
+  body = _legend(glyphs, style) + _figures(*figures)
+  return _section("What a budget of keys buys", body)
 
 
 def _paragraphs(title: str, texts: Iterable[str]) -> str:

@@ -14,7 +14,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from adaptivejax.report.data import Curve, Mixture, Number, Point, real
+from adaptivejax.report.data import (
+  BudgetCurve,
+  Curve,
+  Mixture,
+  Number,
+  Point,
+  real,
+)
 from adaptivejax.report.words import number, percent, times, verdict
 
 INK, FAINT, PAPER, BAND, LOSS = (f"#0000{i:02x}" for i in range(1, 6))
@@ -136,6 +143,21 @@ def experts_against_difficulty(
 
   label = "Experts per token against difficulty"
   return _plot(label, "nats of the token", "experts in a layer", draw)
+
+
+def quality_against_budget(curves: Sequence[BudgetCurve], style: Styles) -> str:
+  """What methods reach with a budget of keys; curves of one measure."""
+
+  def draw(axes) -> dict[str, str]:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    for curve in curves:
+      i = style[curve.method]
+      _line(axes, curve.budgets, curve.values, i, _look(i)[1])
+    return {}
+
+  measure = curves[0].measure
+  return _plot(measure.capitalize(), "keys that a query sees", measure, draw)
 
 
 def _scatter(axes, points, style, position) -> dict[str, str]:

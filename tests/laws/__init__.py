@@ -21,6 +21,7 @@ from tests.laws.models import MODELS
 from tests.laws.parallel import PARALLEL
 from tests.laws.policies import POLICIES
 from tests.laws.primitives import PRIMITIVES
+from tests.laws.recurrent import RECURRENT
 
 CASES = [
   *PRIMITIVES,
@@ -28,6 +29,7 @@ CASES = [
   *EXPERTS,
   *BLOCKS,
   *PARALLEL,
+  *RECURRENT,
   *MODELS,
   *EXITS,
   *POLICIES,
@@ -46,6 +48,7 @@ __all__ = [
   "PARALLEL",
   "POLICIES",
   "PRIMITIVES",
+  "RECURRENT",
   "Case",
   "close",
   "compiled",
