@@ -30,6 +30,7 @@ from tests.laws import (
   POLICIES,
   PRIMITIVES,
   RECURRENT,
+  TRAINED_ATTENTION,
   Case,
   close,
   compiled,
@@ -264,7 +265,7 @@ def test_the_cost_is_that_of_the_decision(case):
   "cases",
   [
     PRIMITIVES,
-    [*LAYERS, *RECURRENT],
+    [*LAYERS, *RECURRENT, *TRAINED_ATTENTION],
     [*EXPERTS, *BLOCKS, *PARALLEL],
     MODELS,
     EXITS,

@@ -48,7 +48,7 @@ def attend_chosen(
   *,
   block: int,
   window: int | None = None,
-  by: Literal["tile", "block"] = "block",
+  by: Literal["tile", "block"] = "tile",
 ) -> tuple[Array, Cost]:
   """Causal softmax attention of each query over the union of its blocks.
 
@@ -118,18 +118,24 @@ def best_blocks(
   return jnp.where(used, index, -1)
 
 
-def window_blocks_of(
-  slots: Int[Array, "B T"], heads: int, *, block: int, window: int
-) -> Int[Array, "B G T N"]:
-  """The blocks that the last `window` slots of a query are in, its own first.
+def attend_window(
+  q: Array,
+  keys: Keys,
+  slots: Int[Array, "B T"],
+  positions: Int[Array, "B T"],
+  block: int,
+  window: int,
+) -> tuple[Array, Cost]:
+  """Attention to the last `window` positions, by the blocks they are in.
 
   Args:
+    q, keys, positions, block, window: as in `attend_chosen`.
     slots: of the queries, -1 for none.
-    heads, block, window: G and so on (static).
   """
   back = jnp.arange((window + block - 2) // block + 1)
   near = jnp.maximum((slots // block)[:, None, :, None] - back, -1)
-  return jnp.repeat(near, heads, axis=1)
+  near = jnp.repeat(near, keys.k.shape[1], axis=1)
+  return attend_chosen(q, keys, near, positions, block=block, window=window)
 
 
 def over_queries(
@@ -209,10 +215,10 @@ def _layout(chosen, blocks, tall):
   to = jnp.where(slot >= 0, slot, most * tall)
   choice = jnp.full(most * tall, -1, jnp.int32)
   choice = choice.at[to].set(jnp.arange(slot.size), mode="drop")
-  tile = jnp.arange(most, dtype=jnp.int32)
-  index = jnp.searchsorted(ends, tile, side="right").astype(jnp.int32)
-  count = (tile < ends[-1]).astype(jnp.int32)
-  return choice, slot, jnp.minimum(index, blocks - 1), count
+  begins = jnp.zeros(most + 1, jnp.int32).at[ends[:-1]].add(1)
+  index = jnp.cumsum(begins[:most], dtype=jnp.int32)
+  count = (jnp.arange(most) < ends[-1]).astype(jnp.int32)
+  return choice, slot, index, count
 
 
 @jax.custom_vjp

@@ -51,31 +51,32 @@ def attend_summaries(
   return found.out, cost
 
 
-def summary_mass(
+def block_worth(
   q: Float[Array, "B T H D"],
   summed: Keys,
   slots: Int[Array, "B T"],
-) -> Float[Array, "B G T N"]:
-  """The weights of that attention, summed over the heads that share keys."""
+  blocks: int,
+  *,
+  block: int,
+  size: int,
+  stride: int,
+) -> Float[Array, "B G T K"]:
+  """The weights of that attention, summed by block and heads that share keys.
+
+  A window's weight counts once for each of its strides that is in the block:
+  Yuan et al., 2025, https://arxiv.org/abs/2502.11089, eq. 9 and 10.
+
+  Args:
+    q, summed, slots: as in `attend_summaries`.
+    blocks: K (static), which hold the beginnings of all windows.
+    block, size, stride: keys (static), the last dividing the others.
+  """
   seen = (summed.pos <= slots[:, :, None])[:, None, None]
   score = exact_scores(q, summed.k) * q.shape[3] ** -0.5
   given = jax.nn.softmax(jnp.where(seen, score, NEVER))
-  return jnp.where(seen, given, 0).sum(2)
-
-
-def block_mass(
-  mass: Float[Array, "B G T N"], blocks: int, *, block: int, size: int,
-  stride: int,
-) -> Float[Array, "B G T K"]:  # fmt: skip
-  """What blocks get, if each stride of a window gets the window's mass.
-
-  Args:
-    mass: of windows.
-    blocks: K (static), which hold all windows' beginnings.
-    block, size, stride: keys (static), the last dividing the others.
-  """
+  mass = jnp.where(seen, given, 0).sum(2)  # [B, G, T, N]
   per, over = block // stride, size // stride
   spare = (over - 1, per * blocks - mass.shape[-1])
   mass = jnp.pad(mass, [(0, 0), (0, 0), (0, 0), spare])
-  parts = [mass[..., n : n + per * blocks] for n in range(over)]
-  return sum(parts).reshape(*mass.shape[:3], blocks, per).sum(-1)
+  parts = sum(mass[..., n : n + per * blocks] for n in range(over))
+  return parts.reshape(*mass.shape[:3], blocks, per).sum(-1)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from adaptivejax.core.attention import Keys
 from adaptivejax.core.attention_mass import of_heads
 from adaptivejax.core.cache import KVCache
+from adaptivejax.core.cost import flops
 from adaptivejax.nn.linear import linear
 from adaptivejax.nn.look import Look, Looked
 
@@ -104,7 +105,19 @@ class ByBlock(Look):
     slots = jnp.where(positions >= 0, jnp.arange(q.shape[1]), -1)
     count = self.windows(keys.k.shape[2])
     summaries = self._summaries(keys, jnp.zeros(len(q), jnp.int32), count)
-    return self.find(q, keys, summaries, positions, slots, x)
+    looked = self.find(q, keys, summaries, positions, slots, x)
+    return self._priced(looked, keys, count)
+
+  def step(
+    self, q, keys: Keys, positions, cache: KVCache, layer=0, *, x=None,
+    live=None, key=None,
+  ) -> tuple[Looked, KVCache]:  # fmt: skip
+    looked, cache = super().step(
+      q, keys, positions, cache, layer, x=x, live=live, key=key
+    )
+    total, tokens = self.windows(cache.slots), keys.k.shape[2]
+    _, count = self.touched(cache.length, tokens, total)
+    return self._priced(looked, keys, count), cache
 
   def append(self, cache: KVCache, layer, keys, rows=None) -> KVCache:
     """Writes keys, and the summaries of the windows that they are in."""
@@ -149,6 +162,15 @@ class ByBlock(Look):
     there = take(of_heads(keys.pos), -1) >= 0
     clean = lambda a: jnp.where(there[..., None], take(a, 0), 0)
     return self.summarise(clean(keys.k), clean(keys.v), there)
+
+  def _priced(self, looked: Looked, keys: Keys, count: int) -> Looked:
+    """With the FLOPs of `count` summaries of each row."""
+    batch, heads, _, width = keys.k.shape
+    shape = batch, heads, count, self.size
+    window = jax.ShapeDtypeStruct((*shape, width), keys.k.dtype)
+    there = jax.ShapeDtypeStruct((batch, 1, *shape[2:]), jnp.bool_)
+    spent = flops(self.summarise, window, window, there)
+    return looked._replace(cost=looked.cost.with_overhead(spent))
 
   def _refuse(self, tree) -> None:
     if tree is not None:

@@ -22,6 +22,7 @@ from tests.laws.parallel import PARALLEL
 from tests.laws.policies import POLICIES
 from tests.laws.primitives import PRIMITIVES
 from tests.laws.recurrent import RECURRENT
+from tests.laws.trained_attention import TRAINED_ATTENTION
 
 CASES = [
   *PRIMITIVES,
@@ -30,6 +31,7 @@ CASES = [
   *BLOCKS,
   *PARALLEL,
   *RECURRENT,
+  *TRAINED_ATTENTION,
   *MODELS,
   *EXITS,
   *POLICIES,
@@ -49,6 +51,7 @@ __all__ = [
   "POLICIES",
   "PRIMITIVES",
   "RECURRENT",
+  "TRAINED_ATTENTION",
   "Case",
   "close",
   "compiled",

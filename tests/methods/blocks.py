@@ -4,6 +4,7 @@
 Axes: B batch, T tokens, H query heads, G key heads, W width.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -64,14 +65,21 @@ def stepwise(look, q, k, v, cuts, x=None, slots=T):
   for size in cuts:
     part = slice(begin, begin + size)
     at = AT[:, part]
-    looked, cache = look.step(
-      jnp.asarray(q[:, part]),
-      keys_of(k[:, part], v[:, part], at),
-      at,
-      cache,
-      jnp.int32(1),
-      x=None if x is None else x[:, part],
-    )
+    new = keys_of(k[:, part], v[:, part], at)
+    asked = None if x is None else x[:, part]
+    looked, cache = step(look, jnp.asarray(q[:, part]), new, at, cache, asked)
     cache, begin = cache.advance(size), begin + size
     out.append(looked.out)
   return jnp.concatenate(out, axis=1), cache
+
+
+@jax.jit
+def step(look, q, keys, at, cache, x=None):
+  """`(looked, cache)`, of layer 1."""
+  return look.step(q, keys, at, cache, 1, x=x)
+
+
+@jax.jit
+def looked(look, q, keys, at, x=None):
+  """Without a cache."""
+  return look(q, keys, at, x=x)

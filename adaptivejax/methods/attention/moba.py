@@ -71,7 +71,9 @@ class MoBA(ByBlock):
   def find(self, q, keys: Keys, summaries, positions, slots, x=None) -> Looked:
     del x
     chosen = self.choose(q, summaries, slots)
-    out, cost = attend_chosen(q, keys, chosen, positions, block=self.size)
+    out, cost = attend_chosen(
+      q, keys, chosen, positions, block=self.size, by="block"
+    )
     asked = 2.0 * q.size * summaries.shape[2]
     return Looked(out, cost.with_overhead(asked))
 

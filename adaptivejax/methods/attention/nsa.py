@@ -18,10 +18,9 @@ counted from 0, over the heads h that share its keys.  win: the last w keys.
 
 Primitive: `attend_blocks` for cmp; `attend_chosen` for the others, by tile, as
 heads that share keys choose as one; the choice carries no gradient.
-Departs: the views share keys and values, with positions applied, as in the
-published code of flash-linear-attention (in the paper each has its own).  A
-view of nothing gives 0.  A decoded token makes l/d summaries anew, and reads
-all that the cache keeps (`nn.ByBlock`), n blocks and the window.
+Departs: the views share keys and values, with positions applied, as published
+in flash-linear-attention (in the paper each has its own).  A decoded token
+makes l/d summaries anew, and reads all of the cache's (`nn.ByBlock`).
 Axes: B batch, T tokens, D features, H query heads, G key heads, W head width,
 N summaries, C keys of one, K blocks.
 """
@@ -30,21 +29,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from adaptivejax.core.attention import Keys
 from adaptivejax.core.chosen_blocks import (
   attend_chosen,
+  attend_window,
   best_blocks,
   over_queries,
-  window_blocks_of,
 )
 from adaptivejax.core.cost import flops
-from adaptivejax.core.summaries import (
-  attend_summaries,
-  block_mass,
-  summary_mass,
-)
+from adaptivejax.core.summaries import attend_summaries, block_worth
 from adaptivejax.nn.by_block import ByBlock, Summary
 from adaptivejax.nn.linear import linear
 from adaptivejax.nn.look import Looked
@@ -62,8 +57,7 @@ class NSA(ByBlock):
     hidden: width of the MLPs, 4 W if not given.
     rngs: for MLPs and gates.
 
-  The `Setting` is the share of the chosen blocks that is not used; the first
-  and the last two always are.
+  The `Setting` is the share of these blocks that is not used; three always are.
   """
 
   def __init__(
@@ -78,17 +72,15 @@ class NSA(ByBlock):
     if blocks < 3 or window < 1:
       raise ValueError(f"{blocks=} must be at least 3, {window=} at least 1.")
     super().__init__(size, stride)
-    width, self.block = features // heads, block
-    self.blocks, self.window = blocks, window
-    hidden = 4 * width if hidden is None else hidden
-    self.key = Summary(size, width, hidden, rngs=rngs)
-    self.value = Summary(size, width, hidden, rngs=rngs)
+    self.block, self.blocks, self.window = block, blocks, window
+    width = features // heads
+    self.key = Summary(size, width, hidden or 4 * width, rngs=rngs)
+    self.value = Summary(size, width, hidden or 4 * width, rngs=rngs)
     self.gate = linear(features, 3 * heads, rngs=rngs, bias=True)
     self.level = Setting(jnp.zeros(()))
 
   def memory(self, batch, heads, slots, width, dtype):
-    zeros = jnp.zeros((batch, heads, self.windows(slots), width), dtype)
-    return zeros, zeros
+    return (jnp.zeros((batch, heads, self.windows(slots), width), dtype),) * 2
 
   def summarise(self, k, v, there):
     del there
@@ -100,35 +92,26 @@ class NSA(ByBlock):
     ends = jnp.arange(summaries[0].shape[2]) * self.stride + self.size - 1
     summed = Keys(*summaries, jnp.broadcast_to(ends, (len(q), 1, ends.size)))
     coarse, spent = attend_summaries(q, summed, slots)
-    chosen = self.choose(q, summed, slots, -(-keys.k.shape[2] // self.block))
-    fine, cost = attend_chosen(
-      q, keys, chosen, positions, by="tile", block=self.block
-    )
-    near = {"block": self.block, "window": self.window}
-    recent = window_blocks_of(slots, keys.k.shape[1], **near)
-    last, more = attend_chosen(q, keys, recent, positions, by="tile", **near)
+    chosen, block = self.choose(q, keys, summed, slots), self.block
+    fine, cost = attend_chosen(q, keys, chosen, positions, block=block)
+    last, more = attend_window(q, keys, slots, positions, block, self.window)
     gates = self.gate(jnp.where(positions[..., None] >= 0, x, 0))
     gates = jax.nn.sigmoid(gates.reshape(*q.shape[:3], 3))
     out = jnp.stack([coarse, fine, last], -1) * gates[..., None, :]
-    spent = spent.spent + more.spent + flops(self.gate, x)
-    asked = 2.0 * q.size * ends.size  # the choice computes the scores again
-    return Looked(out.sum(-1), cost.with_overhead(spent + asked))
+    asked = flops(self.gate, x) + 2.0 * q.size * ends.size  # scores, again
+    spent = spent.spent + cost.spent + more.spent + asked
+    return Looked(out.sum(-1), cost._replace(spent=spent))
 
-  def choose(
-    self, q: Float[Array, "B T H W"], summed: Keys,
-    slots: Int[Array, "B T"], blocks: int,
-  ) -> Int[Array, "B G T K"]:  # fmt: skip
-    """The blocks of each query, the best of `blocks` first, -1 for none."""
+  def choose(self, q, keys, summed, slots) -> Int[Array, "B G T K"]:
+    """The blocks of each query, those that it must see first, -1 for none."""
+    count = -(-keys.k.shape[2] // self.block)
     left = jnp.round(self.blocks * (1 - self.level.get_value()))
-    each = jnp.arange(blocks)
-    summed = lax.stop_gradient(summed)
+    sizes = {"block": self.block, "size": self.size, "stride": self.stride}
+    each, summed = jnp.arange(count), lax.stop_gradient(summed)
 
     def some(q, slots):
       own = (slots // self.block)[:, None, :, None]
-      worth = block_mass(
-        summary_mass(q, summed, slots), blocks, block=self.block,
-        size=self.size, stride=self.stride,
-      )  # fmt: skip
+      worth = block_worth(q, summed, slots, count, **sizes)
       forced = (each == 0) | (each == own - 1) | (each == own)
       worth = jnp.where(forced, jnp.inf, worth)
       worth = jnp.where(each <= own, worth, -jnp.inf)
