@@ -33,6 +33,7 @@ from tests.laws import (
   POLICIES,
   PRIMITIVES,
   RECURRENT,
+  TRAINED_ATTENTION,
   Case,
   close,
   compiled,
@@ -267,7 +268,7 @@ def test_the_cost_is_that_of_the_decision(case):
   "cases",
   [
     PRIMITIVES,
-    [*LAYERS, *RECURRENT],
+    [*LAYERS, *RECURRENT, *TRAINED_ATTENTION],
     [*EXPERTS, *BLOCKS, *PARALLEL],
     MODELS,
     EXITS,

@@ -25,6 +25,7 @@ from tests.laws.parallel import PARALLEL
 from tests.laws.policies import POLICIES
 from tests.laws.primitives import PRIMITIVES
 from tests.laws.recurrent import RECURRENT
+from tests.laws.trained_attention import TRAINED_ATTENTION
 
 CASES = [
   *PRIMITIVES,
@@ -37,6 +38,7 @@ CASES = [
   *ATTENTION,
   *DECODING_ATTENTION,
   *CONTEXTS,
+  *TRAINED_ATTENTION,
   *MODELS,
   *EXITS,
   *POLICIES,
@@ -60,6 +62,7 @@ __all__ = [
   "POLICIES",
   "PRIMITIVES",
   "RECURRENT",
+  "TRAINED_ATTENTION",
   "close",
   "compiled",
   "dense_twin",
