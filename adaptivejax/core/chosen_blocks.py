@@ -23,7 +23,6 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.attention import Keys
-from adaptivejax.core.attention_mass import of_heads
 from adaptivejax.core.block_lists import lists_from_tokens
 from adaptivejax.core.cost import Cost
 from adaptivejax.core.dispatch import dispatch
@@ -174,7 +173,7 @@ def _by_block(q, keys, chosen, positions, block, window):
   wanted = fold(chosen.reshape(batch, groups, share, tokens, most))
   place = positions[:, None, None]
   place = fold(jnp.broadcast_to(place, (batch, groups, share, tokens)))
-  pos = of_heads(keys.pos)
+  pos = keys.pos
   pos = jnp.broadcast_to(pos, (batch, groups, size)).reshape(total, 1, size)
   single = lambda a: a.reshape(total, 1, size, -1)
   folded = Keys(single(keys.k), single(keys.v), pos)

@@ -20,7 +20,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.attention import Keys
-from adaptivejax.core.attention_mass import of_heads
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import flops
 from adaptivejax.nn.linear import linear
@@ -159,7 +158,7 @@ class ByBlock(Look):
       a = a.at[row, :, slot].get(mode="fill", fill_value=none)
       return jnp.moveaxis(a, 3, 1)
 
-    there = take(of_heads(keys.pos), -1) >= 0
+    there = take(keys.pos, -1) >= 0
     clean = lambda a: jnp.where(there[..., None], take(a, 0), 0)
     return self.summarise(clean(keys.k), clean(keys.v), there)
 

@@ -89,8 +89,9 @@ class NSA(ByBlock):
   def find(self, q, keys: Keys, summaries, positions, slots, x) -> Looked:
     if x is None:
       raise ValueError("NSA makes its gates of `x`: pass what `q` is made of.")
-    ends = jnp.arange(summaries[0].shape[2]) * self.stride + self.size - 1
-    summed = Keys(*summaries, jnp.broadcast_to(ends, (len(q), 1, ends.size)))
+    k, v = summaries
+    ends = jnp.arange(k.shape[2]) * self.stride + self.size - 1
+    summed = Keys(k, v, jnp.broadcast_to(ends, (len(q), 1, ends.size)))
     coarse, spent = attend_summaries(q, summed, slots)
     chosen, block = self.choose(q, keys, summed, slots), self.block
     fine, cost = attend_chosen(q, keys, chosen, positions, block=block)
