@@ -37,6 +37,7 @@ from adaptivejax.core.cache import (
   share_from,
   write,
 )
+from adaptivejax.core.chosen_blocks import attend_chosen
 from adaptivejax.core.clusters import balanced_clusters
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.covers import (
@@ -161,6 +162,7 @@ __all__ = [
   "attend_linear",
   "attend",
   "attend_blocks",
+  "attend_chosen",
   "attend_with_mass",
   "attention_mass",
   "balanced_clusters",

@@ -3,6 +3,7 @@
 
 from adaptivejax.nn.attention import Attention
 from adaptivejax.nn.block import Block, Group
+from adaptivejax.nn.by_block import ByBlock
 from adaptivejax.nn.confidence import (
   MARGIN,
   MAX_PROB,
@@ -52,6 +53,7 @@ from adaptivejax.nn.zero_computation import ZeroComputationExperts
 __all__ = [
   "Attention",
   "Block",
+  "ByBlock",
   "ByStack",
   "Coded",
   "Evicting",

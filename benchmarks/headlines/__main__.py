@@ -27,7 +27,7 @@ from benchmarks.headlines import Headline
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"
-SHARED = {"__init__", "__main__", "beds", "classifiers", "routed"}
+SHARED = {"__init__", "__main__", "beds", "classifiers", "needles", "routed"}
 MARKS = {True: "[green]✓", False: "[red]✗", None: "-"}
 
 

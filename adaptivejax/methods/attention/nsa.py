@@ -89,8 +89,9 @@ class NSA(ByBlock):
   def find(self, q, keys: Keys, summaries, positions, slots, x) -> Looked:
     if x is None:
       raise ValueError("NSA makes its gates of `x`: pass what `q` is made of.")
-    ends = jnp.arange(summaries[0].shape[2]) * self.stride + self.size - 1
-    summed = Keys(*summaries, jnp.broadcast_to(ends, (len(q), 1, ends.size)))
+    k, v = summaries
+    ends = jnp.arange(k.shape[2]) * self.stride + self.size - 1
+    summed = Keys(k, v, jnp.broadcast_to(ends, (len(q), 1, ends.size)))
     coarse, spent = attend_summaries(q, summed, slots)
     chosen, block = self.choose(q, keys, summed, slots), self.block
     fine, cost = attend_chosen(q, keys, chosen, positions, block=block)
@@ -112,8 +113,7 @@ class NSA(ByBlock):
     def some(q, slots):
       own = (slots // self.block)[:, None, :, None]
       worth = block_worth(q, summed, slots, count, **sizes)
-      forced = (each == 0) | (each == own - 1) | (each == own)
-      worth = jnp.where(forced, jnp.inf, worth)
+      worth = jnp.where((each == 0) | (each >= own - 1), jnp.inf, worth)
       worth = jnp.where(each <= own, worth, -jnp.inf)
       return best_blocks(worth, self.blocks, jnp.maximum(left, 3))
 
