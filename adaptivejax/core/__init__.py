@@ -53,6 +53,7 @@ from adaptivejax.core.cache import (
   share_from,
   write,
 )
+from adaptivejax.core.chosen_blocks import attend_chosen
 from adaptivejax.core.clusters import balanced_clusters
 from adaptivejax.core.column_attention import attend_columns, coverage
 from adaptivejax.core.cost import Cost, Signals, flops
@@ -178,6 +179,7 @@ __all__ = [
   "append",
   "attend",
   "attend_blocks",
+  "attend_chosen",
   "attend_columns",
   "attend_linear",
   "attend_with_mass",

@@ -78,5 +78,6 @@ def block_worth(
   per, over = block // stride, size // stride
   spare = (over - 1, per * blocks - mass.shape[-1])
   mass = jnp.pad(mass, [(0, 0), (0, 0), (0, 0), spare])
-  parts = jnp.stack([mass[..., n : n + per * blocks] for n in range(over)])
-  return parts.sum(0).reshape(*mass.shape[:3], blocks, per).sum(-1)
+  parts = [mass[..., n : n + per * blocks] for n in range(over)]
+  by_block = jnp.stack(parts).sum(0).reshape(*mass.shape[:3], blocks, per)
+  return by_block.sum(-1)

@@ -3,6 +3,7 @@
 
 from adaptivejax.nn.attention import Attention
 from adaptivejax.nn.block import Block, Group
+from adaptivejax.nn.by_block import ByBlock
 from adaptivejax.nn.choosing import Choice, Choosing
 from adaptivejax.nn.confidence import (
   MARGIN,
@@ -59,6 +60,7 @@ from adaptivejax.nn.zero_computation import ZeroComputationExperts
 __all__ = [
   "Attention",
   "Block",
+  "ByBlock",
   "ByStack",
   "Choice",
   "Choosing",

@@ -32,6 +32,7 @@ SHARED = {
   "__main__",
   "beds",
   "classifiers",
+  "lessons",
   "mixtures",
   "needles",
   "prefill",

@@ -113,8 +113,7 @@ class NSA(ByBlock):
     def some(q, slots):
       own = (slots // self.block)[:, None, :, None]
       worth = block_worth(q, summed, slots, count, **sizes)
-      forced = (each == 0) | (each == own - 1) | (each == own)
-      worth = jnp.where(forced, jnp.inf, worth)
+      worth = jnp.where((each == 0) | (each >= own - 1), jnp.inf, worth)
       worth = jnp.where(each <= own, worth, -jnp.inf)
       return best_blocks(worth, self.blocks, jnp.maximum(left, 3))
 
