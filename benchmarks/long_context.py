@@ -407,15 +407,15 @@ def _stream(model, text, budget: int) -> Float[Array, ""]:
 
 def curves(name: str, factory: LookFactory, quick: bool) -> list[BudgetCurve]:
   """The beds that a look fits."""
-  if quick:
-    needle = {"budgets": (64,), "length": 256, "count": 8, "quick": True}
-    text = {"budgets": (64,), "length": 512, "count": 1, "quick": True}
-  else:
-    needle = text = {}
   found = {}
+  if quick:
+    short = functools.partial(accuracy, length=256, count=8, quick=True)
+    text = perplexity(factory, (64,), length=512, count=1, quick=True)
+  else:
+    short, text = accuracy, perplexity(factory)
   if name not in NO_NEEDLES:
-    found[ACCURACY] = accuracy(factory, **needle)
-  found[PERPLEXITY] = perplexity(factory, **text)
+    found[ACCURACY] = short(factory, (64,) if quick else NEEDLE_BUDGETS)
+  found[PERPLEXITY] = text
   return [
     BudgetCurve(name, measure, tuple(values), tuple(values.values()))
     for measure, values in found.items()

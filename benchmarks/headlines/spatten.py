@@ -42,7 +42,10 @@ def measure(quick: bool) -> Headline:
     )
   figures["heads_0.25"] = bits(SpAtten(0.0, 0.25))
   words.append(f"a head less a layer {more('heads_0.25'):+.1f}%")
-  start = f"the last {RECENT} bytes kept, bits per byte, {figures['full']:.3f} with all keys; "
+  start = (
+    f"bits per byte, {figures['full']:.3f} with all keys; the last {RECENT}"
+  )
+  start += " kept, "
   holds = more("tokens_0.45") <= 1
   return Headline(start + "; ".join(words), figures, holds)
 
