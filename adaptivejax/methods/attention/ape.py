@@ -93,8 +93,8 @@ def parallel_context(
     ValueError: another look, other shapes, or no room.
   """
   (batch, *room), start = contexts.shape, prefix.shape[1]
-  looks = looks_of(model)
-  if not looks or any(not isinstance(look, APE) for look in looks):
+  looks = [look for look in looks_of(model) if isinstance(look, APE)]
+  if not looks or len(looks) < len(looks_of(model)):
     raise ValueError("contexts need `with_look(model, APE(contexts, length))`.")
   fits = [looks[0].contexts, looks[0].length] == room
   if not fits or slots <= start + room[1]:
