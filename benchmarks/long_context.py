@@ -26,7 +26,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -407,15 +407,15 @@ def _stream(model, text, budget: int) -> Float[Array, ""]:
 
 def curves(name: str, factory: LookFactory, quick: bool) -> list[BudgetCurve]:
   """The beds that a look fits."""
-  found = {}
+  needle: dict[str, Any] = {}
+  text: dict[str, Any] = {}
   if quick:
-    short = functools.partial(accuracy, length=256, count=8, quick=True)
-    text = perplexity(factory, (64,), length=512, count=1, quick=True)
-  else:
-    short, text = accuracy, perplexity(factory)
+    needle = {"budgets": (64,), "length": 256, "count": 8, "quick": True}
+    text = {"budgets": (64,), "length": 512, "count": 1, "quick": True}
+  found = {}
   if name not in NO_NEEDLES:
-    found[ACCURACY] = short(factory, (64,) if quick else NEEDLE_BUDGETS)
-  found[PERPLEXITY] = text
+    found[ACCURACY] = accuracy(factory, **needle)
+  found[PERPLEXITY] = perplexity(factory, **text)
   return [
     BudgetCurve(name, measure, tuple(values), tuple(values.values()))
     for measure, values in found.items()

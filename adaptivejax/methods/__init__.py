@@ -3,4 +3,10 @@
 
 from adaptivejax.methods import attention, depth, experts, kv, width
 
-__all__ = ["attention", "depth", "experts", "kv", "width"]
+__all__ = [
+  "attention",
+  "depth",
+  "experts",
+  "kv",
+  "width",
+]

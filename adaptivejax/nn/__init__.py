@@ -3,6 +3,7 @@
 
 from adaptivejax.nn.attention import Attention
 from adaptivejax.nn.block import Block, Group
+from adaptivejax.nn.choosing import Choice, Choosing
 from adaptivejax.nn.confidence import (
   MARGIN,
   MAX_PROB,

@@ -94,9 +94,10 @@ def early_exit(
     del cache
     return layer_at(layers, l).project_keys(out.x, positions)
 
-  cache = kv_propagate(
-    cache, jnp.where(live, ran, total), project, layers.attention.look.append
-  )
+  def append(cache, l, keys, rows):
+    return layer_at(layers, l).attention.look.append(cache, l, keys, rows)
+
+  cache = kv_propagate(cache, jnp.where(live, ran, total), project, append)
   l = jnp.arange(total)
   asked = flops(lambda x: leave(jnp.int32(0), x, x, memory), x)
   fill = flops(

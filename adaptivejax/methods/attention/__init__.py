@@ -7,6 +7,8 @@ from adaptivejax.methods.attention.flex_prefill import FlexPrefill
 from adaptivejax.methods.attention.kinetics import Kinetics, kinetics_cost
 from adaptivejax.methods.attention.lightning import LightningAttention
 from adaptivejax.methods.attention.minference import Budgets, MInference, assign
+from adaptivejax.methods.attention.moba import MoBA
+from adaptivejax.methods.attention.nsa import NSA
 from adaptivejax.methods.attention.quest import Quest
 from adaptivejax.methods.attention.token_select import TokenSelect
 from adaptivejax.methods.attention.x_attention import XAttention
@@ -19,6 +21,8 @@ __all__ = [
   "Kinetics",
   "LightningAttention",
   "MInference",
+  "MoBA",
+  "NSA",
   "Quest",
   "TokenSelect",
   "XAttention",

@@ -104,10 +104,8 @@ class TokenSelect(Choosing):
       best = top_k(votes, jnp.broadcast_to(keep, votes.shape[:2]))
       return best, before[1] + 2.0 * q.size * cache.slots
 
-    start, asked = (
-      (last.chosen, jnp.float32(0)),
-      (q, cache, layer, there & ~ends),
-    )
+    start = last.chosen, jnp.float32(0)
+    asked = q, cache, layer, there & ~ends
     elected, spent = run_if(~again.all(), elect, start, *asked, keep)
     chosen = jnp.where(again, last.chosen, elected)
     mask, memory = there & (few | ends | chosen), None
@@ -119,5 +117,4 @@ class TokenSelect(Choosing):
   def _remembered(self, q, cache, layer) -> Voted:
     if self.heads is not None:
       return cache.recollect(layer)
-    none = jnp.zeros((len(q), 1, cache.slots), bool)
-    return Voted(jnp.zeros_like(q), none)
+    return Voted(jnp.zeros_like(q), jnp.zeros((len(q), 1, cache.slots), bool))
