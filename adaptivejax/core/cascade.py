@@ -60,7 +60,7 @@ class Cascade(NamedTuple):
   def prune(
     self,
     there: Bool[Array, "B S"],
-    newest: Bool[Array, "B S"],
+    stay: Bool[Array, "B S"],
     tokens: Float[Array, ""],
     heads: Float[Array, ""],
   ) -> "Cascade":
@@ -68,13 +68,13 @@ class Cascade(NamedTuple):
 
     Args:
       there: slots with a token, the others are left alone.
-      newest: slots that stay whatever they are worth.
-      tokens, heads: shares to give up (dynamic); at least one of each stays.
+      stay: slots that stay whatever they are worth and the share is.
+      tokens, heads: shares to give up (dynamic); a head at least stays.
     """
     left = there & ~self.no_token
-    worth = jnp.where(newest, jnp.inf, self.tokens)
-    gone = left & ~most_important(worth, left, tokens)
-    kept = most_important(self.heads, ~self.no_head, heads)
+    worth = jnp.where(stay, jnp.inf, self.tokens)
+    gone = left & ~most_important(worth, left, tokens, (stay & left).sum(-1))
+    kept = most_important(self.heads, ~self.no_head, heads, 1)
     return self._replace(no_token=self.no_token | gone, no_head=~kept)
 
   def only_in(self, rows: Bool[Array, " B"], old: "Cascade") -> "Cascade":
@@ -87,7 +87,10 @@ def most_important(
   worth: Float[Array, "B N"],
   left: Bool[Array, "B N"],
   share: Float[Array, ""] | float,
+  least: Int[Array, " B"] | int,
 ) -> Bool[Array, "B N"]:
-  """Of those left all but a share (dynamic), at least one; ties by index."""
+  """Of those left all but a share (dynamic), or `least`; ties by index."""
   keep = jnp.round(left.sum(-1) * (1 - share)).astype(jnp.int32)
-  return top_k(jnp.where(left, worth, -jnp.inf), jnp.maximum(keep, 1)) & left
+  return (
+    top_k(jnp.where(left, worth, -jnp.inf), jnp.maximum(keep, least)) & left
+  )

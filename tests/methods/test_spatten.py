@@ -29,7 +29,7 @@ def texts():
   return [(*kv.placed(q, k), v * louder) for q, k, v in drawn]
 
 
-def oracle(b, tokens, heads, order):
+def oracle(b, tokens, heads, order, recent=1):
   """Row b: what each layer found and left, step by step.
 
   Returns:
@@ -38,8 +38,8 @@ def oracle(b, tokens, heads, order):
   share, found = kv.H // kv.G, []
   worth, size = np.zeros(kv.T), np.zeros(kv.G)
 
-  def best(items, worth, part):
-    keep = max(int(np.round(len(items) * (1 - part))), 1)
+  def best(items, worth, part, least):
+    keep = max(int(np.round(len(items) * (1 - part))), least)
     return set(sorted(sorted(items), key=lambda i: -worth(i))[:keep])
 
   first = [list(range(LENGTHS[b]))]
@@ -58,9 +58,10 @@ def oracle(b, tokens, heads, order):
         out[i, h] = weights @ v[seen, g]
         worth[seen] += weights
         size[g] += np.abs(out[i, h]).sum()
-      price = lambda j, now=asked[-1]: np.inf if j == now else worth[j]
-      left = best(left, price, tokens)
-      live = best(live, lambda g: size[g], heads)
+      last = {j for j in left if j > asked[-1] - recent}
+      price = lambda j, last=last: np.inf if j in last else worth[j]
+      left = best(left, price, tokens, len(last))
+      live = best(live, lambda g: size[g], heads, 1)
       found.append((asked, out, left, live))
   return found
 
@@ -89,19 +90,19 @@ def read(look, order=tuple(range(LAYERS)), spoil=None):
 
 
 @pytest.mark.parametrize(
-  ("tokens", "heads", "order"),
+  ("tokens", "heads", "order", "recent"),
   [
-    (0.3, 0.0, (0, 1, 2)),
-    (0.5, 0.5, (0, 1, 2)),
-    (1.0, 1.0, (0, 1, 2)),
-    (0.4, 0.5, (1, 2)),
+    (0.3, 0.0, (0, 1, 2), 1),
+    (0.5, 0.5, (0, 1, 2), 4),
+    (1.0, 1.0, (0, 1, 2), 1),
+    (0.4, 0.5, (1, 2), 1),
   ],
 )
-def test_is_the_cascade_of_sets(tokens, heads, order):
+def test_is_the_cascade_of_sets(tokens, heads, order, recent):
   """Of prompts and decoding, with all layers and without the first."""
-  got = read(SpAtten(tokens, heads), order)
+  got = read(SpAtten(tokens, heads, recent=recent), order)
   for b in range(kv.B):
-    want = oracle(b, tokens, heads, order)
+    want = oracle(b, tokens, heads, order, recent)
     for (at, out, cascade), (asked, found, left, live) in zip(got, want):
       for t, i in enumerate(at[b]):
         for h in range(kv.H if i >= 0 else 0):
@@ -191,3 +192,5 @@ def test_refusals_in_words():
       SpAtten(0.1, bad)
   with pytest.raises(ValueError, match="NaN"):
     SpAtten(float("nan"))
+  with pytest.raises(ValueError, match="recent=0"):
+    SpAtten(recent=0)

@@ -16,9 +16,11 @@ starts with all again.
 
 Primitive: `decode_chosen` with its mass, `top_k`; the cascade is carried in the
 cache, as the memory of layer 0, whichever layers run.
-Departs: heads that share keys are pruned together.  The newest token always
-stays.  A prompt is computed dense and masked, and pruned tokens keep their
-feed-forward half.  No local pruning of values, no progressive quantisation.
+Departs: heads that share keys are pruned together.  The last `recent` tokens
+stay, as in the code published for language models: the young have had little
+attention so far.  A prompt is computed dense and masked, and pruned tokens keep
+their feed-forward half.  No local pruning of values, no progressive
+quantisation.
 Axes: B batch, T tokens, S slots, H query heads, G key heads.
 """
 
@@ -40,15 +42,22 @@ class SpAtten(Look):
   Args:
     tokens: p, the share of tokens that a layer gives up, in 0..1.
     heads: r, the share of key heads, in 0..1.
+    recent: last tokens, which stay (static).
 
-  Both are `Setting`s, one for each layer: 0 prunes nothing, 1 all but one.
+  Both shares are `Setting`s, one for each layer: 0 prunes nothing, 1 leaves the
+  recent and a head.
   """
 
   alone = True
 
-  def __init__(self, tokens: float = 0.0, heads: float = 0.0):
+  def __init__(
+    self, tokens: float = 0.0, heads: float = 0.0, *, recent: int = 1
+  ):
     refuse_nan(tokens=tokens, heads=heads)
     refuse_outside(0, 1, "being shares", tokens=tokens, heads=heads)
+    if recent < 1:
+      raise ValueError(f"{recent=} must be at least 1: the token itself.")
+    self.recent = recent
     self.tokens = Setting(jnp.float32(tokens))
     self.heads = Setting(jnp.float32(heads))
 
@@ -77,7 +86,7 @@ class SpAtten(Look):
     out, mass, cost = _attend(q, cache, layer, asking, chosen, live)
     now = now.observe(out, mass).prune(
       pos >= 0,
-      pos == positions.max(1)[:, None],
+      pos > positions.max(1)[:, None] - self.recent,
       self.tokens.get_value(),
       self.heads.get_value(),
     )
