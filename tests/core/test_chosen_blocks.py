@@ -2,6 +2,7 @@
 """Law: by tile, by block or by page, choices of blocks mean a mask of pairs."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,6 @@ def test_one_query_reads_pages():
 def test_refuses_what_it_cannot_mean(wrong):
   q, k, v = map(jnp.asarray, blocks.drawn())
   chosen = jnp.zeros((B, wrong.pop("lists", 2), T, 1), jnp.int32)
-  how = {"block": BLOCK, **wrong}
+  how: dict[str, Any] = {"block": BLOCK, **wrong}
   with pytest.raises(ValueError, match="must be tile or block"):
     attend_chosen(q, blocks.keys_of(k, v), chosen, AT, **how)
