@@ -15,7 +15,6 @@ of all lists of a key head, Q tiles, U tile rows.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +46,7 @@ def attend_chosen(
   *,
   block: int,
   window: int | None = None,
-  by: Literal["tile", "block"] = "tile",
+  by: str = "tile",
 ) -> tuple[Array, Cost]:
   """Causal softmax attention of each query over the union of its blocks.
 

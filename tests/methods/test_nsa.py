@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.tree_util import Partial
 
 from adaptivejax.core.cache import crop
 from adaptivejax.methods.attention import NSA
+from adaptivejax.methods.depth import calm
 from adaptivejax.models import decoder_block
-from adaptivejax.nn import adjust
+from adaptivejax.nn import MARGIN, adjust
+from adaptivejax.nn.stack import layer_at
 from tests.methods import blocks, host
 from tests.methods.blocks import AT, B, G, H, T, W
 
@@ -246,7 +249,7 @@ def test_what_is_not_there_goes_nowhere():
     got = blocks.looked(look_of(), jnp.asarray(q), keys, dead, jnp.asarray(x))
     outs.append(np.asarray(got.out)[:, keep])
   assert np.isfinite(outs[0]).all()
-  np.testing.assert_array_equal(*outs)
+  np.testing.assert_array_equal(outs[0], outs[1])
 
 
 def test_a_model_reads_on_as_it_reads_at_once():
@@ -255,6 +258,20 @@ def test_a_model_reads_on_as_it_reads_at_once():
   want = model(host.TOKENS).logits[:, host.PROMPT :]
   got = host.decode(model, host.TOKENS)[0]
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_are_skipped_summarise_the_keys_they_are_given():
+  """After early exits, with the weights of each layer."""
+  model = host.model(_layer)
+  leave = Partial(calm, threshold=0.0, measure=MARGIN)
+  _, depth, _, cache = host.decode(model, host.TOKENS, leave)
+  assert (depth < host.CONFIG.layers).all()
+  count, first = host.T, jnp.zeros(host.B, jnp.int32)
+  for l in range(host.CONFIG.layers):
+    look = layer_at(model.layers, l).attention.look
+    want = look._summaries(cache.read(l), first, count)
+    for a, b in zip(cache.recollect(l), want, strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def _layer(rngs):
