@@ -9,8 +9,8 @@ that every query of a tile sees come first, in a loop without masks; what no
 query of it sees is not loaded.
 
 Needs jax >= 0.12 (Mosaic GPU).  `interpret=plgpu.InterpretGPUParams()` runs it
-on any machine; there the weights pass through shared memory, for the
-interpreter has no product of registers.
+on any machine; there the weights pass through shared memory and the sums are added
+afterwards, for the interpreter has no product of registers, nor into them.
 
 Axes: as in `types`; U units of `gpu_plan`.
 """
@@ -93,7 +93,9 @@ def forward(
     num_threads=sizes.multipliers + 1,
     thread_name="wg",
     scratch_types=_scratch(sizes, q.dtype, interpret is not None),
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, reduction_scratch_bytes=0
+    ),
     cost_estimate=pl.CostEstimate(
       flops=gpu_plan.flops(sizes),
       transcendentals=0,
@@ -323,17 +325,24 @@ class _Piece:
     p = p.astype(refs.q_shared.dtype)
     plgpu.barrier_wait(refs.v_full.at[slot])
 
-    def weigh(acc):
-      weights = p
-      if hasattr(refs, "weights"):  # interpreted
-        weights = refs.weights.at[self.warp_group]
-        weights[...] = p
-      plgpu.wgmma(acc, weights, refs.v_ring.at[slot])
+    sums = self.add(sums * _across(shrink, sums.shape[1]), p, slot)
+    plgpu.barrier_arrive(refs.v_free.at[slot])
+    return high, total, sums
+
+  def add(self, sums: jax.Array, p: jax.Array, slot: jax.Array) -> jax.Array:
+    """Sums, [64, E], and the values in a slot, weighed by p, [64, block]."""
+    v = self.refs.v_ring.at[slot]
+    if not hasattr(self.refs, "weights"):
+      multiply = lambda acc: plgpu.wgmma(acc, p, v)
+      return pl.run_state(multiply)(plgpu.ACC.init(sums))
+    weights = self.refs.weights.at[self.warp_group]
+    weights[...] = p
+
+    def interpreted(acc):
+      plgpu.wgmma(acc, weights, v)
       return acc[...]
 
-    new = pl.run_scoped(weigh, plgpu.ACC((PIECE, sums.shape[1])))
-    plgpu.barrier_arrive(refs.v_free.at[slot])
-    return high, total, sums * _across(shrink, sums.shape[1]) + new
+    return sums + pl.run_scoped(interpreted, plgpu.ACC(sums.shape))
 
   def scores(
     self,
