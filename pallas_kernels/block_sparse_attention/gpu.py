@@ -317,6 +317,8 @@ class _Piece:
 
     s = pl.run_scoped(multiply, plgpu.ACC((PIECE, size)))
     s, factor = self.scores(s, n, slot, first, marks)
+    if refs.mark_rings:
+      plgpu.commit_smem()  # they are read before others take their place
     plgpu.barrier_arrive(refs.k_free.at[slot])
     high = jnp.maximum(top, s.max(axis=1) * factor)
     shrink = jnp.exp2(top - high)
