@@ -68,7 +68,7 @@ def forward(
   lists = gpu_plan.split(lists)
   sizes = gpu_plan.sizes(q, k, v, lists, marks)
   told = gpu_plan.told(sizes.cut, lists, marks, rule)
-  batch, heads, _, queries, _, width, value_width = sizes.cut.shape
+  batch, heads, _, queries, *_, value_width = sizes.cut.shape
   q, k, v = map(gpu_plan.whole_rows, (q, k, v))
   inputs = {"q": q, "k": k, "v": v, **told._asdict()}
   inputs |= {f"key_{name}": x for name, x in inputs.pop("keys").items()}
@@ -143,6 +143,15 @@ def unfit(
   if mass:
     return "the GPU kernel does not return mass: use `xla.forward`"
   return None
+
+
+def on_hopper() -> bool:
+  """Whether there are GPUs, and all of them have wgmma."""
+  try:
+    found = jax.local_devices(backend="cuda")
+  except RuntimeError:
+    return False
+  return all(device.compute_capability == "9.0" for device in found)
 
 
 def _scratch(sizes: gpu_plan.Sizes, dtype: Any, interpreted: bool) -> dict:

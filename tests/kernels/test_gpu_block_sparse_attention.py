@@ -15,7 +15,6 @@ from pallas_kernels.block_sparse_attention import gpu, gpu_plan, ops, reference
 from pallas_kernels.block_sparse_attention.types import (
   CAUSAL,
   UNMARKED,
-  Attended,
   BlockLists,
   Marks,
   Rule,
@@ -58,15 +57,10 @@ class Form:
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.normal(size=shape)
     whole = lambda low, high, *shape: rng.integers(low, high, shape)
-    b, h, g, t, s = (
-      self.batch, self.heads, self.key_heads, self.queries, self.keys,
-    )  # fmt: skip
-    q, k, v = (
-      jnp.asarray(normal(*shape), self.dtype)
-      for shape in (
-        (b, h, t, self.width), (b, g, s, self.width), (b, g, s, self.value_width)
-      )
-    )  # fmt: skip
+    b, h, g = self.batch, self.heads, self.key_heads
+    t, s, d, e = self.queries, self.keys, self.width, self.value_width
+    shapes = (b, h, t, d), (b, g, s, d), (b, g, s, e)
+    q, k, v = (jnp.asarray(normal(*shape), self.dtype) for shape in shapes)
     p = self.mark_heads
     made = {
       "q_pos": whole(-1, s, b, t),
@@ -219,7 +213,10 @@ def test_every_query_has_one_warp_group(form):
       made[batch, head, first : first + gpu_plan.PIECE] += 1
       for a in k, lists.index:
         owner = sizes.owner(place, a)
-        assert [int(x) for x in owner] == [batch, head * a.shape[1] // form.heads]
+        assert [int(x) for x in owner] == [
+          batch,
+          head * a.shape[1] // form.heads,
+        ]
   assert (made == 1).all()
 
 
@@ -231,6 +228,28 @@ def test_lowers_for_a_gpu(name):
   f = jax.jit(lambda *args: gpu.forward(*args, form.rule))
   made = jax.export.export(f, platforms=["cuda"])(*form.arrays())
   assert made.mlir_module().count("@mosaic_gpu_v2") == 1
+
+
+@interpreted
+def test_the_public_function_takes_it_on_hopper(monkeypatch):
+  """Where all GPUs are Hopper; its derivative is that of XLA."""
+  form = Form(marks=("kv_bias",))
+  args = form.arrays()
+
+  def kernels(platform, **how):
+    def loss(q, k, v):
+      found = ops.block_sparse_attention(q, k, v, *args[3:], **how)
+      return found.out.astype(jnp.float32).sum()
+
+    f = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    made = jax.export.export(f, platforms=[platform])(*args[:3])
+    return made.mlir_module().count("@mosaic_gpu_v2")
+
+  assert kernels("cuda") == 0, "this machine has no GPU"
+  monkeypatch.setattr(gpu, "on_hopper", lambda: True)
+  assert kernels("cuda") == 1
+  assert kernels("cuda", mass=True) == 0
+  assert kernels("cpu") == 0
 
 
 @interpreted
