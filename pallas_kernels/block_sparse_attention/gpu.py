@@ -9,8 +9,9 @@ that every query of a tile sees come first, in a loop without masks; what no
 query of it sees is not loaded.
 
 Needs jax >= 0.12 (Mosaic GPU).  `interpret=plgpu.InterpretGPUParams()` runs it
-on any machine; there the weights pass through shared memory and the sums are added
-afterwards, for the interpreter has no product of registers, nor into them.
+on any machine; there the weights pass through shared memory and the sums are
+added afterwards, for the interpreter has no product of registers, nor one that
+adds to them.
 
 Axes: as in `types`; U units of `gpu_plan`.
 """
@@ -70,7 +71,7 @@ def forward(
   told = gpu_plan.told(sizes.cut, lists, marks, rule)
   batch, heads, _, queries, *_, value_width = sizes.cut.shape
   q, k, v = map(gpu_plan.whole_rows, (q, k, v))
-  inputs = {"q": q, "k": k, "v": v, **told._asdict()}
+  inputs: dict[str, Any] = {"q": q, "k": k, "v": v, **told._asdict()}
   inputs |= {f"key_{name}": x for name, x in inputs.pop("keys").items()}
   inputs = {name: x for name, x in inputs.items() if x is not None}
   like = jax.ShapeDtypeStruct
@@ -304,7 +305,8 @@ class _Piece:
     """Last position seen, that before the first, and segment, i32[64]."""
     marks = self.refs.queries
     batch = self.place.batch if marks.shape[0] > 1 else 0
-    return [_read(marks.at[batch, n, pl.ds(first, PIECE)]) for n in range(3)]
+    here = pl.ds(first, PIECE)
+    return [_read(marks.at[batch, n, here], OF_QUERIES) for n in range(3)]
 
   def step(
     self,
@@ -353,7 +355,8 @@ class _Piece:
       plgpu.wgmma(acc, weights, v)
       return acc[...]
 
-    return sums + pl.run_scoped(interpreted, plgpu.ACC(sums.shape))
+    acc = plgpu.ACC((PIECE, sums.shape[1]))
+    return sums + pl.run_scoped(interpreted, acc)
 
   def scores(
     self,
@@ -388,7 +391,7 @@ class _Piece:
     if hasattr(refs, "bits"):
       at = self.row[0], self.row[1], self.row[2], n >> 5
       place = first - self.place.tile * cut.block_q
-      word = _read(refs.bits.at[*at, pl.ds(place, PIECE)])
+      word = _read(refs.bits.at[*at, pl.ds(place, PIECE)], OF_QUERIES)
       top = jnp.where(((word >> (n & 31)) & 1) == 1, top, -1)
     if "pos" in refs.mark_rings:
       pos = self.key_mark("pos", slot)
@@ -405,7 +408,7 @@ class _Piece:
   def key_mark(self, name: str, slot: jax.Array) -> jax.Array:
     """A mark of the keys in a slot, for each query, [64, block]."""
     mark = self.refs.mark_rings[name].at[slot]
-    mark = plgpu.load(mark, layout=OF_KEYS, optimized=False)
+    mark = _read(mark, OF_KEYS)
     return lax.broadcast_in_dim(mark, (PIECE, mark.shape[0]), (1,))
 
   def end(
@@ -434,9 +437,10 @@ class _Piece:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _read(ref: Any) -> jax.Array:
-  """Marks of queries, from global memory, [64]."""
-  return plgpu.load(ref, layout=OF_QUERIES, optimized=False)
+def _read(ref: Any, layout: Any) -> jax.Array:
+  """Marks, brought into a layout."""
+  load: Any = plgpu.load  # jax 0.10 has another signature
+  return load(ref, layout=layout, optimized=False)
 
 
 def _across(x: jax.Array, width: int) -> jax.Array:

@@ -194,12 +194,14 @@ def told(cut: Cut, lists: BlockLists, marks: Marks, rule: Rule) -> Told:
     bits = plan.bits(cut, lists.rows, found.order)
   i32 = lambda x: x.astype(jnp.int32)
   keys = {"pos": of_keys.pos, "segment": of_keys.segment, "bias": bias}
-  keys = {name: x for name, x in keys.items() if x is not None}
   return Told(
-    *map(i32, (found.block, found.unmasked, found.total, marked)),
-    keys,
-    bits,
-    sinks,
+    block=i32(found.block),
+    unmasked=i32(found.unmasked),
+    total=i32(found.total),
+    queries=i32(marked),
+    keys={name: x for name, x in keys.items() if x is not None},
+    bits=bits,
+    sinks=sinks,
   )
 
 
