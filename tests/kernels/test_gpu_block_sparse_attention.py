@@ -90,13 +90,16 @@ class Form:
 POSITIONS, SEGMENTS = ("q_pos", "kv_pos"), ("q_segment", "kv_segment")
 FORMS = {
   "cut off, a list for each key head": Form(
-    heads=4, key_heads=2, list_heads=2, queries=77, keys=150, marks=("sinks",)
+    heads=4, key_heads=2, list_heads=2, queries=77, keys=150, marks=("sinks",),
+    rule=FULL,
   ),
   "a list for each head, one warp group; positions, bias, softcap": Form(
     key_heads=2, list_heads=2, marks=(*POSITIONS, "kv_bias"), mark_heads=2,
     rule=Rule(softcap=2.0, window=90), queries=64,
   ),
-  "segments, rows": Form(batch=2, marks=SEGMENTS, rows=True, queries=64),
+  "segments, rows, lists of more than 32": Form(
+    batch=2, marks=SEGMENTS, rows=True, queries=64, keys=50 * 64, rule=FULL
+  ),
   "wide, bf16, window": Form(
     queries=128, keys=300, width=128, value_width=128, block_q=128,
     block_kv=128, heads=1, dtype="bfloat16", rule=Rule(scale=0.2, window=70),
@@ -221,7 +224,9 @@ def test_every_query_has_one_warp_group(form):
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["wide, bf16, window", "segments, rows"])
+@pytest.mark.parametrize(
+  "name", ["wide, bf16, window", "segments, rows, lists of more than 32"]
+)
 def test_lowers_for_a_gpu(name):
   """No GPU is asked for."""
   form = FORMS[name]
