@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from pallas_kernels.block_sparse_attention import tpu, tpu_backward, xla
+from pallas_kernels.block_sparse_attention import gpu, tpu, tpu_backward, xla
 from pallas_kernels.block_sparse_attention.types import (
   CAUSAL,
   UNMARKED,
@@ -100,9 +100,14 @@ def _forward(rule, mass, q, k, v, lists, marks):
   """NaN moves from values to keys, where only those who see it meet it."""
   bad = _bad(k, v)
   k, v = jnp.where(bad, jnp.nan, k), jnp.where(bad, 0, v)
+  how = {"rule": rule, "mass": mass}
+  on_gpu = None
+  if not gpu.unfit(q, k, v, lists, **how) and gpu.on_hopper():
+    on_gpu = functools.partial(gpu.forward, **how)
   return _run(
-    functools.partial(tpu.forward, rule=rule, mass=mass),
-    functools.partial(xla.forward, rule=rule, mass=mass),
+    functools.partial(tpu.forward, **how),
+    on_gpu,
+    functools.partial(xla.forward, **how),
     *(q, k, v, lists, marks),
   )
 
@@ -127,18 +132,22 @@ def _backward(rule, q, k, v, lists, marks, out, lse, dout, dlse):
     operands = q, k, v, lists, marks, rule, *found
     return xla.backward(*operands)
 
-  return _run(on_tpu, default, q, k, v, lists, marks, out, lse, dout, dlse)
+  found = out, lse, dout, dlse
+  return _run(on_tpu, None, default, q, k, v, lists, marks, *found)
 
 
-def _run(on_tpu, default, *operands):
-  """The kernel on a TPU, where it takes these arrays; XLA elsewhere.
+def _run(on_tpu, on_gpu, default, *operands):
+  """A kernel where there is one that takes these arrays; XLA elsewhere.
 
-  In `shard_map` the kernel does not say over which axes its results vary.
+  In `shard_map` kernels do not say over which axes their results vary.
   """
+  kernels = {"cuda": on_gpu} if on_gpu else {}
+  if not tpu.unfit(*operands[:5]):
+    kernels["tpu"] = on_tpu
   sharded = any(_axes(a) for a in jax.tree.leaves(operands))
-  if sharded or tpu.unfit(*operands[:5]):
+  if sharded or not kernels:
     return default(*operands)
-  return lax.platform_dependent(*operands, tpu=on_tpu, default=default)
+  return lax.platform_dependent(*operands, default=default, **kernels)
 
 
 def _bad(k, v):

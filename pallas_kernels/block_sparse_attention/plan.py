@@ -45,6 +45,22 @@ class Rows(NamedTuple):
   bits: jax.Array | None
 
 
+class Entries(NamedTuple):
+  """The entries of each row, sorted.
+
+  Attributes:
+    block: key blocks; past `total`, the last one again, i32[B', L', Q, C].
+    order: the entry of the lists in each place, i32[B', L', Q, C].
+    unmasked: how many need no mask, i32[B', L', Q].
+    total: how many there are, i32[B', L', Q].
+  """
+
+  block: jax.Array
+  order: jax.Array
+  unmasked: jax.Array
+  total: jax.Array
+
+
 class Queries(NamedTuple):
   """Marks of the queries, i32[B or 1, Q, tile]; tiles are full."""
 
@@ -95,14 +111,14 @@ def keys(cut: Cut, marks: Marks) -> Keys:
   return Keys(pos, segment)
 
 
-def rows(
+def entries(
   cut: Cut,
   lists: BlockLists,
   q: Queries,
   k: Keys,
   span: tuple[jax.Array, int] | None = None,
-) -> Rows:
-  """Sorts the entries and packs them.
+) -> Entries:
+  """Sorts the entries.
 
   Args:
     cut: the static sizes.
@@ -150,16 +166,30 @@ def rows(
   # A step is filled up with the last entry: what it loads is of the same list.
   final = jnp.take_along_axis(block, jnp.maximum(total[..., None] - 1, 0), -1)
   block = jnp.where(jnp.arange(capacity) < total[..., None], block, final)
+  return Entries(block, order, unmasked, total)
+
+
+def rows(
+  cut: Cut,
+  lists: BlockLists,
+  q: Queries,
+  k: Keys,
+  span: tuple[jax.Array, int] | None = None,
+) -> Rows:
+  """Sorts the entries and packs them; arguments as those of `entries`."""
+  found = entries(cut, lists, q, k, span)
   room = 2 * (cut.words - 1)
-  fill = jnp.broadcast_to(final, (*cut.lists[:3], room - capacity))
-  block = jnp.concatenate([block, fill], -1)
-  header = unmasked | (total << 16)
+  fill = jnp.broadcast_to(
+    found.block[..., -1:], (*cut.lists[:3], room - cut.lists[3])
+  )
+  block = jnp.concatenate([found.block, fill], -1)
+  header = found.unmasked | (found.total << 16)
   words = block[..., 0::2] | (block[..., 1::2] << 16)
   words = jnp.concatenate([header[..., None], words], -1).astype(jnp.int32)
-  bits = None
+  looks = None
   if lists.rows is not None:
-    bits = _bits(cut, lists.rows, order)
-  return Rows(words, order, bits)
+    looks = jnp.tile(bits(cut, lists.rows, found.order), cut.stack)
+  return Rows(words, found.order, looks)
 
 
 def _picked(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -169,8 +199,11 @@ def _picked(x: jax.Array, index: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x, flat, axis=-1).reshape(index.shape)
 
 
-def _bits(cut: Cut, looks: jax.Array, order: jax.Array) -> jax.Array:
-  """Packs bool[B, L, Q, C, block_q], in the order of the rows."""
+def bits(cut: Cut, looks: jax.Array, order: jax.Array) -> jax.Array:
+  """Packs bool[B, L, Q, C, block_q] as `Rows` says, in the order of the rows.
+
+  Returns i32[B', L', Q, W, block_q].
+  """
   looks = jnp.broadcast_to(looks, (*cut.lists, cut.block_q))
   looks = jnp.take_along_axis(looks, order[..., None], axis=3)
   words = math.ceil(cut.lists[3] / 32)
@@ -178,9 +211,8 @@ def _bits(cut: Cut, looks: jax.Array, order: jax.Array) -> jax.Array:
   looks = jnp.pad(looks, ((0, 0),) * 3 + ((0, spare), (0, 0)))
   looks = looks.reshape(*cut.lists[:3], words, 32, cut.block_q)
   shift = jnp.arange(32, dtype=jnp.uint32)[:, None]
-  bits = (looks.astype(jnp.uint32) << shift).sum(-2, dtype=jnp.uint32)
-  bits = jax.lax.bitcast_convert_type(bits, jnp.int32)
-  return jnp.tile(bits, cut.stack)
+  words = (looks.astype(jnp.uint32) << shift).sum(-2, dtype=jnp.uint32)
+  return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 
 def query_marks(cut: Cut, q: Queries) -> jax.Array:
