@@ -49,6 +49,7 @@ aot-gpu: ## compile the GPU kernels for an H100 and read them (python3.12, 5 GB)
 
 aot-gpu-312: $(VENV)/.aot-gpu
 	$(BIN)/python -m benchmarks.gpu_static $(quick)
+	$(BIN)/python -m benchmarks.gpu_attention $(quick)
 
 TPU_BENCHES := tpu_cycles tpu_attention tpu_decode tpu_linear_attention
 

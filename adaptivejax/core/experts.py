@@ -216,6 +216,11 @@ def _check(x, plan: Dispatch, leaves: Leaves, count: int) -> None:
       "a plan has one item and one weight per slot; got"
       f" {plan.item.shape} and {plan.weight.shape}: make it with `dispatch`."
     )
+  if plan.place is not None and plan.place.shape[0] != x.shape[0]:
+    raise ValueError(
+      f"the plan is for {plan.place.shape[0]} items, and `x` holds"
+      f" {x.shape[0]}: dispatch the choices of these."
+    )
 
 
 def _price(call: _Call, plan: Dispatch, slots: Array) -> Cost:

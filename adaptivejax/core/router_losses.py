@@ -57,11 +57,11 @@ def sequence_load_balance(
   experts: Int[Array, "*B T K"],
   live: Bool[Array, "*B T"] | None = None,
 ) -> Float[Array, ""]:
-  """`load_balance` within each sequence, mean over them."""
+  """`load_balance` within each sequence, mean over those with live items."""
   live = jnp.ones(experts.shape[:-1], bool) if live is None else live
   rows = lambda a: a.reshape(-1, live.shape[-1], *a.shape[live.ndim :])
   each = jax.vmap(load_balance)(rows(probabilities), rows(experts), rows(live))
-  return each.mean()
+  return _mean(each, rows(live).any(-1))
 
 
 def router_z(
@@ -71,7 +71,7 @@ def router_z(
 
   Zoph et al., 2022 (eq. 5), https://arxiv.org/abs/2202.08906
   """
-  log_z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
+  log_z = jax.nn.logsumexp(_there(logits, live), axis=-1)
   return _mean(log_z**2, live)
 
 
@@ -79,8 +79,8 @@ def router_entropy(
   logits: Float[Array, "*N E"], live: Bool[Array, "*N"] | None = None
 ) -> Float[Array, ""]:
   """Mean entropy of softmax(`logits`): low where routers are decided."""
-  log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-  return _mean(-(jnp.exp(log_p) * log_p).sum(-1), live)
+  p, log_p = _softmax(_there(logits, live))
+  return _mean(-(p * log_p).sum(-1), live)
 
 
 def router_divergence(
@@ -89,9 +89,9 @@ def router_divergence(
   live: Bool[Array, "*N"] | None = None,
 ) -> Float[Array, ""]:
   """Mean KL(softmax(`logits`) | softmax(`wanted`))."""
-  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-  log_q = jax.nn.log_softmax(wanted.astype(jnp.float32))
-  return _mean((jnp.exp(log_p) * (log_p - log_q)).sum(-1), live)
+  p, log_p = _softmax(_there(logits, live))
+  log_q = jax.nn.log_softmax(_there(wanted, live))
+  return _mean((p * (log_p - jnp.where(p > 0, log_q, 0))).sum(-1), live)
 
 
 def chunk_sparsification(
@@ -109,6 +109,8 @@ def chunk_sparsification(
     chunk: tokens; those of a sequence need not be a multiple (static).
     live: tokens that count; a chunk without any does not.
   """
+  if chunk < 1:
+    raise ValueError(f"{chunk=} must be at least 1 token.")
   live = jnp.ones(scores.shape[:-1], bool) if live is None else live
   scores = jnp.where(live[..., None], scores, 0)
   total = scores.sum(-1, keepdims=True)
@@ -130,6 +132,7 @@ def activation_locality(
   are both live, 0 without any.
   """
   live = jnp.ones(logits.shape[:-1], bool) if live is None else live
+  logits = _there(logits, live)
   before, now = logits[..., :-1, :], logits[..., 1:, :]
   loss = jax.nn.softplus(before) - jax.nn.sigmoid(now) * before
   return _mean(loss.mean(-1), live[..., :-1] & live[..., 1:])
@@ -147,6 +150,19 @@ def excess_load(
   """
   stop = jax.lax.stop_gradient
   return ((bias - stop(bias)) * stop(excess)).sum()
+
+
+def _there(logits, live) -> Float[Array, "*N E"]:
+  """In f32, 0 where there is no item: what it holds must reach no gradient."""
+  logits = logits.astype(jnp.float32)
+  return logits if live is None else jnp.where(live[..., None], logits, 0)
+
+
+def _softmax(logits) -> tuple[Array, Array]:
+  """And its log, 0 where an expert is ruled out by -inf."""
+  log_p = jax.nn.log_softmax(logits)
+  p = jnp.exp(log_p)
+  return p, jnp.where(p > 0, log_p, 0)
 
 
 def _mean(

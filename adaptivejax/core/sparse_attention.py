@@ -8,7 +8,7 @@ own marks (1 or G), D head width, Q query tiles, C entries of a list.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from adaptivejax.core.attention import Keys
+from adaptivejax.core.attention import Keys, dequantised
 from adaptivejax.core.block_lists import listed_blocks
 from adaptivejax.core.cost import Cost
 from pallas_kernels.block_sparse_attention import (
@@ -50,7 +50,7 @@ def attend_blocks(
     positions: of the queries; -1 sees nothing.
     window: how many positions a query sees, its own included (static).
     segments: of queries and keys; pairs must agree.
-    bias: added to the scores of a key; differentiable.
+    bias: added to the scores of a key, as `keys.bias` is; differentiable.
     sinks: score of a key of value 0 that each head sees; differentiable.
     softcap: scores s become softcap * tanh(s / softcap) (static).
     scale: of the scores; 1 / sqrt(D) if not given (static).
@@ -124,6 +124,9 @@ def _arguments(
   q, keys, positions, window, segments, bias, sinks, softcap, scale, causal
 ):
   """Head-major arrays, marks and rule."""
+  keys = dequantised(keys, q.dtype)
+  if keys.bias is not None:
+    bias = keys.bias if bias is None else bias + keys.bias
   of_query, of_key = segments if segments is not None else (None, None)
   marks = Marks(positions, keys.pos, of_query, of_key, bias, sinks)
   rule = Rule(causal=causal, window=window, scale=scale, softcap=softcap)

@@ -36,6 +36,8 @@ def units_from_mask(
     capacity: most entries of a list (static), all N if None.  Of a selection of
       more, the first are listed: take a capacity that cannot be exceeded.
   """
+  if capacity is not None and capacity < 1:
+    raise ValueError(f"{capacity=} must be at least 1 unit.")
   most = mask.shape[2] if capacity is None else min(capacity, mask.shape[2])
   index = lax.top_k(mask.astype(jnp.float32), most)[1]  # ties by index
   count = jnp.minimum(mask.sum(-1, dtype=jnp.int32), most)
@@ -51,8 +53,6 @@ def sparse_decode(
   rule: Rule = CAUSAL,
   marks: Marks = UNMARKED,
   page_table: Int[Array, "B P"] | None = None,
-  k_scale: Float[Array, "N G S"] | None = None,
-  v_scale: Float[Array, "N G S"] | None = None,
   mass: bool = False,
 ) -> tuple[Attended, Cost]:
   """Softmax attention of up to 16 new tokens over the listed keys they see.
@@ -62,15 +62,15 @@ def sparse_decode(
 
   Args:
     q: queries of the new tokens.
-    keys: a layer of the cache; with `page_table` a pool of pages, whose `pos`
-      is still by slot of each row.
+    keys: a layer of the cache, in 8 bits with their scale, or not; with
+      `page_table` a pool of pages, whose `pos` and `bias` are still by slot of
+      each row.
     units: what is looked at (dynamic); the whole cache if None.
     positions: of the new tokens, -1 for none.
     rule: scale, window and so on (static).
-    marks: segments, bias and sinks, if any; positions are those given.
+    marks: segments, sinks and a bias besides that of `keys`, if any; positions
+      are those given.
     page_table: pages of each row in the pool (dynamic).
-    k_scale: what int8 keys are times.
-    v_scale: what int8 values are times.
     mass: return the attention that each listed unit got.
 
   Returns:
@@ -78,8 +78,8 @@ def sparse_decode(
     whole cache.  Items are keys of lists.
   """
   arguments = (q, keys, units, positions, rule, marks)
-  more = {"page_table": page_table, "k_scale": k_scale, "v_scale": v_scale}
-  attended = _attend(sparse_decode_attention, *arguments, mass=mass, **more)
+  more = {"page_table": page_table, "mass": mass}
+  attended = _attend(sparse_decode_attention, *arguments, **more)
   return attended, _cost(q, keys, units, page_table)
 
 
@@ -92,8 +92,6 @@ def masked_decode(
   rule: Rule = CAUSAL,
   marks: Marks = UNMARKED,
   page_table: Int[Array, "B P"] | None = None,
-  k_scale: Float[Array, "N G S"] | None = None,
-  v_scale: Float[Array, "N G S"] | None = None,
   mass: bool = False,
 ) -> tuple[Attended, Cost]:
   """The dense twin of `sparse_decode`: all pairs, and a mask of the listed."""
@@ -106,15 +104,17 @@ def masked_decode(
     rule,
     marks,
     page_table=page_table,
-    k_scale=k_scale,
-    v_scale=v_scale,
     mass=mass,
   )
   return attended, _cost(q, keys, None, page_table)
 
 
 def _attend(f, q, keys, units, positions, rule, marks, **more) -> Attended:
-  marks = marks._replace(q_pos=positions, kv_pos=keys.pos)
+  bias = marks.kv_bias
+  if keys.bias is not None:
+    bias = keys.bias if bias is None else bias + keys.bias
+  marks = marks._replace(q_pos=positions, kv_pos=keys.pos, kv_bias=bias)
+  more["k_scale"], more["v_scale"] = keys.scale or (None, None)
   heads_first = jnp.moveaxis(q, 2, 1)
   attended = f(heads_first, keys.k, keys.v, units, marks, rule, **more)
   return attended._replace(out=jnp.moveaxis(attended.out, 1, 2))

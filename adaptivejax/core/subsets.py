@@ -36,7 +36,9 @@ def best_subset(
 
 
 def check_subsets(parts: int, k: int) -> None:
-  """Raises ValueError if there are too many subsets to try them all."""
+  """Raises ValueError if subsets are none, or too many to try them all."""
+  if not 0 < k <= parts:
+    raise ValueError(f"{k=} must be in 1..{parts}, the number of parts.")
   if math.comb(parts, k) > MOST_SUBSETS:
     raise ValueError(
       f"{k} of {parts} parts can be chosen in more than {MOST_SUBSETS} ways,"

@@ -61,6 +61,7 @@ class Evicting(Look):
   """
 
   evicts = True
+  alone = True
   per_head = True
 
   def __init__(self, capacity: int):

@@ -67,15 +67,21 @@ def refuse_drafts(module: nnx.Module, who: str) -> None:
   for look in looks_of(module):
     if look.evicts:
       raise ValueError(
-        f"{who} needs drafts taken back, but {type(look).__name__} gives keys"
-        " up for each new one: decode without drafts, or with a look that keeps"
-        " all keys."
+        f"{who} takes drafts back, but {type(look).__name__} cannot take back"
+        " what it read: decode without drafts, or with a look that keeps all"
+        " keys."
       )
+  refuse_alone(module, who)
+
+
+def refuse_alone(module: nnx.Module, who: str) -> None:
+  """Raises ValueError if a look reads one token otherwise than several."""
+  for look in looks_of(module):
     if look.alone:
       raise ValueError(
-        f"{who} checks several tokens at once; {type(look).__name__} chooses"
-        " keys only for one that comes alone: what is said would depend on the"
-        " drafts. Decode without drafts, or with a look at all keys."
+        f"{who} reads several tokens at once; {type(look).__name__} looks"
+        " otherwise for one that comes alone: what is said would depend on how"
+        " many there are. Decode one by one, or with a look at all keys."
       )
 
 

@@ -342,7 +342,7 @@ class _Piece:
     plgpu.barrier_arrive(refs.v_free.at[slot])
     return high, total, sums
 
-  def add(self, sums: jax.Array, p: jax.Array, slot: jax.Array) -> jax.Array:
+  def add(self, sums: jax.Array, p: jax.Array, slot: jax.Array) -> Any:
     """Sums, [64, E], and the values in a slot, weighed by p, [64, block]."""
     v = self.refs.v_ring.at[slot]
     if not hasattr(self.refs, "weights"):

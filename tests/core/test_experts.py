@@ -251,3 +251,11 @@ def test_what_is_kept_is_bounded():
   assert rows_kept(count) == {KEPT * N}
   assert rows_kept(count - 1) == {(count - 1) * N}  # told apart by its choices
   assert rows_kept(count, most=N) == {N}
+
+
+def test_a_plan_of_other_items_is_refused():
+  plan = dispatch(jnp.zeros((4, 1), jnp.int32), jnp.ones((4, 1)), 2)
+  with pytest.raises(ValueError, match="the plan is for 4 items"):
+    expert_apply(
+      lambda r, w: r @ w, jnp.ones((2, 3)), plan, jnp.ones((2, 3, 3))
+    )

@@ -114,7 +114,35 @@ def test_sequences_are_balanced_one_by_one():
       for b in range(len(LIVE))
     ]
     got = sequence_load_balance(p, jnp.asarray(CHOICES), live)
-    np.testing.assert_allclose(got, np.mean(each), rtol=1e-6)
+    np.testing.assert_allclose(
+      got, np.mean([e for e, t in zip(each, there) if t.any()]), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+  "loss",
+  [
+    router_z,
+    router_entropy,
+    activation_locality,
+    lambda logits, live: router_divergence(logits, logits[::-1], live),
+    lambda logits, live: router_divergence(-logits, logits, live),
+  ],
+)
+def test_what_is_not_there_reaches_no_gradient(loss):
+  live = jnp.asarray(LIVE) & jnp.asarray(LIVE)[::-1]
+  logits = jnp.where(live[..., None], jnp.float32(ROUTER), jnp.nan)
+  got = jax.grad(lambda a: loss(a, live))(logits)
+  want = jax.grad(lambda a: loss(a, live))(jnp.float32(ROUTER))
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_an_expert_that_is_ruled_out_has_no_entropy():
+  logits = jnp.array([[0.0, -jnp.inf, 1.0]])
+  got, slope = jax.value_and_grad(router_entropy)(logits)
+  p = special.softmax([0.0, 1.0])
+  np.testing.assert_allclose(got, special.entr(p).sum(), rtol=1e-6)
+  assert np.isfinite(slope).all()
 
 
 @pytest.mark.parametrize("chunk", [1, 4, T, 64])

@@ -8,9 +8,12 @@ import pytest
 from adaptivejax.core import (
   Keys,
   attend,
+  attend_blocks,
   attention_mass,
+  full_lists,
   group_reduce,
   masked_decode,
+  quantise,
   sparse_decode,
   top_k,
   units_from_mask,
@@ -143,3 +146,22 @@ def test_runs_in_shard_map(layer):
   )  # fmt: skip
   got = jax.jit(sharded)(q, keys, units, positions)
   np.testing.assert_allclose(got, f(q, keys, units, positions), atol=1e-5)
+
+
+def test_biases_and_codes_of_the_cache_count(layer):
+  q, keys, positions = layer
+  bias = jax.random.normal(jax.random.key(9), (B, 1, S))
+  (k, k_scale), (v, v_scale) = quantise(keys.k), quantise(keys.v)
+  coded = Keys(k, v, keys.pos, bias, (k_scale, v_scale))
+  want = attend(q, coded, positions)
+  got, _ = sparse_decode(q, coded, None, positions)
+  np.testing.assert_allclose(got.out, want, atol=2e-5)
+  lists = full_lists(T, S, block_q=8, block_kv=8)
+  got, _ = attend_blocks(q, coded, lists, positions)
+  np.testing.assert_allclose(got.out, want, atol=2e-5)
+  assert np.abs(want - attend(q, keys, positions)).max() > 0.05
+
+
+def test_a_list_of_no_units_is_refused():
+  with pytest.raises(ValueError, match="at least 1 unit"):
+    units_from_mask(jnp.ones((1, 1, 3), bool), capacity=0)

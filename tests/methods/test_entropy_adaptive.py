@@ -18,7 +18,9 @@ from scipy.stats import entropy
 from adaptivejax.core.sampling import Draw, Sampling
 from adaptivejax.decode import engine, generate
 from adaptivejax.methods.decode import EntropyAdaptive
+from adaptivejax.methods.kv import H2O
 from adaptivejax.models import DecoderConfig, DecoderLM
+from adaptivejax.nn import with_look
 from tests import reference
 from tests.decode.test_engine import inside_loops
 from tests.methods.host import CONFIG, PROMPT, TOKENS, B, model, shaken
@@ -184,6 +186,10 @@ def test_the_loop_copies_no_cache():
         DecoderLM(DecoderConfig(vocab=5, layers=1), rngs=nnx.Rngs(0)), 1.0
       ),
       "vocabulary",
+    ),
+    (
+      lambda: EntropyAdaptive(with_look(model(), H2O(2, 2)), 1.0),
+      "H2O looks otherwise",
     ),
   ],
 )

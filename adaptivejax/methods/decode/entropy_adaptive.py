@@ -32,6 +32,7 @@ from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import flops
 from adaptivejax.core.halting import EntropyRing, entropy
 from adaptivejax.nn.catch_up import catch_up
+from adaptivejax.nn.looks import refuse_alone
 from adaptivejax.nn.policy import Policy, Step, static
 from adaptivejax.nn.stack import layer_count
 
@@ -78,6 +79,7 @@ class EntropyAdaptive(Policy):
         f"the large model knows {self.large.config.vocab} tokens and the small"
         f" one {model.config.vocab}: they must share a vocabulary."
       )
+    refuse_alone(self.large, "the large model, catching up,")
     traced = isinstance(self.threshold, jax.core.Tracer)
     if not traced and np.isnan(np.asarray(self.threshold)):
       raise ValueError(
