@@ -5,6 +5,8 @@ Axes: B batch, T queries, S keys, H query heads, D head width, L lists of heads,
 Q tiles of queries, K blocks of keys.
 """
 
+from typing import Literal, get_args
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -19,7 +21,8 @@ from pallas_kernels.block_sparse_attention.types import (
   Rule,
 )
 
-REDUCTIONS = ("mean", "max", "sum")
+GroupReduce = Literal["mean", "max", "sum"]
+"""How scores of query heads become those of the list that they share."""
 
 
 def attention_mass(
@@ -72,10 +75,16 @@ def attention_mass(
   return mass, Cost.dense(2.0 * pairs * width, batch * queries)
 
 
+def check_reduction(how: str) -> None:
+  """Raises ValueError unless it is a `GroupReduce`."""
+  if how not in get_args(GroupReduce):
+    raise ValueError(f"group_reduce={how!r} must be mean, max or sum.")
+
+
 def group_reduce(
   scores: Float[Array, "B H ..."],
   lists: int,
-  how: str = "mean",
+  how: GroupReduce = "mean",
   axis_name: str | None = None,
 ) -> Float[Array, "B L ..."]:
   """Scores of query heads as scores of the lists that they share.
@@ -96,8 +105,7 @@ def group_reduce(
       sharded heads, which would mix those of different devices.
   """
   heads = scores.shape[1]
-  if how not in REDUCTIONS:
-    raise ValueError(f"{how=} is none of {REDUCTIONS}.")
+  check_reduction(how)
   if lists < 1 or heads % lists:
     raise ValueError(f"{heads} heads do not share {lists} lists.")
   if axis_name is not None and lists != 1:

@@ -125,8 +125,8 @@ def generate(
     stop: a token that ends its row (dynamic).
     capacity: slots of the cache (static); room for everything if not given.  A
       row without room for another step ends as `Ended.FULL`.
-    rungs: numbers of rows to go on with as rows end (static), see
-      `staged_while`.
+    rungs: numbers of rows to go on with as rows end, falling, the first all B
+      (static), see `staged_while`.
   """
   prompt, lengths = checked(prompt, model.config.vocab, lengths)
   policy = bound(policy)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.attention import Keys
-from adaptivejax.core.attention_mass import REDUCTIONS
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.chosen_decode import decode_chosen
 from adaptivejax.nn.look import Look, Looked, look_cost
@@ -142,9 +141,3 @@ class Choosing(Look):
     cost = look_cost(q, cache.slots, live)._replace(spent=spent)
     memory = self.learn(choice, attended.mass, cache, layer)
     return Looked(attended.out, cost), memory
-
-
-def check_reduction(how: str) -> None:
-  """Raises ValueError unless scores of heads can be joined like that."""
-  if how not in REDUCTIONS:
-    raise ValueError(f"group_reduce={how!r} is none of {REDUCTIONS}.")

@@ -9,7 +9,7 @@ Axes: B batch, T tokens, N keys looked at, S slots, H query heads, G key heads,
 W head width.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -25,9 +25,6 @@ from adaptivejax.core.eviction import (
 )
 from adaptivejax.nn.look import Look, Looked, look_cost
 from adaptivejax.nn.setting import Setting
-
-GroupReduce = Literal["mean", "max", "sum"]
-"""What query heads that share a key head say together."""
 
 
 class Worth(NamedTuple):
@@ -149,9 +146,3 @@ def newest(positions: Int[Array, "B T"], keys: Keys) -> Int[Array, "B 1 1"]:
   """The last position there is, of a query or of a key."""
   last = jnp.maximum(positions.max(-1), keys.pos.max((1, 2)))
   return last[:, None, None]
-
-
-def refuse_group_reduce(how: str) -> None:
-  """Raises ValueError unless it is one of three words."""
-  if how not in ("mean", "max", "sum"):
-    raise ValueError(f"group_reduce={how!r} must be mean, max or sum.")

@@ -21,7 +21,11 @@ Axes: B batch, G key heads, H query heads, N pages, W head width.
 
 import jax.numpy as jnp
 
-from adaptivejax.core.attention_mass import group_reduce
+from adaptivejax.core.attention_mass import (
+  GroupReduce,
+  check_reduction,
+  group_reduce,
+)
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.generation_cost import generation_cost as kinetics_cost
 from adaptivejax.core.page_scores import (
@@ -34,7 +38,7 @@ from adaptivejax.core.page_scores import (
   put_pages,
   written_pages,
 )
-from adaptivejax.nn.choosing import Choice, Choosing, check_reduction
+from adaptivejax.nn.choosing import Choice, Choosing
 
 __all__ = ["Kinetics", "kinetics_cost"]
 
@@ -54,7 +58,7 @@ class Kinetics(Choosing):
 
   def __init__(
     self, pages: int = 64, *, page: int = 16, sinks: int = 4, local: int = 64,
-    dense_layers: int = 1, group_reduce: str = "mean",
+    dense_layers: int = 1, group_reduce: GroupReduce = "mean",
   ):  # fmt: skip
     check_reduction(group_reduce)
     if pages < 1 or sinks < 0 or local < 1:

@@ -24,7 +24,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from adaptivejax.core.attention_mass import group_reduce
+from adaptivejax.core.attention_mass import (
+  GroupReduce,
+  check_reduction,
+  group_reduce,
+)
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.page_scores import (
   best_pages,
@@ -36,7 +40,7 @@ from adaptivejax.core.page_scores import (
   put_pages,
   written_pages,
 )
-from adaptivejax.nn.choosing import Choice, Choosing, check_reduction
+from adaptivejax.nn.choosing import Choice, Choosing
 
 
 class Bounds(NamedTuple):
@@ -64,7 +68,7 @@ class Quest(Choosing):
     *,
     page: int = 16,
     dense_layers: int = 2,
-    group_reduce: str = "max",
+    group_reduce: GroupReduce = "max",
   ):
     check_reduction(group_reduce)
     super().__init__(pages, page, dense_layers)

@@ -22,13 +22,15 @@ Axes: B batch, T tokens, N keys, H query heads, G key heads.
 import jax.numpy as jnp
 
 from adaptivejax.core.attention import Keys, attend_with_mass
-from adaptivejax.core.attention_mass import group_reduce
+from adaptivejax.core.attention_mass import (
+  GroupReduce,
+  check_reduction,
+  group_reduce,
+)
 from adaptivejax.nn.evicting import (
   Evicting,
-  GroupReduce,
   Worth,
   newest,
-  refuse_group_reduce,
 )
 
 
@@ -54,7 +56,7 @@ class H2O(Evicting):
   ):
     if heavy < 0 or recent < 0:
       raise ValueError(f"{heavy=} and {recent=} must not be negative.")
-    refuse_group_reduce(group_reduce)
+    check_reduction(group_reduce)
     super().__init__(heavy + recent)
     self.recent, self.normalise = recent, normalise
     self.group_reduce = group_reduce

@@ -27,13 +27,16 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.attention import Keys, attend
-from adaptivejax.core.attention_mass import attention_mass, group_reduce
+from adaptivejax.core.attention_mass import (
+  GroupReduce,
+  attention_mass,
+  check_reduction,
+  group_reduce,
+)
 from adaptivejax.core.cost import Cost
 from adaptivejax.nn.evicting import (
   Evicting,
-  GroupReduce,
   Worth,
-  refuse_group_reduce,
 )
 
 
@@ -65,7 +68,7 @@ class SnapKV(Evicting):
       )
     if pooling not in ("mean", "max") or extra < 0:
       raise ValueError(f"{pooling=} must be mean or max, {extra=} at least 0.")
-    refuse_group_reduce(group_reduce)
+    check_reduction(group_reduce)
     super().__init__(capacity)
     self.window, self.kernel, self.pooling = window, kernel, pooling
     self.extra, self.group_reduce = extra, group_reduce
