@@ -141,7 +141,7 @@ def test_a_prompt_longer_than_the_cache_is_read_whole():
   lengths = np.array([host.T, 3, 6])[: host.B]
   ragged = generate(small, prompts, steps=5, lengths=lengths, rungs=(host.B, 1))
   for b, n in enumerate(lengths):
-    alone = generate(small, prompts[b : b + 1], steps=5, lengths=[n])
+    alone = generate(small, prompts[b : b + 1], steps=5, lengths=[int(n)])
     np.testing.assert_array_equal(ragged.tokens[b], alone.tokens[0])
   assert (np.asarray(ragged.tokens) != np.asarray(full)).any(), "no eviction"
 
