@@ -5,8 +5,6 @@ Axes: B batch, T queries, S keys, H query heads, D head width, L lists of heads,
 Q tiles of queries, K blocks of keys.
 """
 
-from typing import Literal, get_args
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -21,7 +19,7 @@ from pallas_kernels.block_sparse_attention.types import (
   Rule,
 )
 
-GroupReduce = Literal["mean", "max", "sum"]
+REDUCTIONS = ("mean", "max", "sum")
 """How scores of query heads become those of the list that they share."""
 
 
@@ -76,15 +74,15 @@ def attention_mass(
 
 
 def check_reduction(how: str) -> None:
-  """Raises ValueError unless it is a `GroupReduce`."""
-  if how not in get_args(GroupReduce):
+  """Raises ValueError unless it is one of `REDUCTIONS`."""
+  if how not in REDUCTIONS:
     raise ValueError(f"group_reduce={how!r} must be mean, max or sum.")
 
 
 def group_reduce(
   scores: Float[Array, "B H ..."],
   lists: int,
-  how: GroupReduce = "mean",
+  how: str = "mean",
   axis_name: str | None = None,
 ) -> Float[Array, "B L ..."]:
   """Scores of query heads as scores of the lists that they share.

@@ -112,7 +112,7 @@ def test_generates_what_each_row_does_alone():
   lengths = np.array([host.T, 3, 6])[: host.B]
   made = generate(small, host.TOKENS, steps=6, lengths=lengths)
   for b, n in enumerate(lengths):
-    alone = generate(small, host.TOKENS[b : b + 1], steps=6, lengths=[n])
+    alone = generate(small, host.TOKENS[b : b + 1], steps=6, lengths=[int(n)])
     np.testing.assert_array_equal(made.tokens[b], alone.tokens[0])
   full = generate(host.model(), host.TOKENS, steps=6, lengths=lengths).tokens
   np.testing.assert_array_equal(made.tokens[1], full[1])  # all of it fits

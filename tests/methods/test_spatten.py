@@ -183,7 +183,7 @@ def test_a_plan_may_leave_layers_out():
 def test_refusals_in_words():
   with pytest.raises(ValueError, match="empty_cache"):
     model(0.5)(host.TOKENS)
-  with pytest.raises(ValueError, match="drafts"):
+  with pytest.raises(ValueError, match="several tokens at once; SpAtten"):
     generate(model(0.5), host.TOKENS, steps=3, policy=SelfSpeculation(1, 2))
   for bad in (-0.1, 1.5):
     with pytest.raises(ValueError, match="0..1"):

@@ -151,7 +151,7 @@ def test_generates_what_each_row_does_alone():
   for b, n in enumerate(lengths):
     heat["key"] = jax.random.split(jax.random.key(0), host.B)[b : b + 1]
     row = host.TOKENS[b : b + 1]
-    alone = generate(small, row, steps=9, lengths=[n], **heat)
+    alone = generate(small, row, steps=9, lengths=[int(n)], **heat)
     np.testing.assert_array_equal(made.tokens[b], alone.tokens[0])
 
 

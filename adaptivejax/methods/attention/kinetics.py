@@ -21,11 +21,7 @@ Axes: B batch, G key heads, H query heads, N pages, W head width.
 
 import jax.numpy as jnp
 
-from adaptivejax.core.attention_mass import (
-  GroupReduce,
-  check_reduction,
-  group_reduce,
-)
+from adaptivejax.core.attention_mass import check_reduction, group_reduce
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.generation_cost import generation_cost as kinetics_cost
 from adaptivejax.core.page_scores import (
@@ -58,7 +54,7 @@ class Kinetics(Choosing):
 
   def __init__(
     self, pages: int = 64, *, page: int = 16, sinks: int = 4, local: int = 64,
-    dense_layers: int = 1, group_reduce: GroupReduce = "mean",
+    dense_layers: int = 1, group_reduce: str = "mean",
   ):  # fmt: skip
     check_reduction(group_reduce)
     if pages < 1 or sinks < 0 or local < 1:

@@ -24,11 +24,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from adaptivejax.core.attention_mass import (
-  GroupReduce,
-  check_reduction,
-  group_reduce,
-)
+from adaptivejax.core.attention_mass import check_reduction, group_reduce
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.page_scores import (
   best_pages,
@@ -68,7 +64,7 @@ class Quest(Choosing):
     *,
     page: int = 16,
     dense_layers: int = 2,
-    group_reduce: GroupReduce = "max",
+    group_reduce: str = "max",
   ):
     check_reduction(group_reduce)
     super().__init__(pages, page, dense_layers)

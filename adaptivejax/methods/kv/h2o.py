@@ -22,11 +22,7 @@ Axes: B batch, T tokens, N keys, H query heads, G key heads.
 import jax.numpy as jnp
 
 from adaptivejax.core.attention import Keys, attend_with_mass
-from adaptivejax.core.attention_mass import (
-  GroupReduce,
-  check_reduction,
-  group_reduce,
-)
+from adaptivejax.core.attention_mass import check_reduction, group_reduce
 from adaptivejax.nn.evicting import (
   Evicting,
   Worth,
@@ -52,7 +48,7 @@ class H2O(Evicting):
     recent: int,
     *,
     normalise: bool = False,
-    group_reduce: GroupReduce = "mean",
+    group_reduce: str = "mean",
   ):
     if heavy < 0 or recent < 0:
       raise ValueError(f"{heavy=} and {recent=} must not be negative.")

@@ -28,7 +28,6 @@ from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.attention import Keys, attend
 from adaptivejax.core.attention_mass import (
-  GroupReduce,
   attention_mass,
   check_reduction,
   group_reduce,
@@ -60,7 +59,7 @@ class SnapKV(Evicting):
     kernel: int = 5,
     pooling: Literal["mean", "max"] = "mean",
     extra: int = 256,
-    group_reduce: GroupReduce = "mean",
+    group_reduce: str = "mean",
   ):
     if not 1 <= window <= capacity or kernel < 1 or kernel % 2 == 0:
       raise ValueError(
