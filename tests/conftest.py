@@ -22,7 +22,7 @@ os.environ.setdefault("NPROC", "64")
 
 # Nearly all of the time goes to compiling small programs that run once.
 QUICK = ["--xla_backend_optimization_level=0"]
-if jax.__version_info__ < (0, 12):  # later ones are fatal: no such flag
+if jax.__version_info__ < (0, 11):  # later ones are fatal: no such flag
   QUICK.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK])
 

@@ -283,7 +283,10 @@ def test_every_policy_by_name_decodes(name):
     ),
     (lambda: generate(MODEL, TEXT, steps=2, limits=[1, 3, 1]), "limits"),
     (lambda: generate(MODEL, TEXT, steps=2, limits=[0, 1, 1]), "limits"),
-    (lambda: generate(MODEL, TEXT, steps=2, limits=[1.5, 1, 1]), "whole"),
+    (
+      lambda: generate(MODEL, TEXT, steps=2, limits=np.array([1.5, 1, 1])),
+      "whole",
+    ),
     (
       lambda: generate(
         MODEL, TEXT, steps=2, key=jax.random.split(jax.random.key(0), 2)
