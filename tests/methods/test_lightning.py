@@ -180,5 +180,5 @@ def test_bad_input():
     module(x, places(x))
   draft = jnp.ones((B, 3, 3), bool)
   cache = model().empty_cache(B, T)
-  with pytest.raises(ValueError, match="tree of drafts"):
+  with pytest.raises(ValueError, match="tree of tokens"):
     model()(TOKENS[:, :3], cache, tree=draft)
