@@ -210,19 +210,35 @@ def _unplaced(rngs):
 @functools.cache
 def needle_model(quick: bool = False) -> NeedleLM:
   """Trained now, or found in runs/headlines; `quick` trains 4 steps."""
-  model = NeedleLM(rngs=nnx.Rngs(0))
-  path = OUT / f"needles{'-quick' if quick else ''}.npz"
+  return trained(NeedleLM(rngs=nnx.Rngs(0)), "needles", quick)
+
+
+def trained(
+  model: NeedleLM,
+  name: str,
+  quick: bool,
+  on: Callable[[NeedleLM, int], NeedleLM] = lambda model, length: model,
+) -> NeedleLM:
+  """The model after all lessons, kept in runs/headlines under `name`.
+
+  Args:
+    model: to begin with.
+    name: of the file.
+    quick: 4 steps.
+    on: the model that runs texts of so many tokens, of the same parameters.
+  """
+  path = OUT / f"{name}{'-quick' if quick else ''}.npz"
   params, tree = jax.tree.flatten(model)
   if path.is_file():
     with np.load(path) as kept:
-      found = [jnp.asarray(kept[name]) for name in kept.files]
+      found = [jnp.asarray(kept[key]) for key in kept.files]
     if [a.shape for a in found] == [a.shape for a in params]:
       return jax.tree.unflatten(tree, found)
   steps = 4 if quick else STEPS["needles"]
   optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
   def loss(params, tokens, answer):
-    model = jax.tree.unflatten(tree, params)
+    model = on(jax.tree.unflatten(tree, params), tokens.shape[1])
     last = jnp.full(len(tokens), tokens.shape[1] - 1)
     logits = model(tokens, read_at=last).logits[:, 0]
     return cross_entropy(logits, answer).mean()

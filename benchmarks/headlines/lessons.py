@@ -12,21 +12,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
-from adaptivejax.core.losses import cross_entropy
 from adaptivejax.nn import Look, with_look
 from benchmarks.headlines import Headline
 from benchmarks.long_context import (
   EVALUATION,
   LESSONS,
   NEEDLES,
-  OUT,
-  STEPS,
   NeedleLM,
   needle_model,
   needles,
+  trained,
 )
 
 LENGTH, PAIRS = LESSONS[-1][1:]
@@ -65,37 +62,12 @@ def learnt(name: str, look: Callable, quick: bool, free: bool) -> NeedleLM:
   model = NeedleLM(rngs=rngs)
   made = look(rngs)
   model.layers.attention.look = jax.tree.map(lambda a: a[None], made)
-  path = OUT / f"needles-{name}{'-quick' if quick else ''}.npz"
-  params, tree = jax.tree.flatten(model)
-  if path.is_file():
-    with np.load(path) as kept:
-      found = [jnp.asarray(kept[key]) for key in kept.files]
-    if [a.shape for a in found] == [a.shape for a in params]:
-      return jax.tree.unflatten(tree, found)
-  steps = 4 if quick else STEPS["needles"]
-  optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
-  def loss(params, tokens, answer):
-    model = jax.tree.unflatten(tree, params)
-    if free and tokens.shape[1] <= BLOCK * BLOCKS:
-      model = with_look(model, Look())
-    last = jnp.full(len(tokens), tokens.shape[1] - 1)
-    logits = model(tokens, read_at=last).logits[:, 0]
-    return cross_entropy(logits, answer).mean()
+  def on(model, length):
+    fits = free and length <= BLOCK * BLOCKS
+    return with_look(model, Look()) if fits else model
 
-  @jax.jit
-  def step(params, state, tokens, answer):
-    gradient = jax.grad(loss)(params, tokens, answer)
-    change, state = optimizer.update(gradient, state)
-    return optax.apply_updates(params, change), state
-
-  state = optimizer.init(params)
-  for i in range(steps):
-    batch = needles(*LESSONS[len(LESSONS) * i // steps], seed=i)
-    params, state = step(params, state, batch.tokens, batch.answer)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  np.savez(path, *map(np.asarray, params))
-  return jax.tree.unflatten(tree, params)
+  return trained(model, f"needles-{name}", quick, on)
 
 
 def accuracy(model: NeedleLM, count: int) -> float:

@@ -61,48 +61,41 @@ _UNLESS = {
   "cost": _capacity,
 }
 
+
+def _case(name, look, least, poison=None):
+  unless = {} if poison else {"poison": _whole_prompt}
+  return Case(
+    name,
+    f"kv.{name}",
+    _looking(look),
+    _some_text,
+    _plain,
+    full=FULL,
+    some=HALF,
+    none=NONE,
+    place=adjust,
+    dense=_dense,
+    least=_seen(least),
+    poison=poison,
+    unless={**_UNLESS, **unless},
+  )
+
+
 KV = [
-  Case(
+  _case(
     "h2o",
-    "kv.h2o",
-    _looking(lambda: H2O(4, 4)),
-    _some_text,
-    _plain,
-    full=FULL,
-    some=HALF,
-    none=NONE,
-    place=adjust,
-    dense=_dense,
-    least=_seen(lambda i, j: i < PROMPT or j >= i - 1),
-    unless={**_UNLESS, "poison": _whole_prompt},
+    lambda: H2O(4, 4),
+    lambda i, j: i < PROMPT or j >= i - 1,
   ),
-  Case(
+  _case(
     "snap_kv",
-    "kv.snap_kv",
-    _looking(lambda: SnapKV(8, window=1, kernel=3, extra=4)),
-    _some_text,
-    _plain,
-    full=FULL,
-    some=HALF,
-    none=NONE,
-    place=adjust,
-    dense=_dense,
-    least=_seen(lambda i, j: i < PROMPT or j >= PROMPT - 1),
-    unless={**_UNLESS, "poison": _whole_prompt},
+    lambda: SnapKV(8, window=1, kernel=3, extra=4),
+    lambda i, j: i < PROMPT or j >= PROMPT - 1,
   ),
-  Case(
+  _case(
     "streaming_llm",
-    "kv.streaming_llm",
-    _looking(lambda: StreamingLLM(0, 8)),
-    _some_text,
-    _plain,
-    full=FULL,
-    some=HALF,
-    none=NONE,
-    place=adjust,
-    dense=_dense,
-    least=_seen(lambda i, j: j == i),
+    lambda: StreamingLLM(0, 8),
+    lambda i, j: j == i,
     poison=_poisoned_stranger,
-    unless=_UNLESS,
   ),
 ]

@@ -195,6 +195,7 @@ def test_drafts_refuse_it_before_anything_is_traced():
 
 
 LOOKS = {
+  "plain": Look(),
   "h2o": H2O(40, 23),
   "snap_kv": SnapKV(40, window=4, extra=23),
   "streaming_llm": StreamingLLM(4, 60),
