@@ -71,7 +71,7 @@ from adaptivejax.core.dispatch import (
   Dispatch,
   dispatch,
   dispatch_mask,
-  load,
+  expert_load,
   no_drop_capacity,
   within_capacity,
 )
@@ -248,7 +248,7 @@ __all__ = [
   "lists_from_rows",
   "lists_from_tables",
   "lists_from_tokens",
-  "load",
+  "expert_load",
   "log_probs",
   "logit_margin",
   "margin",

@@ -91,7 +91,7 @@ def dispatch(
   flat = jnp.where((flat >= 0) & (flat < count), flat, count)
   order = jnp.argsort(flat, stable=True).astype(jnp.int32)
   place = inverse(order).reshape(-1, experts.shape[-1])
-  sizes = load(experts, count)
+  sizes = expert_load(experts, count)
   if most is not None and most < flat.size:
     if most < 0:
       raise ValueError(f"{most=} choices: there must be at least 0.")
@@ -132,7 +132,7 @@ def dispatch_mask(
   return Dispatch(order % n, weight, mask.sum(0, dtype=jnp.int32))
 
 
-def load(experts: Int[Array, "..."], count: int) -> Int[Array, " E"]:
+def expert_load(experts: Int[Array, "..."], count: int) -> Int[Array, " E"]:
   """Choices that each of `count` experts got: what balance rules look at."""
   each = jnp.arange(count, dtype=jnp.int32)
   return (experts.reshape(-1, 1) == each).sum(0, dtype=jnp.int32)
@@ -144,7 +144,7 @@ def no_drop_capacity(experts: Int[Array, "..."], count: int) -> Int[Array, ""]:
   It never exceeds the number of items, since an item's choices are distinct:
   that is the bound that is known before the router has spoken.
   """
-  return load(experts, count).max()
+  return expert_load(experts, count).max()
 
 
 def within_capacity(
@@ -179,7 +179,7 @@ def within_capacity(
   queue = jnp.zeros((k, n), jnp.int32).at[:, turn].set(flat.T).reshape(-1)
   queue = jnp.where((queue >= 0) & (queue < count), queue, count)
   order = jnp.argsort(queue, stable=True)
-  sizes = load(queue, count + 1)
+  sizes = expert_load(queue, count + 1)
   begin = jnp.cumsum(sizes) - sizes
   rank = jnp.zeros(n * k, jnp.int32).at[order].set(jnp.arange(n * k))
   rank = rank - begin[queue]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from adaptivejax.core.dispatch import NOBODY, load
+from adaptivejax.core.dispatch import NOBODY, expert_load
 
 
 def expert_use(
@@ -33,7 +33,7 @@ def expert_use(
   p = probabilities.astype(jnp.float32)
   live = jnp.ones(p.shape[:-1], bool) if live is None else live
   items = jnp.maximum(live.sum(dtype=jnp.float32), 1)
-  chosen = load(jnp.where(live[..., None], experts, NOBODY), p.shape[-1])
+  chosen = expert_load(jnp.where(live[..., None], experts, NOBODY), p.shape[-1])
   wanted = jnp.where(live[..., None], p, 0).reshape(-1, p.shape[-1]).sum(0)
   return chosen / items, wanted / items
 

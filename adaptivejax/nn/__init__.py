@@ -14,6 +14,11 @@ from adaptivejax.nn.confidence import (
 )
 from adaptivejax.nn.evicting import Evicting, Worth
 from adaptivejax.nn.exit import early_exit
+from adaptivejax.nn.expert_sharding import (
+  expert_specs,
+  fastest_program,
+  shard_experts,
+)
 from adaptivejax.nn.experts import (
   ExpertSharding,
   MixtureOfExperts,
@@ -46,7 +51,6 @@ from adaptivejax.nn.sparse_prefill import (
   Watch,
   coverage_of,
 )
-from adaptivejax.nn.spread import expert_specs, fastest_program, shard_experts
 from adaptivejax.nn.stack import (
   FULL,
   StackOutput,

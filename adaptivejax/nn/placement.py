@@ -16,8 +16,8 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from adaptivejax.core.dispatch import NOBODY
+from adaptivejax.nn.expert_sharding import mixtures
 from adaptivejax.nn.routing import Routing
-from adaptivejax.nn.spread import mixtures
 from adaptivejax.nn.stack import StackOutput, layer_count
 
 

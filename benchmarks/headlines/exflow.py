@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptivejax.methods.experts import (
-  affinity,
   apply_placement,
-  hops,
+  expert_affinity,
   in_order,
-  placement,
+  mean_hops,
+  place_experts,
 )
 from benchmarks.headlines import Headline
 from benchmarks.headlines.beds import texts
@@ -37,14 +37,14 @@ def measure(quick: bool) -> Headline:
   shuffled = np.random.default_rng(0).permuted(seen, axis=0)
   layers, figures, cuts = seen.shape[1], {}, {}
   for devices in (2, 4, 8):
-    plain = hops(held, in_order(layers, EXPERTS, devices))
+    plain = mean_hops(held, in_order(layers, EXPERTS, devices))
     by = {
-      "placed": placement(affinity(seen, EXPERTS), devices),
-      "chance": placement(affinity(shuffled, EXPERTS), devices),
+      "placed": place_experts(expert_affinity(seen, EXPERTS), devices),
+      "chance": place_experts(expert_affinity(shuffled, EXPERTS), devices),
     }
     figures[f"hops_{devices}"] = plain
     for name, place in by.items():
-      figures[f"hops_{devices}_{name}"] = hops(held, place)
+      figures[f"hops_{devices}_{name}"] = mean_hops(held, place)
     cuts[devices] = 1 - figures[f"hops_{devices}_placed"] / plain
     if devices == 4:
       figures["logits_differ_by"] = _differ(model, by["placed"], texts(4))

@@ -19,7 +19,7 @@ import numpy as np
 from adaptivejax.core import dispatch, expert_apply
 from adaptivejax.methods.experts import TutelRouter, tutel_capacity
 from adaptivejax.nn import Setting
-from adaptivejax.nn.spread import mixtures
+from adaptivejax.nn.expert_sharding import mixtures
 from benchmarks.headlines import Headline
 from benchmarks.headlines.beds import DATA, bits_per_byte, texts
 from benchmarks.headlines.routed import (

@@ -11,7 +11,7 @@ from adaptivejax.core.dispatch import (
   NOBODY,
   dispatch,
   dispatch_mask,
-  load,
+  expert_load,
   no_drop_capacity,
   within_capacity,
 )
@@ -45,7 +45,7 @@ def test_slots_are_the_choices_sorted_by_expert(case):
   assert [(int(e), int(n), float(w)) for e, n, w in made] == wanted
   assert np.array_equal(plan.valid, np.arange(experts.size) < total)
   assert (plan.item >= 0).all() and (plan.item < len(experts)).all()
-  assert np.array_equal(plan.sizes, load(jnp.asarray(experts), count))
+  assert np.array_equal(plan.sizes, expert_load(jnp.asarray(experts), count))
 
 
 @given(choices())

@@ -11,7 +11,7 @@ import numpy as np
 
 from adaptivejax.core.cost import flops
 from adaptivejax.core.covers import MIN_CHUNK
-from adaptivejax.core.dispatch import load
+from adaptivejax.core.dispatch import expert_load
 from adaptivejax.methods.experts import (
   DeepSeekRouter,
   ExpertChoiceRouter,
@@ -109,7 +109,7 @@ def _dead_experts(budget, route=lambda m, x: m.router(x)):
   def poison(params, x):
     routing = route(adjust(params, float(budget)), x)
     count = params.experts.down.kernel.shape[0]
-    dead = load(routing.experts, count) == 0
+    dead = expert_load(routing.experts, count) == 0
     assert dead.any() and not dead.all()
     return poisoned(params, dead), x, budget, None
 

@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 
 from adaptivejax.methods.experts import (
-  affinity,
   apply_placement,
-  hops,
+  expert_affinity,
   in_order,
-  placement,
+  mean_hops,
+  place_experts,
 )
 from adaptivejax.models import decoder_block
 from adaptivejax.nn import (
@@ -69,7 +69,7 @@ def test_affinity_counts_pairs():
   want = np.zeros((2, E, E), int)
   want[0, 0, 1] = 2
   want[1, 1, 1] = want[1, 1, 2] = want[1, 0, 2] = 1
-  np.testing.assert_array_equal(affinity(trace, E), want)
+  np.testing.assert_array_equal(expert_affinity(trace, E), want)
 
 
 def test_hops_are_those_of_each_token():
@@ -77,38 +77,40 @@ def test_hops_are_those_of_each_token():
   for seed in range(3):
     trace = some_trace(seed)
     place = rng.permuted(in_order(3, E, G), axis=1)
-    assert hops(trace, place) == pytest.approx(paid(trace, place))
+    assert mean_hops(trace, place) == pytest.approx(paid(trace, place))
     place = rng.permuted(in_order(3, E, 4), axis=1)
-    got = hops(trace, place, NODES.astype(float))
+    got = mean_hops(trace, place, NODES.astype(float))
     assert got == pytest.approx(paid(trace, place, NODES))
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_search_finds_the_best_of_all(seed):
   trace = some_trace(seed)
-  place = placement(affinity(trace, E), G)
-  best = min(hops(trace, p) for p in every_placement(3, E, G))
-  assert hops(trace, place) == pytest.approx(best)
-  assert best <= hops(trace, in_order(3, E, G))
+  place = place_experts(expert_affinity(trace, E), G)
+  best = min(mean_hops(trace, p) for p in every_placement(3, E, G))
+  assert mean_hops(trace, place) == pytest.approx(best)
+  assert best <= mean_hops(trace, in_order(3, E, G))
 
 
 def test_nodes_are_farther_than_devices():
   trace, far = some_trace(1, layers=2), NODES.astype(float)
-  place = placement(affinity(trace, E), 4, distance=far)
-  best = min(hops(trace, p, far) for p in every_placement(2, E, 4))
-  assert hops(trace, place, far) == pytest.approx(best)
+  place = place_experts(expert_affinity(trace, E), 4, distance=far)
+  best = min(mean_hops(trace, p, far) for p in every_placement(2, E, 4))
+  assert mean_hops(trace, place, far) == pytest.approx(best)
 
 
 @pytest.mark.parametrize("experts,devices", [(8, 2), (16, 4), (6, 6), (6, 1)])
 def test_a_placement_is_even_and_never_worse_than_none(experts, devices):
   trace = some_trace(7, layers=5, experts=experts)
-  place = placement(affinity(trace, experts), devices)
+  place = place_experts(expert_affinity(trace, experts), devices)
   assert place.shape == (5, experts)
   for layer in place:
     counts = np.bincount(layer, minlength=devices)
     assert (counts == experts // devices).all()
-  assert hops(trace, place) <= hops(trace, in_order(5, experts, devices))
-  again = placement(affinity(trace, experts), devices)
+  assert mean_hops(trace, place) <= mean_hops(
+    trace, in_order(5, experts, devices)
+  )
+  again = place_experts(expert_affinity(trace, experts), devices)
   np.testing.assert_array_equal(place, again)
 
 
@@ -125,9 +127,9 @@ def test_planted_affinity_is_recovered():
     ],
     axis=1,
   )
-  place = placement(affinity(trace, experts), devices)
-  assert hops(trace, place) == 0
-  assert hops(trace, in_order(layers, experts, devices)) > 3
+  place = place_experts(expert_affinity(trace, experts), devices)
+  assert mean_hops(trace, place) == 0
+  assert mean_hops(trace, in_order(layers, experts, devices)) > 3
 
 
 class TopTwo(nnx.Module):
@@ -163,14 +165,14 @@ def test_the_model_computes_what_it_did_and_stays_where_it_should():
     np.testing.assert_array_equal(counted, load)
 
   trace = notes[..., 0].reshape(CONFIG.layers, -1).T
-  place = placement(affinity(trace, E), G)
+  place = place_experts(expert_affinity(trace, E), G)
   placed = apply_placement(whole, place)
   after = read(placed)
   np.testing.assert_array_equal(after.logits, before.logits)
   moved = np.asarray(after.notes)[..., 0].reshape(CONFIG.layers, -1).T
   way = in_order(CONFIG.layers, E, G)  # by number, now
-  assert hops(moved, way) == pytest.approx(hops(trace, place))
-  assert hops(moved, way) < hops(trace, way)
+  assert mean_hops(moved, way) == pytest.approx(mean_hops(trace, place))
+  assert mean_hops(moved, way) < mean_hops(trace, way)
 
 
 def test_one_layer_and_any_order():
@@ -191,14 +193,14 @@ def test_one_layer_and_any_order():
 
 
 def test_what_does_not_fit_is_refused():
-  trace, counts = some_trace(0), affinity(some_trace(0), E)
+  trace, counts = some_trace(0), expert_affinity(some_trace(0), E)
   with pytest.raises(ValueError, match="4 experts .* devices=3"):
-    placement(counts, 3)
+    place_experts(counts, 3)
   with pytest.raises(ValueError, match="starts=0"):
-    placement(counts, G, starts=0)
+    place_experts(counts, G, starts=0)
   for bad in (trace[:, :1], trace[:0], trace + 1):
     with pytest.raises(ValueError, match="one of 4 experts"):
-      affinity(bad, E)
+      expert_affinity(bad, E)
   whole = model(layer)
   with pytest.raises(ValueError, match=r"\(4, 4\).*\(4,\)"):
     apply_placement(whole, np.array([0, 0, 1, 1]))

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from adaptivejax.core.cost import Cost, Signals
-from adaptivejax.core.dispatch import load
+from adaptivejax.core.dispatch import expert_load
 from adaptivejax.core.router_losses import excess_load
 from adaptivejax.core.select import best
 from adaptivejax.methods.experts import SwitchRouter
@@ -81,7 +81,7 @@ class _Skewed(nnx.Module):
   def __call__(self, x, live=None, key=None):
     scores = jax.nn.sigmoid(self.gate(x) + jnp.array([3.0, 0.0, 0.0, 0.0]))
     experts = best(scores + self.load_bias.get_value(), 1)
-    taken = load(experts, 4) / experts.size
+    taken = expert_load(experts, 4) / experts.size
     excess = excess_load(self.load_bias.get_value(), taken - taken.mean())
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     return Routing(experts, weights, excess, jnp.float32(0))

@@ -5,11 +5,11 @@ from adaptivejax.methods.experts.block_ffn import BlockFFN
 from adaptivejax.methods.experts.deepseek import DeepSeekRouter
 from adaptivejax.methods.experts.dynamic_top_p import TopPRouter
 from adaptivejax.methods.experts.exflow import (
-  affinity,
   apply_placement,
-  hops,
+  expert_affinity,
   in_order,
-  placement,
+  mean_hops,
+  place_experts,
 )
 from adaptivejax.methods.experts.expert_choice import ExpertChoiceRouter
 from adaptivejax.methods.experts.factor_llm import FactorLLM
@@ -30,10 +30,10 @@ __all__ = [
   "SwitchRouter",
   "TopPRouter",
   "TutelRouter",
-  "affinity",
+  "expert_affinity",
   "apply_placement",
-  "hops",
+  "mean_hops",
   "in_order",
-  "placement",
+  "place_experts",
   "tutel_capacity",
 ]

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from adaptivejax.core.dispatch import check_count, load
+from adaptivejax.core.dispatch import check_count, expert_load
 from adaptivejax.core.router_losses import excess_load, sequence_load_balance
 from adaptivejax.core.select import best, top_k
 from adaptivejax.nn.linear import linear
@@ -116,6 +116,6 @@ class DeepSeekRouter(nnx.Module):
     penalty = self.balance * even / self.top_k
     if self.load_bias is not None:
       bias = self.load_bias.get_value()
-      taken = load(experts, self.count) / experts[..., 0].size
+      taken = expert_load(experts, self.count) / experts[..., 0].size
       penalty += excess_load(bias, taken - taken.mean())
     return penalty

@@ -32,7 +32,7 @@ from adaptivejax.core.placement import shorten_ways, way_price
 from adaptivejax.nn.placement import reorder_experts
 
 
-def affinity(
+def expert_affinity(
   trace: Int[np.ndarray, "T L"], experts: int
 ) -> Int[np.ndarray, "P E E"]:
   """A: how often expert i is followed by j; -1 in a trace is no expert."""
@@ -48,7 +48,7 @@ def affinity(
   return counts
 
 
-def hops(
+def mean_hops(
   trace: Int[np.ndarray, "T L"],
   place: Int[np.ndarray, "L E"],
   distance: Float[np.ndarray, "G G"] | None = None,
@@ -60,7 +60,7 @@ def hops(
     place: device of each expert of each layer.
     distance: price of a hop; 1 between any two devices if not given.
   """
-  counts = affinity(trace, place.shape[1])
+  counts = expert_affinity(trace, place.shape[1])
   return way_price(counts, place, _distances(place, distance)) / len(trace)
 
 
@@ -74,7 +74,7 @@ def in_order(layers: int, experts: int, devices: int) -> np.ndarray:
   return np.tile(np.arange(experts) * devices // experts, (layers, 1))
 
 
-def placement(
+def place_experts(
   counts: Int[np.ndarray, "P E E"],
   devices: int,
   *,
@@ -85,7 +85,7 @@ def placement(
   """The device of each expert of each layer, E/G on each; all is static.
 
   Args:
-    counts: A, of `affinity`.
+    counts: A, of `expert_affinity`.
     devices: G; divides E.
     distance: price of a hop; 1 between any two devices if not given.
     starts: one from the experts in order, the others from chance.
