@@ -10,7 +10,6 @@ from adaptivejax.core.attention import (
 )
 from adaptivejax.core.attention_mass import attention_mass, group_reduce
 from adaptivejax.core.block_lists import (
-  causal_blocks,
   full_lists,
   lists_from_function,
   lists_from_mask,
@@ -18,6 +17,9 @@ from adaptivejax.core.block_lists import (
   lists_from_tables,
   lists_from_tokens,
   mask_from_lists,
+)
+from adaptivejax.core.block_masks import (
+  causal_blocks,
   shared_by_group,
   sink_blocks,
   visible_blocks,

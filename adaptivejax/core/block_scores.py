@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.attention import NEVER, Keys
-from adaptivejax.core.block_lists import BLOCK, block_extremes, visible_blocks
+from adaptivejax.core.block_masks import BLOCK, block_extremes, visible_blocks
 from adaptivejax.core.select import top_p
 
 

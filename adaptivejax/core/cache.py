@@ -306,8 +306,9 @@ def commit_path(
 def _refuse_evicting(cache: KVCache, what: str) -> None:
   if cache.evicts is not None:
     raise ValueError(
-      f"a cache that evicts {what}: decode with a policy that neither drafts"
-      " nor fills in keys, or with a look that keeps them all."
+      f"the cache of a look that does not keep every key {what}: decode with a"
+      " policy that neither drafts nor fills in keys, or with a look that keeps"
+      " them all."
     )
 
 

@@ -15,11 +15,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.attention import Keys
-from adaptivejax.core.block_lists import (
-  BLOCK,
-  lists_from_mask,
-  visible_blocks,
-)
+from adaptivejax.core.block_lists import lists_from_mask
+from adaptivejax.core.block_masks import BLOCK, visible_blocks
 from adaptivejax.core.block_scores import shared_positions
 from adaptivejax.core.select import compact
 from adaptivejax.core.sparse_attention import attend_blocks

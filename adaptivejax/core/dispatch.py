@@ -9,9 +9,11 @@ the choices that an expert has no room for are marked as no choice.
 Axes: N items, K choices per item, E experts, M = N K slots.
 """
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.select import compact
@@ -150,7 +152,7 @@ def no_drop_capacity(experts: Int[Array, "..."], count: int) -> Int[Array, ""]:
 def within_capacity(
   experts: Int[Array, "*N K"],
   count: int,
-  capacity: Int[Array, ""] | Int[Array, " E"] | int,
+  capacity: Int[Array | np.ndarray, ""] | Int[Array | np.ndarray, " E"] | int,
   priority: Float[Array, "*N"] | None = None,
 ) -> Bool[Array, "*N K"]:
   """The choices that are served if each expert takes at most `capacity`.
@@ -168,7 +170,12 @@ def within_capacity(
 
   Returns:
     True for what is served; False where nothing was chosen.
+
+  Raises:
+    ValueError: a capacity known beforehand is negative.
   """
+  if isinstance(capacity, int | np.ndarray) and np.min(capacity) < 0:
+    raise ValueError(f"{capacity=} must be at least 0 for each expert.")
   *lead, k = experts.shape
   flat = experts.reshape(-1, k)
   n = flat.shape[0]
@@ -190,8 +197,10 @@ def within_capacity(
 
 def check_count(count: int, choices: int) -> None:
   """Raises ValueError unless `choices` different ones of `count` exist."""
-  if count < 1 or not 1 <= choices <= count:
+  whole = isinstance(count, Integral) and isinstance(choices, Integral)
+  if not whole or count < 1 or not 1 <= choices <= count:
     raise ValueError(
       f"{choices} different choices cannot be made among {count} experts: the"
-      " experts chosen must be at least 1 and at most as many as there are."
+      " experts chosen must be a whole number, at least 1 and at most as many"
+      " as there are."
     )

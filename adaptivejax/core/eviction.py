@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from adaptivejax.core.attention import Keys, dequantised
 from adaptivejax.core.cache import KVCache, coded, write
 
-NEVER = -jnp.inf
+UNWANTED = -jnp.inf
 """Priority of what is not to be kept, whatever room there is."""
 
 
@@ -32,7 +32,7 @@ def victim(
   score = score.astype(jnp.float32)
   if protected is not None:
     score = jnp.where(protected, jnp.inf, score)
-  return jnp.where(pos < 0, NEVER, score).argmin(-1).astype(jnp.int32)
+  return jnp.where(pos < 0, UNWANTED, score).argmin(-1).astype(jnp.int32)
 
 
 def replace_victim(
@@ -82,14 +82,14 @@ def best(
   """Indices of the `count` highest priorities, rising; N in slots left over.
 
   Args:
-    priority: `NEVER` for what is not to be kept.
+    priority: `UNWANTED` for what is not to be kept.
     count: to keep, of each row or of all (dynamic).
     slots: S, the most that can be kept (static).
   """
   many = priority.shape[-1]
   top, index = jax.lax.top_k(priority, min(slots, many))
   count = jnp.reshape(count, (-1, 1, 1))
-  fits = (jnp.arange(index.shape[-1]) < count) & (top > NEVER)
+  fits = (jnp.arange(index.shape[-1]) < count) & (top > UNWANTED)
   index = jnp.sort(jnp.where(fits, index, many), axis=-1)
   spare = (0, 0), (0, 0), (0, slots - index.shape[-1])
   return jnp.pad(index, spare, constant_values=many)

@@ -14,7 +14,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.attention import NEVER, Keys
-from adaptivejax.core.block_lists import lists_from_mask, visible_blocks
+from adaptivejax.core.block_lists import lists_from_mask
+from adaptivejax.core.block_masks import visible_blocks
 from adaptivejax.core.cost import Cost
 from adaptivejax.core.sparse_attention import attend_blocks
 

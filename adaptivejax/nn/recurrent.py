@@ -28,6 +28,8 @@ class Recurrent(Look):
   evicts = True
 
   def __init__(self, heads: int, *, chunk: int = 64):
+    if chunk < 1 or chunk % 16:
+      raise ValueError(f"{chunk=} must be a positive multiple of 16 tokens.")
     self.heads, self.chunk = heads, chunk
 
   def log_decay(self, layer: Int[Array, ""] | int) -> Float[Array, "1 H 1"]:

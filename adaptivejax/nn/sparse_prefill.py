@@ -17,7 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.attention import Keys
-from adaptivejax.core.block_lists import BLOCK, lists_from_mask
+from adaptivejax.core.block_lists import lists_from_mask
+from adaptivejax.core.block_masks import BLOCK
 from adaptivejax.core.column_attention import attend_columns, coverage
 from adaptivejax.core.cost import flops
 from adaptivejax.core.sparse_attention import attend_blocks

@@ -16,7 +16,6 @@ a key head (H / G * T, or T where query heads have lists), M pieces of g slots,
 X = M * g slots of a list, C slots of a block.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -38,6 +37,7 @@ from pallas_kernels.sparse_decode_attention.pieces import (
   read,
   seen,
 )
+from pallas_kernels.sparse_decode_attention.stream import Plan, Stream
 from pallas_kernels.sparse_decode_attention.tuned import (
   LANES,
   MOST_SCALARS,
@@ -47,9 +47,6 @@ from pallas_kernels.sparse_decode_attention.tuned import (
   divisor,
 )
 from pallas_kernels.sparse_decode_attention.types import Units
-
-UNROLLED = 16
-"""Transfers that are started without a branch in between."""
 
 
 def forward(
@@ -214,7 +211,7 @@ def _call(work, first_row, *, k, v, cut, pooled, rule, mass, interpret, debug):
     functools.partial(
       _kernel,
       rule=rule,
-      plan=_Plan(
+      plan=Plan(
         cut,
         rounds,
         splits,
@@ -263,152 +260,15 @@ def _call(work, first_row, *, k, v, cut, pooled, rule, mass, interpret, debug):
   return flat(out), flat(lse), flat(scores)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-  """What the kernel knows of its work beforehand.
-
-  Attributes:
-    cut: see `Blocks`.
-    rounds: blocks of the longest list.
-    splits: items of a row of the batch.
-    sharers: heads of items that share a key head.
-    lists: of an item: 1, or one for each of its heads.
-    first_row: of the batch.
-    pooled: pages lie in a pool.
-    quantised: keys and values have scales.
-    marked: rows of marks of a head: 1, or one for each of its queries.
-  """
-
-  cut: Blocks
-  rounds: int
-  splits: int
-  sharers: int
-  lists: int
-  first_row: int
-  pooled: bool
-  quantised: bool
-  marked: int
-
-  @property
-  def pieces(self) -> int:
-    """Of a block."""
-    return self.cut.slots // self.cut.piece
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stream:
-  """Blocks on their way from HBM, in the order in which they are attended.
-
-  Loads are in turn in the buffers.  `state` is the item and the block to load
-  next, and how many blocks were started and attended.
-  """
-
-  plan: _Plan
-  most: Any  # i32[W] in SMEM: pieces of an item's longest list
-  counts: Any  # i32[W * lists]: pieces of each
-  start: Any  # i32[W * lists * rounds * pieces]
-  lead: Any  # the same; None where it is the row of the batch
-  hbm: Any  # (k, v)
-  vmem: Any  # (k, v), [depth, n, C, D]
-  sems: Any  # [depth, 2]
-  state: Any  # i32[4] in SMEM
-  end: Any  # the first item that is not ours
-
-  def begin(self, item: Any) -> None:
-    """Starts the first loads."""
-    for n, value in enumerate((item, 0, 0, 0)):
-      self.state[n] = value
-    pl.loop(0, self.plan.cut.depth - 1)(lambda _: self.issue())
-
-  def pieces(self, of: Any, block: Any) -> Any:
-    """Pieces to load of a block of a list."""
-    most = self.plan.pieces
-    return jnp.clip(self.counts[of] - block * most, 0, most)
-
-  def heads(self, n: Any) -> tuple[Any, int]:
-    """Those of an item that list n of it is for: the first, how many."""
-    each = self.plan.cut.heads // self.plan.lists
-    return n * each, each
-
-  def issue(self) -> None:
-    """Starts to load the next block, if there is one."""
-    item, block = self.state[0], self.state[1]
-
-    @pl.when(item < self.end)
-    def _():
-      slot = lax.rem(self.state[2], self.plan.cut.depth)
-      pl.loop(0, self.plan.lists)(lambda n: self.load(item, block, slot, n))
-      more = (block + 1) * self.plan.pieces < self.most[item]
-      self.state[0] = jnp.where(more, item, item + 1)
-      self.state[1] = jnp.where(more, block + 1, 0)
-      self.state[2] += 1
-
-  def load(self, item: Any, block: Any, slot: Any, n: Any) -> None:
-    """Starts the transfers of a block of list n of an item."""
-    plan, size = self.plan, self.plan.cut.piece
-    of = item * plan.lists + n
-    first = (of * plan.rounds + block) * plan.pieces
-    head, heads = self.heads(n)
-    owner = lax.rem(item, plan.splits) * plan.cut.heads + head
-    here, there = pl.ds(head, heads), pl.ds(lax.div(owner, plan.sharers), heads)
-    count = self.pieces(of, block)
-    row = plan.first_row + lax.div(item, plan.splits)
-
-    def start(m):
-      lead = self.lead[first + m] if plan.pooled else row
-      begin = self.start[first + m]
-      source = pl.ds(pl.multiple_of(begin, size), size)
-      target = pl.ds(pl.multiple_of(m * size, size), size)
-      for a, (hbm, vmem) in enumerate(zip(self.hbm, self.vmem)):
-        pltpu.make_async_copy(
-          hbm.at[lead, there, source, :],
-          vmem.at[slot, here, target, :],
-          self.sems.at[slot, a],
-        ).start()
-
-    many = min(UNROLLED, plan.pieces)
-    rounds = lax.div(count, many)
-
-    @pl.loop(0, rounds)
-    def _(m):
-      for k in range(many):
-        start(m * many + k)
-
-    pl.loop(rounds * many, count)(start)
-
-  def wait(self, item: Any, block: Any) -> Any:
-    """Waits for the next block; the buffer it is in."""
-    slot = lax.rem(self.state[3], self.plan.cut.depth)
-    self.state[3] += 1
-
-    def arrived(heads, size):
-      for a, vmem in enumerate(self.vmem):
-        place = vmem.at[slot, heads, pl.ds(0, size), :]
-        pltpu.make_async_copy(place, place, self.sems.at[slot, a]).wait()
-
-    @pl.loop(0, self.plan.lists)
-    def _(n):
-      here = pl.ds(*self.heads(n))
-      count = self.pieces(item * self.plan.lists + n, block)
-      whole = count == self.plan.pieces
-      pl.when(whole)(functools.partial(arrived, here, self.plan.cut.slots))
-
-      @pl.loop(0, jnp.where(whole, 0, count))
-      def _(_):
-        arrived(here, self.plan.cut.piece)
-
-    return slot
-
-
-def _kernel(*refs, rule: Rule, plan: _Plan, each: int):
+def _kernel(*refs, rule: Rule, plan: Plan, each: int):
   """A step: `each` items, one after the other.
 
-  Scalars in SMEM: see `_Stream`, and whether all slots of a block are seen,
+  Scalars in SMEM: see `Stream`, and whether all slots of a block are seen,
   i32[W * rounds].
   In, of each item: q [n, R, D], marks [1 or R, or n times as many, X], and with
   quantised keys their scales and those of values [n, X]; k and v, in HBM.
   Out: out [n, R, E], lse [n, R, 128] and, if asked for, scores [n, R, X].
-  Scratch: see `_Stream`; top of the scores, sum of exp, sum of values.
+  Scratch: see `Stream`; top of the scores, sum of exp, sum of values.
   """
   most, counts, clean, start, *refs = refs
   lead, refs = (refs[0], refs[1:]) if plan.pooled else (None, refs)
@@ -420,7 +280,7 @@ def _kernel(*refs, rule: Rule, plan: _Plan, each: int):
   steps, cut = pl.num_programs(1), plan.cut
   first = (core * steps + step) * each
   end = (core + 1) * steps * each
-  stream = _Stream(
+  stream = Stream(
     plan, most, counts, start, lead, (k_hbm, v_hbm), (k_ref, v_ref), sems,
     state, end,
   )  # fmt: skip

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dispatch and capacity against a queue of choices, one after the other."""
 
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from adaptivejax.core.dispatch import (
   NOBODY,
+  check_count,
   dispatch,
   dispatch_mask,
   expert_load,
@@ -154,6 +157,12 @@ def test_a_capacity_for_each_expert():
   np.testing.assert_array_equal(served, np.array(first, bool))
 
 
+@pytest.mark.parametrize("capacity", [-2, np.array([1, -1])])
+def test_a_capacity_of_less_than_nothing(capacity):
+  with pytest.raises(ValueError, match="at least 0"):
+    within_capacity(jnp.zeros((2, 1), int), 2, capacity)
+
+
 def test_a_promise_of_less_than_nothing():
   with pytest.raises(ValueError, match="at least 0"):
     dispatch(jnp.zeros((2, 1), int), jnp.ones((2, 1)), 2, most=-1)
@@ -170,3 +179,9 @@ def test_a_promise_of_less_than_nothing():
 def test_bad_input(experts, weights, count, says):
   with pytest.raises(ValueError, match=says):
     dispatch(experts, weights, count)
+
+
+def test_half_a_choice():
+  unchecked = inspect.unwrap(check_count)  # of the types that tests check
+  with pytest.raises(ValueError, match="whole number"):
+    unchecked(4, 1.5)

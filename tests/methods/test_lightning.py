@@ -178,6 +178,11 @@ def test_bad_input():
   x = jnp.ones((1, 4, 16))
   with pytest.raises(ValueError, match="as many heads"):
     module(x, places(x))
+  with pytest.raises(ValueError, match="multiple of 16"):
+    LightningAttention(16, 4, chunk=24, rngs=rngs)
+  module = Attention(16, 4, look=LightningAttention(8, 4, rngs=rngs), rngs=rngs)
+  with pytest.raises(ValueError, match="in an attention of 16"):
+    module(x, places(x))
   draft = jnp.ones((B, 3, 3), bool)
   cache = model().empty_cache(B, T)
   with pytest.raises(ValueError, match="tree of tokens"):

@@ -175,7 +175,7 @@ def test_what_cannot_evict_says_so():
   with pytest.raises(ValueError, match="cannot be looked at again"):
     model(host.TOKENS)
   policy = Partial(calm, threshold=jnp.float32(0.5))
-  with pytest.raises(ValueError, match="a cache that evicts"):
+  with pytest.raises(ValueError, match="does not keep every key"):
     generate(
       with_look(host.model(), H2O(2, 2)), host.TOKENS, steps=3, policy=policy
     )

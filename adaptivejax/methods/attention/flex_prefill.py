@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptivejax.core.attention import NEVER, Keys, attention_weights
-from adaptivejax.core.block_lists import BLOCK, visible_blocks
+from adaptivejax.core.block_masks import BLOCK, visible_blocks
 from adaptivejax.core.block_scores import (
   end_blocks,
   fewest_of_mass,

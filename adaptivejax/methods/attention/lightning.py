@@ -57,6 +57,7 @@ class LightningAttention(Recurrent):
     if layers is not None and layers < 1:
       raise ValueError(f"{layers=} must be at least 1, or None.")
     super().__init__(heads, chunk=chunk)
+    self.features = features
     self.norm = RMSNorm(features)
     self.gate = linear(features, features, rngs=rngs)
     self.layers = layers
@@ -72,4 +73,8 @@ class LightningAttention(Recurrent):
   def after(
     self, mixed: Float[Array, "B T D"], x: Float[Array, "B T D"]
   ) -> Float[Array, "B T D"]:
+    if x.shape[-1] != self.features:
+      raise ValueError(
+        f"a look of {self.features=} is in an attention of {x.shape[-1]}."
+      )
     return jax.nn.sigmoid(self.gate(x)) * self.norm(mixed)

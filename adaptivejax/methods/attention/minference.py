@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptivejax.core.attention import Keys, attention_weights
-from adaptivejax.core.block_lists import visible_blocks
+from adaptivejax.core.block_masks import visible_blocks
 from adaptivejax.core.block_scores import (
   end_blocks,
   last_queries,

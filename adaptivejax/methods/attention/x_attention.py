@@ -21,7 +21,7 @@ Axes: B batch, T queries, S keys, H query heads, Q query tiles, K key blocks.
 """
 
 from adaptivejax.core.attention import Keys
-from adaptivejax.core.block_lists import BLOCK, visible_blocks
+from adaptivejax.core.block_masks import BLOCK, visible_blocks
 from adaptivejax.core.block_scores import (
   antidiagonal_mass,
   end_blocks,

@@ -84,7 +84,7 @@ class DeepSeekRouter(nnx.Module):
     self.groups, self.kept_groups = groups, kept_groups
     self.softmax, self.scale, self.balance = softmax, scale, balance
 
-  def choose(self, scores: Float[Array, "*N E"]) -> Int[Array, "*N K"]:
+  def choose(self, scores: Float[Array, "*B T E"]) -> Int[Array, "*B T K"]:
     """The choices, the best first; scores are unbiased."""
     if self.load_bias is not None:
       scores = scores + self.load_bias.get_value().astype(jnp.float32)
@@ -97,8 +97,8 @@ class DeepSeekRouter(nnx.Module):
 
   def __call__(
     self,
-    x: Float[Array, "*N D"],
-    live: Bool[Array, "*N"] | None = None,
+    x: Float[Array, "*B T D"],
+    live: Bool[Array, "*B T"] | None = None,
     key: Key[Array, ""] | None = None,
   ) -> Routing:
     del key
@@ -116,6 +116,7 @@ class DeepSeekRouter(nnx.Module):
     penalty = self.balance * even / self.top_k
     if self.load_bias is not None:
       bias = self.load_bias.get_value()
-      taken = expert_load(experts, self.count) / experts[..., 0].size
+      items = experts[..., 0].size if live is None else live.sum()
+      taken = expert_load(experts, self.count) / jnp.maximum(items, 1)
       penalty += excess_load(bias, taken - taken.mean())
     return penalty
