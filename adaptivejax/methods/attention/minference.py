@@ -13,7 +13,7 @@ Departs: columns are gathered in a second pass, merged exactly.  block_sparse
 also sees the first block and its own, or some queries might see nothing.
 `assign` takes budgets as given; the paper first makes them cost the same, the
 published code then turns all patterns into vertical_slash.  1024 and 4096 are
-unverified, other budgets those of that code.  The last queries choose for all.
+of sec. 4, other budgets those of that code.  The last queries choose for all.
 Axes: B batch, T queries, S keys, H query heads, L layers.
 """
 
