@@ -19,6 +19,7 @@ from pallas_kernels.block_sparse_attention import plan, stream
 from pallas_kernels.block_sparse_attention.cuts import Cut
 from pallas_kernels.block_sparse_attention.plan import LOG2E, MARKS
 from pallas_kernels.block_sparse_attention.types import Marks
+from pallas_kernels.varying import result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,9 +184,11 @@ def run(
   def body(*refs):
     kernel(SimpleNamespace(**(optional | dict(zip(names, refs)))))
 
+  arrays = [x.array for x in inputs.values()]
+  made = lambda like: result(like.shape, like.dtype, words, *arrays)
   call = pl.pallas_call(
     body,
-    out_shape=[x.array for x in outputs.values()],
+    out_shape=[made(x.array) for x in outputs.values()],
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2,
       grid=(cut.cores, *cut.extent),
@@ -206,7 +209,6 @@ def run(
     interpret=interpret,
     name=name,
   )
-  arrays = [x.array for x in inputs.values()]
   each = lambda part: call(*part, *arrays)
   if len(words) == 1:
     results = [x[None] for x in each((words[0], starts[0]))]

@@ -6,7 +6,6 @@ Axes: as in `types`.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from pallas_kernels.block_sparse_attention.types import (
   Marks,
   Rule,
 )
+from pallas_kernels.varying import alike, axes_of
 
 
 def block_sparse_attention(
@@ -63,7 +63,7 @@ def block_sparse_attention(
       if a is not None and name != "sinks"
     }
   )
-  operands = _vary((q, k, v, lists, marks))
+  operands = alike((q, k, v, lists, marks))
   return _attention((rule, mass), *operands)
 
 
@@ -139,13 +139,12 @@ def _backward(rule, q, k, v, lists, marks, out, lse, dout, dlse):
 def _run(on_tpu, on_gpu, default, *operands):
   """A kernel where there is one that takes these arrays; XLA elsewhere.
 
-  In `shard_map` kernels do not say over which axes their results vary.
+  In `shard_map` that of GPUs does not say over which axes its results differ.
   """
-  kernels = {"cuda": on_gpu} if on_gpu else {}
+  kernels = {"cuda": on_gpu} if on_gpu and not axes_of(operands) else {}
   if not tpu.unfit(*operands[:5]):
     kernels["tpu"] = on_tpu
-  sharded = any(_axes(a) for a in jax.tree.leaves(operands))
-  if sharded or not kernels:
+  if not kernels:
     return default(*operands)
   return lax.platform_dependent(*operands, default=default, **kernels)
 
@@ -201,26 +200,6 @@ def _loop(op, size, batched, args):
 
   found = lax.map(one, [a for a, b in zip(leaves, flags) if b])
   return found, jax.tree.map(lambda _: True, found)
-
-
-def _vary(tree: Any) -> Any:
-  """Inside `shard_map`: all arrays differ over the axes over which one does.
-
-  So the sums over devices, where an array was the same on all, come outside.
-  """
-  union = frozenset().union(*map(_axes, jax.tree.leaves(tree)))
-
-  def mark(a):
-    missing = tuple(sorted(union - _axes(a)))
-    return lax.pcast(a, missing, to="varying") if missing else a
-
-  return jax.tree.map(mark, tree) if union else tree
-
-
-def _axes(a: jax.Array) -> frozenset[str]:
-  """The mesh axes over which an array differs, inside `shard_map`."""
-  manual = getattr(jax.typeof(a), "manual_axis_type", None)
-  return frozenset(getattr(manual, "varying", None) or ())
 
 
 def _check(q, k, v, lists, marks, rule):

@@ -42,8 +42,8 @@ from pallas_kernels.grouped_matmul.launch import between, launch, loop
 from pallas_kernels.grouped_matmul.picking import Picker
 from pallas_kernels.grouped_matmul.ring import Ring, Scalar
 from pallas_kernels.grouped_matmul.tuned import LANES, Tiles
-from pallas_kernels.grouped_matmul.varying import result
 from pallas_kernels.grouped_matmul.work import Work
+from pallas_kernels.varying import result
 
 
 def multiply(

@@ -24,8 +24,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.launch import between, launch, loop
 from pallas_kernels.grouped_matmul.tuned import Tiles
-from pallas_kernels.grouped_matmul.varying import result
 from pallas_kernels.grouped_matmul.work import Work
+from pallas_kernels.varying import result
 
 
 def multiply_sums(

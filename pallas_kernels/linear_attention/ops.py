@@ -12,6 +12,7 @@ from jax import lax
 from pallas_kernels.linear_attention import tpu, xla
 from pallas_kernels.linear_attention.decay import chunked, forgetting
 from pallas_kernels.linear_attention.reference import FORGETS, starts
+from pallas_kernels.varying import alike
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 ROWS = 16
@@ -74,7 +75,7 @@ def linear_attention(
   pad = ((0, 0), (0, 0), (0, -tokens % chunk), (0, 0))
   q, k, v = (jnp.pad(a, pad) for a in (q, k, v))
   plan = _Plan(tokens, chunk, interpret)
-  out, state = _attend(plan, *_alike(q, k, v, log_decay, border, state))
+  out, state = _attend(plan, *alike((q, k, v, log_decay, border, state)))
   return out[:, :, :tokens], state
 
 
@@ -152,17 +153,6 @@ def _backward(plan, residuals, cotangents):
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _alike(*arrays):
-  """Varying over the same mesh axes, inside of `jax.shard_map`."""
-  axes = lambda a: jax.typeof(a).manual_axis_type.varying
-  every = frozenset().union(*(axes(a) for a in arrays if a is not None))
-  missing = lambda a: tuple(sorted(every - axes(a)))
-  return tuple(
-    a if a is None or not missing(a) else lax.pcast(a, missing(a), to="varying")
-    for a in arrays
-  )
 
 
 def _check(q, k, v, log_decay, segment, state, chunk):

@@ -17,6 +17,7 @@ from pallas_kernels.block_sparse_attention.types import (
 from pallas_kernels.sparse_decode_attention import tpu, tuned, xla
 from pallas_kernels.sparse_decode_attention.pieces import length
 from pallas_kernels.sparse_decode_attention.types import Units
+from pallas_kernels.varying import alike
 
 MOST_QUERIES = 16
 
@@ -44,8 +45,7 @@ def sparse_decode_attention(
   the gradient of a cache is as large as the cache.
 
   On TPU a kernel of ours runs where pages are whole tiles of memory (`tuned`),
-  else, and on other platforms, gathers of XLA: so it is for single tokens, and
-  in `jax.shard_map` unless `check_vma=False`.
+  else, as for single tokens, and on other platforms, gathers of XLA.
 
   Axes: B batch, H query heads, G key heads (a divisor of H), T queries, S slots
   of a sequence, D and E head widths, N pages of a pool, L heads that own a
@@ -72,7 +72,7 @@ def sparse_decode_attention(
   _check(q, k, v, units, marks, page_table, k_scale, v_scale)
   moving = q, k, v, marks.kv_bias, marks.sinks, k_scale, v_scale
   still = units, marks._replace(kv_bias=None, sinks=None), page_table
-  return _attention((rule, mass), moving, still)
+  return _attention((rule, mass), *alike((moving, still)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -81,17 +81,10 @@ def _attention(config, moving, still):
   units, _, page_table = still
   fits = tuned.blocks(q, k, v, units, page_table) is not None
   plain = functools.partial(_forward, xla.forward, config)
-  if not fits or _varies(moving, still):
+  if not fits:
     return plain(moving, still)
   kernel = functools.partial(_forward, tpu.forward, config)
   return lax.platform_dependent(moving, still, tpu=kernel, default=plain)
-
-
-def _varies(*trees) -> bool:
-  """Whether an array differs over mesh axes, as `jax.shard_map` says."""
-  types = [jax.typeof(a) for a in jax.tree.leaves(trees)]
-  manual = [getattr(t, "manual_axis_type", None) for t in types]
-  return any(getattr(m, "varying", None) for m in manual)
 
 
 def _forward(implementation, config, moving, still, **how):

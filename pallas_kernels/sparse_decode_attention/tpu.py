@@ -47,6 +47,7 @@ from pallas_kernels.sparse_decode_attention.tuned import (
   divisor,
 )
 from pallas_kernels.sparse_decode_attention.types import Units
+from pallas_kernels.varying import result
 
 
 def forward(
@@ -224,7 +225,9 @@ def _call(work, first_row, *, k, v, cut, pooled, rule, mass, interpret, debug):
       ),
       each=each,
     ),
-    out_shape=[jax.ShapeDtypeStruct((items, *s), f32) for s in shapes],
+    out_shape=[
+      result((items, *s), f32, *scalars, *tensors, k, v) for s in shapes
+    ],
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
       grid=(cores, steps),

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.block_sparse_attention import (
   cuts,
@@ -512,16 +514,22 @@ def test_lowers_for_tpu(name):
   assert module.mlir_module().count("tpu_custom_call") == 2
 
 
-def test_the_public_function_is_the_kernel_on_a_tpu_and_xla_elsewhere():
+@pytest.mark.parametrize("sharded", [False, True], ids=["", "in shard_map"])
+def test_the_public_function_is_the_kernel_on_a_tpu_and_xla_elsewhere(sharded):
   q = jnp.ones((1, 2, 128, 128), jnp.bfloat16)
   mask = jnp.ones((1, 1, 1, 1), jnp.int32)
   lists = BlockLists(0 * mask, mask[..., 0], None, 128, 128)
 
-  def loss(q):
-    found = ops.block_sparse_attention(q, q, q, lists)
-    return found.out.astype(jnp.float32).sum()
+  def attend(q):
+    return ops.block_sparse_attention(q, q, q, lists).out
+
+  if sharded:
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    spec = {"in_specs": P("data"), "out_specs": P("data")}
+    attend = jax.shard_map(attend, mesh=mesh, **spec)
 
   def kernels(platform):
+    loss = lambda q: attend(q).astype(jnp.float32).sum()
     module = jax.export.export(jax.jit(jax.grad(loss)), platforms=[platform])
     return module(q).mlir_module().count("tpu_custom_call")
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.block_sparse_attention.types import CAUSAL
 from pallas_kernels.sparse_decode_attention import (
@@ -347,6 +349,16 @@ def test_a_tpu_runs_the_kernel_where_pages_are_tiles():
     assert ("tpu_custom_call" in text.mlir_module()) == there
     memory = g.lower(q, k, k, index, count).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 1e6
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+  local = jax.shard_map(
+    lambda *a: f(16, *a).out,
+    mesh=mesh,
+    in_specs=P("data"),
+    out_specs=P("data"),
+  )
+  text = jax.export.export(jax.jit(local), platforms=["tpu"])
+  text = text(q, k, k, index, count).mlir_module()
+  assert "tpu_custom_call" in text, "in `shard_map` too"
   whole = jax.jit(lambda q, k, v: sparse_decode_attention(q, k, v, None))
   memory = whole.lower(q, k, k).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 2.5 * xla.CHUNK_BYTES

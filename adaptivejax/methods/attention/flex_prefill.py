@@ -16,8 +16,8 @@ columns, and the fewest slashes, that each hold gamma of a (alg. 3).
 Primitive: `line_mass`, `fewest_of_mass`, `attend_columns`.
 Departs: columns are gathered, not rounded to blocks.  The published code counts
 tokens that hold gamma, and takes a 128th as many blocks; here the tokens
-themselves are taken.  `min_budget` is that of the published runs.  The choice of all
-tiles depends on the last queries.
+themselves are taken.  `min_budget` is that of the published runs.  The choice
+of all tiles depends on the last queries.
 Axes: B batch, T queries, S keys, H query heads, M queries of the probe, Q query
 tiles, K key blocks.
 """
