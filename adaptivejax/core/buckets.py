@@ -18,11 +18,13 @@ How it keeps the laws:
   matrix products in buffers of N rows was measured slower on CPU.
 * `vmap` folds the batch into the rows, since a batched predicate would run
   every branch; where operands or gradients are per example it loops instead.
-* In `shard_map` operands are made device-varying first (`core.varying`).
+* In `shard_map` operands are made device-varying first (`core.varying`); under
+  an ambient mesh each device covers its own rows (`core.per_device`).
 
 Axes: N items, C rows of one chunk.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,6 +36,7 @@ from adaptivejax.core.batching import folded, looped
 from adaptivejax.core.chunks import Leaves, fill, run_cover, where
 from adaptivejax.core.cost import Cost, jaxpr_flops
 from adaptivejax.core.covers import Cover, default_cover
+from adaptivejax.core.per_device import layout_of, on_each_device
 from adaptivejax.core.rowwise import (
   RowFunction,
   differentiable,
@@ -77,12 +80,18 @@ def bucketed(
   conditional does not belong in `f`, whose FLOPs are counted as if it were not:
   intersect the masks.  Forward mode (`jax.jvp`) and, under `jit`, reverse over
   reverse are not defined: differentiate `masked`, made of plain operations.
-  Where rows are sharded over devices, call it inside `jax.shard_map`: under
-  `jit` alone the result is right, but every device computes all selected rows.
+  Where rows are sharded over devices, call it under an ambient mesh
+  (`core.per_device`) or inside `jax.shard_map`: under `jit` alone the result is
+  right, but every device computes all selected rows.
   """
   _check_items(x, mask)
+  if cover is not None:
+    _check_cover(cover, mask.size)
+  layout = layout_of(mask.shape)
+  if layout.axes:
+    local = functools.partial(_local, f, keep, cover)
+    return on_each_device(local, (x, mask), operands, layout)
   cover = cover or default_cover(mask.size)
-  _check_cover(cover, mask.size)
   call = _flatten(f, x, mask, operands, keep, cover.sizes)
   run = _executor(call.f, cover, keep)
   try:
@@ -95,6 +104,14 @@ def bucketed(
       " dense twin `masked`, which takes the same arguments."
     ) from error
   return call.unflatten(y), _price(call, slots)
+
+
+def _local(f, keep, cover, items, operands):
+  """`bucketed` of the items of one device."""
+  x, mask = items
+  if cover is not None and max(cover.sizes) > mask.size:
+    cover = None  # it was made for the items of all
+  return bucketed(f, x, mask, *operands, keep=keep, cover=cover)
 
 
 def masked(

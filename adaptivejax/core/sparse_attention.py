@@ -5,12 +5,15 @@ Axes: B batch, T queries, S keys, H query heads, G key heads, P key heads that
 own marks (1 or G), D head width, Q query tiles, C entries of a list.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.attention import Keys, dequantised
 from adaptivejax.core.block_lists import listed_blocks
 from adaptivejax.core.cost import Cost
+from adaptivejax.core.per_head import over_heads
 from pallas_kernels.block_sparse_attention import (
   Attended,
   BlockLists,
@@ -68,7 +71,8 @@ def attend_blocks(
   arrays, marks, rule = _arguments(
     q, keys, positions, window, segments, bias, sinks, softcap, scale, causal
   )
-  found = block_sparse_attention(*arrays, lists, marks, rule, mass=mass)
+  attend = functools.partial(block_sparse_attention, rule=rule, mass=mass)
+  found = over_heads(attend, *arrays, lists, marks)
   return _time_major(found), block_cost(q, keys, lists)
 
 

@@ -32,7 +32,11 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from adaptivejax.nn.experts import ExpertSharding, MixtureOfExperts
+from adaptivejax.nn.experts import (
+  ExpertSharding,
+  MixtureOfExperts,
+  mlp_specs,
+)
 
 
 def shard_experts(
@@ -71,14 +75,11 @@ def expert_specs(model: Any, mesh: Mesh | AbstractMesh) -> Any:
   for mixture, spec in zip(mixtures(model), mixtures(specs), strict=True):
     if mixture.over is None:
       continue
-    *layers, count, hidden, _ = mixture.experts.down.kernel.shape
+    *_, count, hidden, _ = mixture.experts.down.kernel.shape
     axis, width = mixture.over.axis, mixture.over.width
     _check_divides(mesh, axis, count, "experts")
     _check_divides(mesh, width, hidden, "hidden features")
-    lead = *[None] * len(layers), axis
-    into, out = P(*lead, None, width), P(*lead, width)
-    spec.experts = jax.tree.map(lambda a, into=into: into, mixture.experts)
-    spec.experts.down = jax.tree.map(lambda a, s=out: s, mixture.experts.down)
+    spec.experts = mlp_specs(mixture.experts, axis, width)
   return specs
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Key
 
 from adaptivejax.core.cost import Cost, Signals, flops
@@ -25,6 +26,14 @@ from adaptivejax.core.covers import Cover
 from adaptivejax.core.dispatch import dispatch, dispatch_mask
 from adaptivejax.core.expert_parallel import expert_apply_parallel
 from adaptivejax.core.experts import expert_apply
+from adaptivejax.core.per_device import (
+  EXPERT_AXIS,
+  WIDTH_AXIS,
+  auto_axes,
+  dividing,
+  layout_of,
+  on_each_device,
+)
 from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.block import only
 from adaptivejax.nn.mlp import Mlp, join_mlp
@@ -123,13 +132,15 @@ def apply_experts(
   if over is not None and over.axis is not None:
     count *= lax.axis_size(over.axis)
   chosen = only_live(routing.experts, live)
-  flat = lambda a: a.reshape(-1, a.shape[-1])
-  run = _here if over is None else functools.partial(_there, over)
-  y, cost = run(experts, flat(x), flat(chosen), flat(routing.weights))
+  items = x, chosen, routing.weights
+  if over is None and (mesh := auto_axes()):
+    y, cost = _over_mesh(mesh, experts, items)
+  else:
+    y, cost = _run(over, items, experts)
   cost = cost._replace(dropped=cost.dropped + routing.dropped)
   mask = (chosen[..., None] == jnp.arange(count)).any(-2)
   penalty = jnp.float32(0) if key is None else routing.penalty
-  return y.reshape(x.shape), cost, expert_signals(mask, penalty)
+  return y, cost, expert_signals(mask, penalty)
 
 
 def apply_masked_experts(
@@ -141,11 +152,18 @@ def apply_masked_experts(
   cover: Cover | None = None,
 ) -> tuple[Float[Array, "*N D"], Cost]:
   """The same of a matrix of choices, for rules that choose any number."""
-  rows = lambda a: a.reshape(-1, a.shape[-1])
-  plan = dispatch_mask(rows(mask), rows(weights))
-  f = lambda r, m: m.rows(r)
-  y, cost = expert_apply(f, rows(x), plan, experts, cover=cover)
-  return y.reshape(x.shape), cost
+
+  def run(items, experts):
+    rows, mask, weights = (a.reshape(-1, a.shape[-1]) for a in items)
+    plan, f = dispatch_mask(mask, weights), lambda r, m: m.rows(r)
+    y, cost = expert_apply(f, rows, plan, experts, cover=cover)
+    return y.reshape(items[0].shape), cost
+
+  items = x, mask, weights
+  if mesh := auto_axes():
+    layout = layout_of(x.shape[:-1])
+    return on_each_device(run, items, experts, layout, axes=mesh)
+  return run(items, experts)
 
 
 def apply_all_experts(
@@ -173,6 +191,53 @@ def expert_signals(
   used = mask.astype(jnp.float32)
   load = used.reshape(-1, used.shape[-1]).sum(0)
   return Signals(used.mean(), jnp.float32(penalty), (load,), (used.sum(-1),))
+
+
+def _over_mesh(
+  mesh: dict[str, int], experts: Mlp, items: tuple[Array, ...]
+) -> tuple[Array, Cost]:
+  """Under an ambient mesh: items, experts and widths lie where it says.
+
+  Kernels cannot be sharded by the compiler, so all is told here.
+  """
+  layout = layout_of(items[0].shape[:-1])
+  count, hidden, _ = experts.down.kernel.shape
+  axis = EXPERT_AXIS if EXPERT_AXIS in layout.batch else None
+  if axis is not None and count % mesh[axis]:
+    axis = None
+  width = WIDTH_AXIS if dividing((WIDTH_AXIS,), hidden) else None
+  over = ExpertSharding(axis, width)
+  return on_each_device(
+    functools.partial(_run, over),
+    items,
+    experts,
+    layout,
+    specs=mlp_specs(experts, axis, width),
+    axes=mesh,
+  )
+
+
+def mlp_specs(
+  experts: Mlp, axis: str | tuple[str, ...] | None, width: str | None
+) -> Mlp:
+  """`PartitionSpec`s of stacked experts, over mesh axes; see `ExpertSharding`.
+
+  Axes of layers may come before that of the experts.
+  """
+  lead = *[None] * (experts.down.kernel.ndim - 3), axis
+  into, out = P(*lead, None, width), P(*lead, width)
+  specs = jax.tree.map(lambda a: into, experts)
+  specs.down = jax.tree.map(lambda a: out, experts.down)
+  return specs
+
+
+def _run(
+  over: ExpertSharding | None, items: tuple[Array, ...], experts: Mlp
+) -> tuple[Array, Cost]:
+  flat = [a.reshape(-1, a.shape[-1]) for a in items]
+  run = _here if over is None else functools.partial(_there, over)
+  y, cost = run(experts, *flat)
+  return y.reshape(items[0].shape), cost
 
 
 def _here(experts: Mlp, x, chosen, weights) -> tuple[Array, Cost]:

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each device decides for the items it holds: what an ambient mesh changes.
+
+Under `jit` with sharded arrays the compiler does not see that a selection of
+rows is a selection on each device: every device would compute all selected
+rows.  Where there is an ambient mesh (`jax.set_mesh`) with axes of these names,
+
+    data, fsdp, expert    over which the batch lies
+    seq                   over which the tokens of a sequence lie
+    model                 over which heads and hidden features lie
+
+adaptive operations run in a `jax.shard_map` of their own over the first four:
+predicates are local, a device with few selected items is done early, and what
+they cost is summed.  The compiler goes on to shard over `model`.  Nothing else
+changes: without a mesh, inside of a `shard_map` over these axes, or where they
+do not divide the batch, an operation runs as it is written.
+
+Axis types must be `jax.sharding.AxisType.Auto`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+EXPERT_AXIS = "expert"
+BATCH_AXES = "data", "fsdp", EXPERT_AXIS
+TOKEN_AXIS = "seq"
+WHOLE = P()
+WIDTH_AXIS = "model"
+
+
+class Layout(NamedTuple):
+  """Where the leading axes of items lie on the ambient mesh (static).
+
+  Attributes:
+    batch: mesh axes of the first axis.
+    tokens: mesh axes of the second, () or (`seq`,).
+  """
+
+  batch: tuple[str, ...] = ()
+  tokens: tuple[str, ...] = ()
+
+  @property
+  def axes(self) -> tuple[str, ...]:
+    """All of them, none where an operation runs as it is written."""
+    return self.batch + self.tokens
+
+  @property
+  def spec(self) -> P:
+    """Of an array of items."""
+    return P(self.batch or None, self.tokens or None)
+
+
+def layout_of(lead: Sequence[int]) -> Layout:
+  """The layout of items with the leading axes `lead`, of which one or two."""
+  batch = dividing(BATCH_AXES, lead[0])
+  tokens = dividing((TOKEN_AXIS,), lead[1]) if len(lead) > 1 else ()
+  return Layout(batch, tokens)
+
+
+def auto_axes() -> dict[str, int]:
+  """The ambient mesh: axes that the compiler shards over, and their sizes."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return {
+    name: mesh.shape[name]
+    for name, kind in zip(mesh.axis_names, mesh.axis_types)
+    if kind == AxisType.Auto
+  }
+
+
+def on_each_device(
+  f: Callable[[Any, Any], tuple[Any, Any]],
+  items: Any,
+  shared: Any,
+  layout: Layout,
+  *,
+  specs: Any = WHOLE,
+  axes: Iterable[str] = (),
+) -> tuple[Any, Any]:
+  """`f(items, shared) -> (y, cost)` of the items of each device.
+
+  Args:
+    f: closes over nothing that is traced.
+    items: pytree of arrays that `layout` describes, as is that of `y`.
+    shared: pytree of arrays that are laid out by `specs`: whole, if not given.
+    layout: where items are.
+    specs: of `shared`, a prefix of it.
+    axes: more mesh axes that the compiler shall not shard over.
+
+  Returns:
+    `y`, and the sum of the costs over the devices of the layout.
+  """
+
+  def local(items, shared):
+    y, cost = f(items, shared)
+    return y, jax.tree.map(lambda a: lax.psum(a, layout.axes), cost)
+
+  return jax.shard_map(
+    local,
+    in_specs=(layout.spec, specs),
+    out_specs=(layout.spec, P()),
+    axis_names={*layout.axes, *axes},
+  )(items, shared)
+
+
+def dividing(names: Sequence[str], size: int) -> tuple[str, ...]:
+  """Axes of the ambient mesh of these names; none if they do not divide."""
+  mesh = auto_axes()
+  there = tuple(name for name in names if mesh.get(name, 1) > 1)
+  return there if size % math.prod(mesh[name] for name in there) == 0 else ()
