@@ -16,7 +16,7 @@ from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost, flops
 from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.linear import linear
-from adaptivejax.nn.look import Look
+from adaptivejax.nn.look import Look, look_over_mesh
 
 
 class Attention(nnx.Module):
@@ -102,11 +102,8 @@ class Attention(nnx.Module):
       _project, (x, positions), live, positions.size
     )
     keys = _keys(k, v, place)
-    asked = {"x": x, "live": live, "key": key}
-    if cache is None:
-      looked = self.look(q, keys, place, layer, **asked)
-    else:
-      looked, cache = self.look.step(q, keys, place, cache, layer, **asked)
+    items = q, keys, place, cache, x, live
+    looked, cache = look_over_mesh(_look, items, (self.look, layer, key))
     y, out_cost = self._items(_output, _flat(looked), live, positions.size)
     cost = cost + looked.cost + out_cost
     return y, cache, cost, jnp.asarray(looked.penalty, jnp.float32)
@@ -127,7 +124,8 @@ class Attention(nnx.Module):
     """
     q, cost = self._items(_query, (x, positions), live, positions.size)
     place = _place(positions, live)
-    looked = self.look.recall(q, place, cache, layer, x=x, live=live, key=key)
+    items = q, place, cache, x, live
+    looked, _ = look_over_mesh(_recall, items, (self.look, layer, key))
     y, out_cost = self._items(_output, _flat(looked), live, positions.size)
     cost = cost + looked.cost + out_cost
     return y, cost, jnp.asarray(looked.penalty, jnp.float32)
@@ -137,6 +135,19 @@ class Attention(nnx.Module):
     if live is not None:
       return bucketed(f, x, live, self, keep=False)
     return f(x, self), Cost.dense(flops(f, x, self), count)
+
+
+def _look(items, shared):
+  (q, keys, place, cache, x, live), (look, layer, key) = items, shared
+  asked = {"x": x, "live": live, "key": key}
+  if cache is None:
+    return look(q, keys, place, layer, **asked), None
+  return look.step(q, keys, place, cache, layer, **asked)
+
+
+def _recall(items, shared):
+  (q, place, cache, x, live), (look, layer, key) = items, shared
+  return look.recall(q, place, cache, layer, x=x, live=live, key=key), None
 
 
 def _place(positions, live):

@@ -18,6 +18,8 @@ Axes: B batch, T tokens, S keys, H query heads, G key heads, W head width, D
 features, L layers.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -28,6 +30,13 @@ from jaxtyping import Array, Bool, Float, Int
 from adaptivejax.core.attention import Keys, attend
 from adaptivejax.core.cache import KVCache, append
 from adaptivejax.core.cost import Cost
+from adaptivejax.core.per_device import (
+  BATCH_AXES,
+  Layout,
+  auto_axes,
+  dividing,
+  on_each_device,
+)
 
 
 class Looked(NamedTuple):
@@ -234,3 +243,29 @@ def look_cost(
   spent = full if seen is None else 4.0 * q.size * jnp.float32(seen)
   asked = items if live is None else live.sum(dtype=jnp.float32)
   return Cost(spent, full, asked, items, jnp.float32(0))
+
+
+def look_over_mesh(
+  run: Callable[[Any, Any], tuple[Looked, Any]], items: Any, shared: Any
+) -> tuple[Looked, Any]:
+  """`run(items, shared)`: under an ambient mesh, of the rows of each device.
+
+  So what a look sorts and chooses stays on the device (`core.per_device`).
+
+  Args:
+    run: returns what was found, and the cache or None.
+    items: arrays whose first axis is B.
+    shared: what serves all rows.
+  """
+  layout = Layout(dividing(BATCH_AXES, items[0].shape[0]))
+  if not layout.axes:
+    return run(items, shared)
+  devices = math.prod(auto_axes()[name] for name in layout.axes)
+
+  def local(items, shared):
+    found, cache = run(items, shared)
+    penalty = jnp.asarray(found.penalty, jnp.float32) / devices
+    return (found.out, cache), (found.cost, penalty)
+
+  (out, cache), (cost, penalty) = on_each_device(local, items, shared, layout)
+  return Looked(out, cost, penalty), cache
