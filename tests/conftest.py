@@ -56,6 +56,7 @@ def group(item):
   return f"{file}:{case.name if case else item.callspec.id}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
   """Puts each group together: subprocesses, then files, then laws."""
   names = {item: group(item) for item in items}
