@@ -258,10 +258,12 @@ def test_linen_agrees(case):
 def test_a_call_leaves_the_module_unchanged(case):
   """What a call writes, it writes as it is traced."""
   params, x = given(case)
-  before, tree = jax.tree.flatten(params)
+  budget = case.data(case.some)
+  module = case.place(params, budget)
+  before, tree = jax.tree.flatten(module)
   before = [np.array(a) for a in before]
-  jax.eval_shape(lambda x: case.run(params, x, case.some), x)
-  after, tree_after = jax.tree.flatten(params)
+  jax.eval_shape(lambda x: case.call(module, x, budget), x)
+  after, tree_after = jax.tree.flatten(module)
   assert tree == tree_after
   for a, b in zip(before, after):
     np.testing.assert_array_equal(a, b)
