@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 QUICK ?=
 quick := $(if $(QUICK),--quick)
+two := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all smoke lint bench aot-tpu aot-gpu aot-gpu-312
@@ -16,7 +17,7 @@ demo: $(VENV)/.demo ## train, calibrate and report on real text (QUICK=1: a minu
 	$(BIN)/python -m examples.quickstart $(quick)
 
 test: $(VENV)/.test ## run every test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(two)
 
 # A `python3.12` on the PATH may be a version manager's shim that fails: try it.
 python312 = for python in python3.12 \
@@ -31,7 +32,7 @@ test-all: test ## run every test on python3 and, where there is one, python3.12
 	  echo 'no working python3.12 here: tested on $(PYTHON) only'
 
 smoke: $(VENV)/.test ## the tests of the kernels and of what most rests on
-	$(BIN)/python -m pytest -n 2 tests/kernels tests/test_package.py \
+	$(BIN)/python -m pytest $(two) tests/kernels tests/test_package.py \
 	  $(addprefix tests/core/test_,buckets.py dispatch.py experts.py select.py)
 
 lint: $(VENV)/.dev ## format, lint, types, import contracts (changes nothing)

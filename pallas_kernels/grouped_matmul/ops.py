@@ -96,8 +96,12 @@ def _backward(config, residuals, dy):
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-def _map(x, w, sizes, rows, transpose_w, tiles, **how):
-  """The forward kernel on padded arrays."""
+SETTINGS = "transpose_w", "tiles", "interpret", "debug"
+
+
+@functools.partial(jax.jit, static_argnames=SETTINGS, inline=True)
+def _map(x, w, sizes, rows, transpose_w, tiles, interpret, debug):
+  """The forward kernel on padded arrays; traced once for each shape."""
   groups, features = len(w), x.shape[1]
   columns = w.shape[1 if transpose_w else 2]
   size = len(x) if rows is None else len(rows)
@@ -126,11 +130,21 @@ def _map(x, w, sizes, rows, transpose_w, tiles, **how):
   padded = len(x) if rows is None else len(rows)
   work = _work(sizes, padded, tiles, sums=False)
   y = tpu.multiply(
-    x, w, work, rows, tiles=tiles, transpose_w=transpose_w, **how
+    x,
+    w,
+    work,
+    rows,
+    tiles=tiles,
+    transpose_w=transpose_w,
+    interpret=interpret,
+    debug=debug,
   )
   return y[:size, :columns]
 
 
+@functools.partial(
+  jax.jit, static_argnames=("tiles", "interpret", "debug"), inline=True
+)
 def sums(
   x: jax.Array,
   dy: jax.Array,

@@ -19,7 +19,7 @@ SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4, unique=True).map(
 
 
 def slots(cover, counts):
-  return np.asarray(jax.vmap(cover.slots)(jnp.asarray(counts)))
+  return np.asarray(jax.jit(jax.vmap(cover.slots))(counts))
 
 
 @hypothesis.settings(max_examples=12)
@@ -53,7 +53,7 @@ def test_the_cheapest_is_the_least_of_all_combinations(sizes, price):
   cover = cheapest(*sizes[::-1], price=price)
   most = 2 * sizes[-1]  # beyond, the largest goes first
   counts = np.arange(most + sizes[-1] + 1)
-  rounds = np.asarray(jax.vmap(cover.trips)(jnp.asarray(counts)))
+  rounds = np.asarray(jax.jit(jax.vmap(cover.trips))(counts))
   run = rounds @ np.asarray(sizes[::-1])
   assert np.all(run >= counts) and run[0] == 0
   paid = run + price * rounds.sum(1)
