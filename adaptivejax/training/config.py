@@ -7,6 +7,7 @@ set on the command line (`--steps 500 --data.batch 8`), the callables cannot.
 
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 
 from flax import nnx
 
+from adaptivejax.core.per_device import BATCH_AXES
 from adaptivejax.training.data import DataConfig
+from adaptivejax.training.mesh import MeshConfig
 from adaptivejax.training.optimizer import OptimizerConfig
 from adaptivejax.training.schedules import Schedule
 
@@ -49,6 +52,9 @@ class TrainConfig:
   optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
   """AdamW with warm-up and cosine decay."""
 
+  mesh: MeshConfig = field(default_factory=MeshConfig)
+  """Devices, and where arrays lie on them; a run may go on with another."""
+
   steps: int = 1000
   """Updates of the parameters."""
 
@@ -79,6 +85,13 @@ class TrainConfig:
       _positive(name, getattr(self, name))
     for name in ("checkpoint_every", "keep"):
       _positive(name, getattr(self, name))
+    split = math.prod(max(getattr(self.mesh, a), 1) for a in BATCH_AXES)
+    if self.data.batch % (split * self.optimizer.accumulate):
+      raise ValueError(
+        f"data.batch={self.data.batch} must be a multiple of {split}, the"
+        " devices over which the mesh splits it (data x fsdp x expert), times"
+        f" optimizer.accumulate={self.optimizer.accumulate}"
+      )
     accumulate = self.optimizer.accumulate
     if self.data.batch % accumulate:
       raise ValueError(
@@ -119,6 +132,8 @@ def settings(config: TrainConfig) -> dict[str, Any]:
   """
   flat = {}
   for name, value in vars(config).items():
+    if name == "mesh":  # the same run, elsewhere
+      continue
     if dataclasses.is_dataclass(value):
       flat |= {f"{name}.{key}": item for key, item in vars(value).items()}
     elif name not in CALLABLES + FREE:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int32, Key
@@ -25,6 +24,7 @@ from adaptivejax.training import data, run
 from adaptivejax.training.checkpoint import Checkpoints, load_params
 from adaptivejax.training.config import FREE, TrainConfig, load_config, settings
 from adaptivejax.training.optimizer import make_optimizer
+from adaptivejax.training.placement import Placement, start
 from adaptivejax.training.progress import Display, Stop, stoppable
 from adaptivejax.training.step import (
   Join,
@@ -77,7 +77,7 @@ def train(
       parts.batches.set_state(place)
     run.describe(out, {n: getattr(config, n) for n in FREE} | fixed, source)
     recorder = _Recorder(config, out, int(state.step), visible=progress)
-    with stoppable() as stop, recorder.display:
+    with parts.placement.ambient(), stoppable() as stop, recorder.display:
       state = _steps(config, parts, state, checkpoints, recorder, stop)
   step = int(state.step)
   return TrainResult(
@@ -104,6 +104,7 @@ class _Parts(NamedTuple):
   """What a run is made of, beside its state."""
 
   join: Join
+  placement: Placement
   optimizer: Any
   batches: Any  # grain's iterator over i32[B,S]
   held_out: Int32[np.ndarray, "N B S"]
@@ -113,19 +114,19 @@ class _Parts(NamedTuple):
 def _prepare(
   config: TrainConfig, corpus: data.Corpus
 ) -> tuple[_Parts, TrainState]:
-  rngs = nnx.Rngs(config.seed)
-  join, params = split(config.build(rngs))
   optimizer = make_optimizer(config.optimizer, config.steps)
+  placement, join, state = start(config, optimizer)
   parts = _Parts(
     join=join,
+    placement=placement,
     optimizer=optimizer,
     batches=data.training_batches(corpus.train, config.data),
     held_out=data.validation_batches(
       corpus.validation, config.data, config.eval_batches
     ),
-    noise=rngs.noise(),
+    noise=nnx.Rngs(config.seed).noise(),
   )
-  return parts, TrainState(jnp.int32(0), params, optimizer.init(params))
+  return parts, state
 
 
 def _steps(
@@ -137,9 +138,11 @@ def _steps(
   stop: Stop,
 ) -> TrainState:
   """The steps that are left, or those until a signal."""
-  update = make_step(config, parts.join, parts.optimizer)
+  at = parts.placement
+  update = make_step(config, parts.join, parts.optimizer, at.shardings)
   for step in range(int(state.step) + 1, config.steps + 1):
-    state, metrics = update(state, next(parts.batches), parts.noise)
+    batch = at.batch(next(parts.batches))
+    state, metrics = update(state, batch, parts.noise)
     recorder.add(step, metrics)
     last = step == config.steps
     ends = last or stop.number != 0
@@ -147,7 +150,8 @@ def _steps(
       recorder.write_training(step)
     if last or step % config.eval_every == 0:
       model = parts.join(state.params)
-      recorder.write_validation(step, evaluate(model, parts.held_out))
+      held_out = map(at.batch, parts.held_out)
+      recorder.write_validation(step, evaluate(model, held_out))
     if ends or step % config.checkpoint_every == 0:
       checkpoints.save(state, parts.batches.get_state())
     if ends:

@@ -14,7 +14,7 @@ bytes of a window.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -46,12 +46,16 @@ def split(model: nnx.Module) -> tuple[Join, PyTree]:
 
 
 def make_step(
-  config: TrainConfig, join: Join, optimizer: optax.GradientTransformation
+  config: TrainConfig,
+  join: Join,
+  optimizer: optax.GradientTransformation,
+  shardings: TrainState | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """`step(state, batch i32[B,S], key) -> (state, metrics)`, jitted.
 
   The buffers of `state` are donated.  `key` is that of the run; each step folds
   its number in.  To the metrics of the loss it adds `loss` and `gradient_norm`.
+  The new state lies as `shardings` say, if given.
   """
 
   def step(state, batch, key):
@@ -63,7 +67,8 @@ def make_step(
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, moments), metrics
 
-  return jax.jit(step, donate_argnums=0)
+  where = None if shardings is None else (shardings, None)
+  return jax.jit(step, donate_argnums=0, out_shardings=where)
 
 
 def gradients(
@@ -95,7 +100,7 @@ def gradients(
 
 
 def evaluate(
-  model: nnx.Module, batches: Int[Array | np.ndarray, "N B S"]
+  model: nnx.Module, batches: Iterable[Int[Array | np.ndarray, "B S"]]
 ) -> dict[str, float]:
   """Teacher-forced `bits_per_byte` and realised `share` of compute.
 
@@ -104,7 +109,7 @@ def evaluate(
   sums = [_evaluate(model, batch) for batch in batches]
   nats, spent, full = (float(sum(column)) for column in zip(*sums))
   return {
-    "bits_per_byte": nats / len(batches) / math.log(2),
+    "bits_per_byte": nats / len(sums) / math.log(2),
     "share": spent / full,
   }
 
