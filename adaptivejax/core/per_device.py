@@ -26,6 +26,7 @@ import jax
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 EXPERT_AXIS = "expert"
 BATCH_AXES = "data", "fsdp", EXPERT_AXIS
@@ -106,6 +107,15 @@ def on_each_device(
     out_specs=(layout.spec, P()),
     axis_names={*layout.axes, *axes},
   )(items, shared)
+
+
+def settled(x: Array) -> Array:
+  """Activations [B, T, D] where their items are, the rest whole.
+
+  It tells the compiler what it would else have to guess from the parameters.
+  """
+  layout = layout_of(x.shape[:2])
+  return lax.with_sharding_constraint(x, layout.spec) if layout.axes else x
 
 
 def dividing(names: Sequence[str], size: int) -> tuple[str, ...]:

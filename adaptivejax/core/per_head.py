@@ -52,13 +52,13 @@ def over_heads(
   if tokens % lists.block_q:
     seq = ()
 
-  def spec(a: Array | None, *axes: Axes) -> P | None:
+  def spec(a: Array | None, *axes: Axes) -> Any:
     """An axis of size 1 serves all."""
     if a is None:
       return None
     return P(*(x if x and n > 1 else None for n, x in zip(a.shape, axes)))
 
-  def of_list(a: Array | None) -> P | None:
+  def of_list(a: Array | None) -> Any:
     return spec(a, batch, heads, seq)
 
   in_specs = (

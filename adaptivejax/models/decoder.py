@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost, Signals, flops
+from adaptivejax.core.per_device import settled
 from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.attention import Attention
 from adaptivejax.nn.block import Block, Layer
@@ -208,7 +209,7 @@ class DecoderLM(nnx.Module):
     start = 0 if cache is None else cache.length[:, None]
     positions = jnp.where(place >= 0, start + place, -1)
     positions = jnp.broadcast_to(positions, (batch, length))
-    x = self.embed(tokens)
+    x = settled(self.embed(tokens))
     cache = vary(cache, varying_axes(x))
     out = stack(self.layers, x, positions, cache, readout=self.readout, key=key)
     x = out.x

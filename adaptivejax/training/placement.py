@@ -67,16 +67,12 @@ def start(
     ValueError: the mesh does not fit the devices, or a parameter (`mesh`).
   """
   build = lambda: config.build(nnx.Rngs(config.seed))
-
-  def make() -> tuple[TrainState, PyTree]:
-    params, rest = parts(build())
-    return TrainState(jnp.int32(0), params, optimizer.init(params)), rest
-
   if config.mesh == MeshConfig(rules=config.mesh.rules):
     join, params = split(build())
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     return Placement(None, None), join, state
   mesh = make_mesh(config.mesh)
+  make = lambda: _first(config, optimizer)
   state, rest = jax.eval_shape(make)
   where = shardings(state, config.mesh, mesh)
   whole = jax.tree.map(lambda _: NamedSharding(mesh, P()), rest)
@@ -84,6 +80,31 @@ def start(
     state, rest = jax.jit(make, out_shardings=(where, whole))()
   join = joining(jax.eval_shape(build), rest)
   return Placement(mesh, where), join, state
+
+
+def abstract_start(
+  config: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, Join, TrainState]:
+  """`(shardings, join, state)` on devices that need not be here.
+
+  The state is of `ShapeDtypeStruct`s; only what is not trained is made.
+  """
+  make = lambda: _first(config, optimizer)
+  state, _ = jax.eval_shape(make)
+  where = shardings(state, config.mesh, mesh)
+  rest = jax.jit(lambda: make()[1])()
+  model = jax.eval_shape(lambda: config.build(nnx.Rngs(config.seed)))
+  placed = jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    state,
+    where,
+  )
+  return where, joining(model, rest), placed
+
+
+def _first(config, optimizer) -> tuple[TrainState, PyTree]:
+  params, rest = parts(config.build(nnx.Rngs(config.seed)))
+  return TrainState(jnp.int32(0), params, optimizer.init(params)), rest
 
 
 def parts(model: nnx.Module) -> tuple[PyTree, PyTree]:
