@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `adaptivejax train | generate | report`.
+"""The command line: `adaptivejax train | generate | report | compile`.
 
 A mistake is one line and exit code 2, before anything is compiled; with
 ADAPTIVEJAX_DEBUG=1 it is a traceback.  Each command is a module with a function
@@ -23,6 +23,7 @@ worth it, sample from it at a budget, and see where the compute went.
   train CONFIG.py [--field value ...]   train, or go on with the run
   generate RUN --prompt TEXT            continue a text, adaptively
   report RUN                            write RUN/report.html
+  compile CONFIG.py --topology v5e:4x4  for a pod that need not be here
 
 Examples:
   adaptivejax train configs/NAME.py --steps 500 --data.batch 8
@@ -32,7 +33,7 @@ Examples:
 `adaptivejax COMMAND --help` tells more.
 """
 
-COMMANDS = ("train", "generate", "report")
+COMMANDS = ("train", "generate", "report", "compile")
 
 
 def main(args: Sequence[str] | None = None) -> int:

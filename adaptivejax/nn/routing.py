@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.dispatch import NOBODY, within_capacity
+from adaptivejax.core.per_device import Layout, layout_of, on_each_device
 
 
 class Routing(NamedTuple):
@@ -48,10 +49,23 @@ class Routing(NamedTuple):
     """
     experts = only_live(experts, live)
     there = experts >= 0
-    picked = jnp.take_along_axis(scores, jnp.where(there, experts, 0), axis=-1)
+    picked = _pick(scores, jnp.where(there, experts, 0))
     weights = jnp.where(there, picked, 0)
     weights = scale * (renormalise(weights) if renormalised else weights)
     return cls(experts, weights, jnp.float32(penalty), jnp.float32(dropped))
+
+
+def _pick(scores, experts):
+  """The scores of the choices; of each device's items under an ambient mesh.
+
+  For the compiler would bring all scores together in the derivative.
+  """
+  layout = layout_of(scores.shape[:-1]) if scores.ndim > 1 else Layout()
+  pick = lambda items, _: (jnp.take_along_axis(*items, axis=-1), ())
+  items = scores, experts
+  if layout.axes:
+    return on_each_device(pick, items, (), layout)[0]
+  return pick(items, ())[0]
 
 
 def router_logits(

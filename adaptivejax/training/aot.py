@@ -99,7 +99,7 @@ def compile_step(config: TrainConfig, topology: str) -> Compiled:
     key = jax.ShapeDtypeStruct(
       key.shape, key.dtype, sharding=NamedSharding(mesh, P())
     )
-    step = make_step(config, join, optimizer, where)
+    step: Any = make_step(config, join, optimizer, where)
     program = step.lower(state, batch, key).compile()
   took = time.perf_counter() - began
   return read(program, "train step", topology, chip, dict(mesh.shape), took)

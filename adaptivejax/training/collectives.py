@@ -51,9 +51,7 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
       count[key] += rounds
       sites[key] += 1
       size[key] += rounds * _bytes(found["shape"], start="-start(" in line)
-  made = [
-    Collective(*key, n, sites[key], size[key]) for key, n in count.items()
-  ]
+  made = [Collective(*key, count[key], sites[key], size[key]) for key in count]
   return sorted(made, key=lambda c: -c.bytes)
 
 
@@ -91,9 +89,8 @@ def _called(line: str) -> list[str]:
     r"=%?([\w.\-]+)",
     line,
   )
-  return one + [
-    n.strip().lstrip("%") for names in many for n in names.split(",")
-  ]
+  listed = [name for names in many for name in names.split(",")]
+  return one + [name.strip().lstrip("%") for name in listed]
 
 
 def conditionals(hlo: str) -> int:

@@ -36,6 +36,7 @@ Axis = str | None
 Rule = tuple[str, tuple[Axis, ...]]
 
 RULES: tuple[Rule, ...] = (
+  (r"router/", ()),
   (r"embedding$", ("model", "fsdp")),
   (r"^head/kernel$", ("fsdp", "model")),
   (r"attention/query/kernel$", ("fsdp", "model")),
