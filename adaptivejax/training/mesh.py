@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
@@ -141,7 +141,9 @@ class Placed(NamedTuple):
   bytes: int
 
 
-def place(state: PyTree, config: MeshConfig, mesh: Mesh) -> list[Placed]:
+def place(
+  state: PyTree, config: MeshConfig, mesh: Mesh | AbstractMesh
+) -> list[Placed]:
   """Where every array of `state` (arrays or their shapes) lies, in its order.
 
   Raises:
@@ -164,7 +166,9 @@ def place(state: PyTree, config: MeshConfig, mesh: Mesh) -> list[Placed]:
   return placed
 
 
-def shardings(state: PyTree, config: MeshConfig, mesh: Mesh) -> PyTree:
+def shardings(
+  state: PyTree, config: MeshConfig, mesh: Mesh | AbstractMesh
+) -> PyTree:
   """`place`, as a pytree of `NamedSharding`s like `state`."""
   found = [NamedSharding(mesh, p.spec) for p in place(state, config, mesh)]
   return jax.tree.unflatten(jax.tree.structure(state), found)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Law: under an ambient mesh a model is the model, and devices decide alone.
+
+A bug here is a hang, so every program runs in a process of its own with a time
+limit.
+"""
+
+import functools
+
+import pytest
+
+from tests import program
+
+PREAMBLE = """
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", ".cache/jax")
+import re
+import chex
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from adaptivejax import core
+
+def ambient(**axes):
+  kinds = (AxisType.Auto,) * len(axes)
+  return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
+
+close = lambda a, b: chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-5)
+"""
+
+run = functools.partial(program.run_in_subprocess, PREAMBLE, timeout=400)
+
+
+def test_each_device_computes_its_own_rows():
+  """Some none, some all; the compiler shards inside of the branches."""
+  run("""
+    B, T, D, H = 8, 16, 8, 16
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    x, w1, w2 = draw(0, B, T, D), draw(1, D, H), draw(2, H, D)
+    share = jnp.linspace(0, 1, B)[:, None]
+    mask = jax.random.uniform(jax.random.key(3), (B, T)) < share
+    mask = mask.at[0].set(False).at[-1].set(True)
+    f = lambda rows, w1, w2: jnp.tanh(rows @ w1) @ w2
+
+    def loss(op):
+      def of(x, mask, w1, w2):
+        y, cost = op(f, x, mask, w1, w2)
+        return (y ** 2).sum(), (y, cost)
+      return jax.jit(jax.value_and_grad(of, (0, 2, 3), has_aux=True))
+
+    (want, (y, price)), slopes = loss(core.masked)(x, mask, w1, w2)
+    mesh = ambient(data=4, model=2)
+    place = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
+    args = (place(x, "data"), place(mask, "data"), place(w1, None, "model"),
+            place(w2, "model"))
+    with jax.set_mesh(mesh):
+      program = loss(core.bucketed)
+      (got, (z, cost)), found = program(*args)
+      hlo = program.lower(*args).compile().as_text()
+    close((got, z, found), (want, y, slopes))
+    assert cost.items == price.items and cost.full == price.full
+    assert cost.capacity < 0.8 * B * T
+    assert "conditional(" in hlo and " all-gather(" not in hlo
+    # by hand, each device alone: the slots are the sum of theirs
+    slots = sum(
+      core.default_cover(2 * T).slots(part.sum()) for part in
+      np.split(np.asarray(mask).reshape(4, -1), 4)
+    )
+    assert cost.capacity == slots
+
+    alone = jax.jit(lambda x, mask: core.bucketed(jnp.tanh, x, mask)[0])
+    with jax.set_mesh(mesh):  # three rows are not split over four devices
+      close(alone(x[:3], mask[:3]), core.masked(jnp.tanh, x[:3], mask[:3])[0])
+  """)
+
+
+MODEL = """
+    from adaptivejax.core.losses import cross_entropy
+    from adaptivejax.methods.attention import MoBA
+    from adaptivejax.methods.experts import MixtralRouter
+    from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
+    from adaptivejax.nn import MixtureOfExperts, Mlp, stacked
+
+    D, E, B, T = 16, 8, 8, 32
+    config = DecoderConfig(
+      vocab=13, layers=2, features=D, hidden=32, heads=4, kv_heads=2
+    )
+
+    def layer(rngs):
+      one = lambda r: Mlp(D, 32, gated=True, rngs=r)
+      mixture = MixtureOfExperts(
+        MixtralRouter(D, E, rngs=rngs), stacked(one, E, rngs)
+      )
+      return decoder_block(config, rngs, mixture, look=MoBA(8, 2))
+
+    model = DecoderLM(config, layer=layer, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(2), (B, T), 0, 13)
+
+    @jax.jit
+    def loss(model, tokens):
+      def of(model):
+        out = model(tokens, key=jax.random.key(1))
+        nats = cross_entropy(out.logits, tokens).mean()
+        return nats + out.signals.penalty, (out.cost, out.signals.load)
+      return jax.value_and_grad(of, has_aux=True)(model)
+"""
+
+
+@pytest.mark.parametrize(
+  "axes",
+  [
+    {"data": 2, "expert": 2, "model": 2},
+    {"fsdp": 2, "seq": 4},
+    {"expert": 8},
+  ],
+  ids="-".join,
+)
+def test_experts_and_sparse_attention(axes):
+  """Loss, gradients and decisions of one device, on every split."""
+  run(
+    MODEL
+    + f"""
+    axes = {axes}
+    (want, (price, loads)), slopes = loss(model, tokens)
+    mesh = ambient(**axes)
+    rows = tuple(name for name in axes if name in core.per_device.BATCH_AXES)
+    tokens = jax.device_put(tokens, NamedSharding(mesh, P(rows)))
+    model = jax.device_put(model, NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+      (got, (cost, taken)), found = loss(model, tokens)
+      hlo = loss.lower(model, tokens).compile().as_text()
+    close((got, found), (want, slopes))
+    chex.assert_trees_all_equal(taken, loads)
+    assert abs(cost.items - price.items) < 1 and cost.dropped == 0
+    assert abs(cost.full / price.full - 1) < 1e-5
+    if "expert" in axes:
+      assert " all-to-all(" in hlo
+    if "seq" not in axes:  # no token goes to a device that need not have it
+      wide = f"[{{B}},{{T}},{{D}}]"
+      gathers = [l for l in hlo.splitlines() if " all-gather(" in l]
+      assert not any(wide in line for line in gathers), gathers
+  """
+  )

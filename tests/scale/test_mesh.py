@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mesh of a config, the rules of its arrays, and what a program sends."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from adaptivejax.training.chips import devices_of
+from adaptivejax.training.collectives import collectives, conditionals
+from adaptivejax.training.mesh import AXES, MeshConfig, place
+
+
+def abstract(**sizes):
+  sizes = {name: sizes.get(name, 1) for name in AXES}
+  kinds = (AxisType.Auto,) * len(AXES)
+  return AbstractMesh(tuple(sizes.values()), AXES, axis_types=kinds)
+
+
+def nested(path, shape):
+  leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+  for name in reversed(path.split("/")):
+    leaf = {name: leaf}
+  return leaf
+
+
+def test_data_takes_the_devices_that_are_left():
+  assert MeshConfig(data=-1, model=2).sizes(8)["data"] == 4
+  with pytest.raises(ValueError, match="there are 8"):
+    MeshConfig(data=3).sizes(8)
+  with pytest.raises(ValueError, match="there are 6"):
+    MeshConfig(data=-1, model=4).sizes(6)
+
+
+@pytest.mark.parametrize(
+  ("path", "shape", "spec"),
+  [
+    ("params/embedding", (256, 64), ("model", "fsdp")),
+    ("params/layers/mlp/up/kernel", (4, 64, 128), (None, "fsdp", "model")),
+    ("params/layers/mlp/down/kernel", (4, 128, 64), (None, "model", "fsdp")),
+    (
+      "optimizer/1/0/mu/layers/mlp/experts/down/kernel",
+      (4, 8, 128, 64),
+      (None, "expert", "model", "fsdp"),
+    ),
+    ("params/layers/mlp/router/gate/kernel", (4, 64, 8), (None, None, None)),
+    ("params/layers/norm_mlp/scale", (4, 64), (None, None)),
+  ],
+)
+def test_rules(path, shape, spec):
+  mesh = abstract(fsdp=2, expert=2, model=4)
+  (found,) = place(nested(path, shape), MeshConfig(), mesh)
+  assert tuple(found.spec) == spec
+  parts = np.prod([dict(mesh.shape)[a] for a in spec if a])
+  assert found.bytes == np.prod(shape) * 4 / parts
+
+
+def test_rules_of_a_config_come_first():
+  rules = (("up/kernel", (None, None)),)
+  config = MeshConfig(rules=rules)
+  (found,) = place(nested("mlp/up/kernel", (8, 8)), config, abstract(fsdp=2))
+  assert tuple(found.spec) == (None, None) and found.rule == "up/kernel"
+
+
+@pytest.mark.parametrize(
+  ("config", "path", "shape", "says"),
+  [
+    ({}, "mlp/up/kernel", (7, 8), "fsdp=2 does not divide an axis of 7 of mlp"),
+    ({"rules": (("nothing", ("fsdp",)),)}, "a", (8,), "places nothing"),
+    ({"rules": (("a", ("fsdp", "model")),)}, "a", (8,), "names 2 axes"),
+  ],
+)
+def test_what_does_not_fit_is_named(config, path, shape, says):
+  with pytest.raises(ValueError, match=says):
+    place(nested(path, shape), MeshConfig(**config), abstract(fsdp=2))
+
+
+def test_bad_configs():
+  with pytest.raises(ValueError, match="mesh axes are"):
+    MeshConfig(rules=(("a", ("rows",)),))
+  with pytest.raises(ValueError, match="mesh.model=0"):
+    MeshConfig(model=0)
+
+
+@pytest.mark.parametrize(
+  ("topology", "says"),
+  [
+    ("v5e", "CHIP:SHAPE"),
+    ("v99:2x2", "CHIP:SHAPE"),
+    ("cpu:many", "cpu:COUNT"),
+    ("cpu:4096", "JAX_NUM_CPU_DEVICES"),
+    ("h100:9", "1 to 8"),
+  ],
+)
+def test_topologies_that_do_not_exist(topology, says):
+  with pytest.raises(ValueError, match=says):
+    devices_of(topology)
+
+
+HLO = """
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %g = f32[16,4]{1,0} all-gather(%x), replica_groups=[4,2]<=[8]
+  ROOT %t = (s32[], f32[8]) tuple(%i, %y)
+}
+
+%cond.1 (p: (s32[], f32[8])) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = f32[8] while(%t), condition=%cond.1, body=%body.1, CONFIG
+  %r = f32[10]{0} all-reduce(%a), replica_groups={{0,2,4,6},{1,3,5,7}}
+  %s = bf16[8]{0} all-reduce(%a), replica_groups=[1,8]<=[8], to_apply=%add
+  %c = f32[2]{0} conditional(%p, %a, %b), branch_computations={%x.1, %y.1}
+  ROOT %p2 = f32[4]{0} collective-permute(%a), source_target_pairs={{0,1},{1,0}}
+}
+""".replace("CONFIG", 'backend_config={"known_trip_count":{"n":"6"}}')
+
+
+def test_what_a_program_sends():
+  found = collectives(HLO, {"data": 4, "model": 2})
+  assert [tuple(c) for c in found] == [
+    ("all-gather", "model", 6, 1, 6 * 16 * 4 * 4),
+    ("all-reduce", "data", 1, 1, 40),
+    ("all-reduce", "data+model", 1, 1, 16),
+    ("collective-permute", "model", 1, 1, 16),
+  ]
+  assert conditionals(HLO) == 2
