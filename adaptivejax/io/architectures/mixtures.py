@@ -10,6 +10,8 @@ Qwen3-MoE  Yang et al., 2025, https://arxiv.org/abs/2505.09388
 Axes: E experts, I features in, O features out.
 """
 
+from dataclasses import replace
+
 from adaptivejax.io.architectures.decoders import (
   BLOCK,
   OLD_TABLES,
