@@ -111,7 +111,7 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
     return {single: None}
   if not index.is_file():
     other = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)
-    hint = f" {other[0]} may be a pickle, which is never opened." * bool(other)
+    hint = f" {other[0]} may be a pickle: it is not opened." if other else ""
     raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}.{hint}")
   files: dict[Path, set[str] | None] = {}
   table = read_json(index).get("weight_map")
