@@ -44,16 +44,17 @@ def test_digits_are_read_one_by_one(smol):
   ]
 
 
-def test_expects_english(smol):
-  """Perplexity on the first sentences of the GPL, by heart or not."""
+def test_what_is_said_twice_is_expected(smol):
+  """Induction works over tens of tokens only if positions are right."""
   text = (
-    "The GNU General Public License is a free, copyleft license for software"
-    " and other kinds of works. The licenses for most software and other"
-    " practical works are designed to take away your freedom to share and"
-    " change the works."
+    " The licenses for most software and other practical works are designed to"
+    " take away your freedom to share and change the works, whatever 7153 says."
   )
-  ids = jnp.array([smol.tokenizer().encode(text).ids])
-  logits = jax.jit(lambda m, t: m(t).logits)(smol.model, ids)
+  ids = smol.tokenizer().encode(text).ids
+  twice = jnp.array([ids + ids])
+  logits = jax.jit(lambda m, t: m(t).logits)(smol.model, twice)
   said = jax.nn.log_softmax(logits[0, :-1])
-  loss = -jnp.take_along_axis(said, ids[0, 1:, None], 1).mean()
-  assert 1 < jnp.exp(loss) < 30
+  loss = -jnp.take_along_axis(said, twice[0, 1:, None], 1)[:, 0]
+  first, second = loss[: len(ids) - 1], loss[len(ids) :]
+  assert 20 < jnp.exp(first.mean()) < 400
+  assert jnp.exp(second.mean()) < 2
