@@ -27,6 +27,7 @@ class Attention(nnx.Module):
     heads: H.
     kv_heads: G, which divides H; H if not given.
     look: how queries look at keys; at all of them if not given.
+    bias: queries, keys, values and the output have one (static).
     rngs: for the parameters.
   """
 
@@ -37,6 +38,7 @@ class Attention(nnx.Module):
     kv_heads: int | None = None,
     *,
     look: Look | None = None,
+    bias: bool = False,
     rngs: nnx.Rngs,
   ):
     kv_heads = heads if kv_heads is None else kv_heads
@@ -48,9 +50,10 @@ class Attention(nnx.Module):
         f" {kv_heads=} must divide {heads=}."
       )
     self.width = features // heads
-    self.query = linear(features, features, rngs=rngs)
-    self.key_value = linear(features, 2 * kv_heads * self.width, rngs=rngs)
-    self.out = linear(features, features, rngs=rngs)
+    self.query = linear(features, features, rngs=rngs, bias=bias)
+    kv_features = 2 * kv_heads * self.width
+    self.key_value = linear(features, kv_features, rngs=rngs, bias=bias)
+    self.out = linear(features, features, rngs=rngs, bias=bias)
     self.look = Look() if look is None else look
 
   def queries(

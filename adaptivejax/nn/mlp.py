@@ -35,11 +35,13 @@ class Mlp(nnx.Module):
     *,
     gated: bool = False,
     activation: Callable[[Array], Array] = jax.nn.gelu,
+    bias: bool = False,
     rngs: nnx.Rngs,
   ):
-    self.up = linear(features, hidden, rngs=rngs)
-    self.gate = linear(features, hidden, rngs=rngs) if gated else None
-    self.down = linear(hidden, features, rngs=rngs)
+    make = lambda i, o: linear(i, o, rngs=rngs, bias=bias)
+    self.up = make(features, hidden)
+    self.gate = make(features, hidden) if gated else None
+    self.down = make(hidden, features)
     self.activation = activation
 
   def rows(
