@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from adaptivejax.core.select import compact, top_k
+from adaptivejax.core.select import best
 
 WORST = -2.0
 """Similarity of what cannot be compared, below every cosine."""
@@ -124,17 +124,20 @@ def most_merges(tokens: int, *, protected: int = 0) -> int:
   return max(0, (tokens + 1) // 2 - (protected + 1) // 2) if targets > 0 else 0
 
 
-def merge_best(
-  match: Match, merges: Int[Array, "*b"] | int, tokens: int
-) -> Int[Array, "B T"]:
+def merge_best(match: Match, merges: int, tokens: int) -> Int[Array, "B T"]:
   """The decision to merge the most similar pairs.
 
   Args:
     match: of sources and partners.
-    merges: how many per row, one number or i32[B] (dynamic).
+    merges: how many per row, or all that there are (static).
     tokens: T (static).
   """
-  return _merge(match, top_k(match.similarity, merges), tokens)
+  if not merges:
+    return _merge(match, jnp.zeros(match.partner.shape, bool), tokens)
+  first = best(match.similarity, merges)
+  row = jnp.arange(first.shape[0])[:, None]
+  chosen = jnp.zeros(match.partner.shape, bool).at[row, first].set(True)
+  return _merge(match, chosen, tokens)
 
 
 def merge_similar(
@@ -183,9 +186,10 @@ def settle(
     count: tokens left of a row, at most (static): so many slots come back.  All
       T if not given.
   """
-  x, size, place = settle_slots(tokens.x, tokens.size, into, weight)
-  end = x.shape[1] if count is None else count
-  return moved(tokens, place)._replace(x=x[:, :end], size=size[:, :end])
+  x, size, place = settle_slots(
+    tokens.x, tokens.size, into, weight, slots=count
+  )
+  return moved(tokens, place)._replace(x=x, size=size)
 
 
 def settle_masked(tokens, into, weight=None, *, count=None) -> Tokens:
@@ -200,18 +204,30 @@ def settle_slots(
   size: Float[Array, "B T"],
   into: Int[Array, "B T"],
   weight: Float[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T"], Int[Array, "B T"]]:
-  """`(x, size, place)` after a decision: `place` is each token's new slot."""
-  x, size = _join(x, size, into, size if weight is None else weight)
-  live = size > 0
-  order, _ = jax.vmap(compact)(live)
-  filled = jnp.arange(live.shape[1]) < live.sum(1)[:, None]
-  x = jnp.take_along_axis(x, order[..., None], axis=1)
-  x = jnp.where(filled[..., None], x, 0)
-  size = jnp.where(filled, jnp.take_along_axis(size, order, axis=1), 0)
-  place = jnp.cumsum(live, axis=1, dtype=jnp.int32) - 1
-  place = jnp.take_along_axis(place, jnp.maximum(into, 0), axis=1)
-  return x, size, jnp.where(into >= 0, place, -1)
+  *,
+  slots: int | None = None,
+) -> tuple[Float[Array, "B K D"], Float[Array, "B K"], Int[Array, "B T"]]:
+  """`(x, size, place)` after a decision: `place` is each token's new slot.
+
+  Args:
+    x, size: of the tokens.
+    into, weight: as in `settle`.
+    slots: K, not less than are left of any row (static); T if not given.
+
+  A token that nobody joins comes through bit by bit.
+  """
+  slots = x.shape[1] if slots is None else slots
+  weight = size if weight is None else weight
+  weight = jnp.maximum(weight.astype(jnp.float32), 1e-30)
+  goes = (size > 0) & (into >= 0)
+  place = jnp.cumsum(goes & (into == _slots(goes)), 1, dtype=jnp.int32) - 1
+  total = _added(jnp.where(goes, weight, 0), jnp.where(goes, into, -1))
+  of = lambda a: jnp.take_along_axis(a, jnp.maximum(into, 0), axis=1)
+  place, total = jnp.where(goes, of(place), -1), of(total)
+  share = jnp.where(goes & (total != weight), weight / total, 1)
+  wide = jnp.where(goes[..., None], x, 0).astype(jnp.float32)
+  mean = _added(wide * share[..., None], place, slots).astype(x.dtype)
+  return mean, _added(jnp.where(goes, size, 0), place, slots), place
 
 
 def moved(tokens: Tokens, place: Int[Array, "B T"]) -> Tokens:
@@ -259,24 +275,8 @@ def _merge(match: Match, chosen, tokens: int):
   return slot.at[:, ::2].set(moved)
 
 
-def _join(x, size, into, weight):
-  """Means and sums in the slots that tokens go to; 0 in the others."""
-  slot = _slots(into)
-  live = (size > 0) & (into >= 0)
-  goes = live & (into != slot)
-  to = jnp.where(goes, into, into.shape[1])
-  row = jnp.arange(into.shape[0])[:, None]
-
-  def gathered(a):
-    """Sum over the tokens that go to a slot, its own left out."""
-    goers = jnp.where(goes.reshape(goes.shape + (1,) * (a.ndim - 2)), a, 0)
-    return jnp.zeros_like(a).at[row, to].add(goers, mode="drop")
-
-  stays = live & ~goes
-  wide, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
-  more = gathered(weight)
-  total = jnp.where(more > 0, weight + more, 1)[..., None]
-  mean = (wide * weight[..., None] + gathered(wide * weight[..., None])) / total
-  x = jnp.where((more > 0)[..., None], mean.astype(x.dtype), x)
-  x = jnp.where(stays[..., None], x, 0)
-  return x, jnp.where(stays, size + gathered(size), 0)
+def _added(a, to, slots=None):
+  """Sums of what goes to each slot; -1 goes nowhere."""
+  out = jnp.zeros((a.shape[0], slots or a.shape[1], *a.shape[2:]), a.dtype)
+  row = jnp.arange(a.shape[0])[:, None]
+  return out.at[row, jnp.where(to < 0, out.shape[1], to)].add(a, mode="drop")
