@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import safetensors
@@ -37,6 +37,7 @@ class Spec(NamedTuple):
   dtype: np.dtype
 
 
+@runtime_checkable
 class Source(Protocol):
   """A checkpoint that is open.
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.token_merging import Tokens, restore
@@ -36,6 +36,7 @@ class ImageInput:
   image: int = 224  # side in pixels, that the positions are for
   patch: int = 16  # side in pixels
   channels: int = 3
+  masks: bool = False  # with a token for hidden patches, as in DINOv2
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Encoder(nnx.Module):
 
   def __call__(
     self,
-    inputs: Float[Array, "B H W C"] | Int[Array, "B N"],
+    inputs: Shaped[Array, "B ..."],
     *,
     types: Int[Array, "B N"] | None = None,
     lengths: Int[Array | np.ndarray, " B"] | None = None,
@@ -224,7 +225,7 @@ def _embedding(config: EncoderConfig, rngs: nnx.Rngs):
   size, width = config.input, config.features
   if isinstance(size, ImageInput):
     shape = size.image, size.patch, size.channels
-    return PatchEmbedding(*shape, width, rngs=rngs)
+    return PatchEmbedding(*shape, width, masks=size.masks, rngs=rngs)
   return WordEmbedding(
     size.vocab,
     size.context,

@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from adaptivejax.nn.linear import linear
 from adaptivejax.nn.norm import LayerNorm
 
 
@@ -24,6 +23,8 @@ class PatchEmbedding(nnx.Module):
     patch: side of a patch, which divides it.
     channels: C.
     features: D.
+    masks: with what stands for a patch that is hidden in training, which is
+      kept but not used here (static).
     rngs: for the parameters.
   """
 
@@ -34,18 +35,18 @@ class PatchEmbedding(nnx.Module):
     channels: int,
     features: int,
     *,
+    masks: bool = False,
     rngs: nnx.Rngs,
   ):
     if min(image, patch) < 1 or image % patch:
       raise ValueError(f"{patch=} must be at least 1 and divide {image=}.")
-    self.project = linear(
-      patch * patch * channels, features, rngs=rngs, bias=True
-    )
     init = jax.nn.initializers.normal(0.02)
-    side = image // patch
-    self.first = nnx.Param(init(rngs.params(), (features,)))
-    self.places = nnx.Param(init(rngs.params(), (1 + side**2, features)))
-    self.patch = patch
+    make = lambda *shape: nnx.Param(init(rngs.params(), shape))
+    self.kernel = make(patch, patch, channels, features)
+    self.bias = nnx.Param(jnp.zeros(features))
+    self.first = make(1, 1, features)
+    self.places = make(1, 1 + (image // patch) ** 2, features)
+    self.mask = make(1, features) if masks else None
 
   def __call__(self, image: Float[Array, "B H W C"]) -> Float[Array, "B T D"]:
     """The class token, then the patches row by row.
@@ -53,7 +54,8 @@ class PatchEmbedding(nnx.Module):
     Sides may differ from those of training, in whole patches: the positions are
     then interpolated (bicubic, as in transformers).
     """
-    p = self.patch
+    kernel = self.kernel.get_value()
+    p, features = kernel.shape[0], kernel.shape[-1]
     if image.ndim != 4 or image.shape[1] % p or image.shape[2] % p:
       raise ValueError(
         "images must be [batch, height, width, channels], sides in whole"
@@ -63,10 +65,11 @@ class PatchEmbedding(nnx.Module):
     rows, columns = height // p, width // p
     cut = image.reshape(batch, rows, p, columns, p, channels).swapaxes(2, 3)
     x = cut.reshape(batch, rows * columns, p * p * channels)
-    places = self.places.get_value()
-    x = self.project(x.astype(places.dtype))
-    first = jnp.broadcast_to(self.first.get_value(), (batch, 1, x.shape[2]))
-    return jnp.concatenate([first, x], 1) + _resized(places, rows, columns)
+    x = x.astype(kernel.dtype) @ kernel.reshape(-1, features)
+    x = x + self.bias.get_value()
+    first = jnp.broadcast_to(self.first.get_value(), (batch, 1, features))
+    places = _resized(self.places.get_value()[0], rows, columns)
+    return jnp.concatenate([first, x], 1) + places
 
 
 class WordEmbedding(nnx.Module):

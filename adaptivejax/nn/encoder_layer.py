@@ -86,7 +86,7 @@ class EncoderLayer(Layer):
     rngs: nnx.Rngs,
   ):
     self.attention = Attention(
-      features, heads, look=Unplaced(), bias=True, rngs=rngs
+      features, heads, look=Unplaced(), bias=True, out_bias=True, rngs=rngs
     )
     self.mlp = Mlp(
       features, hidden, activation=exact_gelu, bias=True, rngs=rngs
