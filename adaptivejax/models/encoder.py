@@ -170,11 +170,15 @@ class Encoder(nnx.Module):
       stack: how the layers are run, see `nn.stack`.
       key: given in training, asks for the differentiable form.
     """
+    real, images = None, isinstance(self.config.input, ImageInput)
+    if images and not (types is None and lengths is None):
+      raise ValueError("`types` and `lengths` are of texts; these are images.")
+    if lengths is not None:
+      real = jnp.arange(inputs.shape[1]) < lengths[:, None]
+      inputs = jnp.where(real, inputs, inputs[:, :1])  # padding: a live token
     x, cost = self._embed(inputs, types)
     positions = jnp.zeros(x.shape[:2], jnp.int32)
-    if lengths is not None:
-      padding = jnp.arange(x.shape[1]) >= lengths[:, None]
-      positions = jnp.where(padding, -1, positions)
+    positions = positions if real is None else jnp.where(real, positions, -1)
     out = stack(self.layers, x, positions, None, readout=self.readout, key=key)
     say = lambda m, x: m.readout(x)
     cost += out.cost + Cost.dense(flops(say, self, out.x), len(x))
@@ -203,8 +207,6 @@ class Encoder(nnx.Module):
           f" {inputs.dtype}{list(inputs.shape)}."
         )
       return self.embedding(inputs, types), Cost.zero()
-    if types is not None:
-      raise ValueError("`types` are of tokens of a text; these are images.")
     x = self.embedding(inputs)
     work = flops(lambda m, a: m(a), self.embedding, inputs)
     return x, Cost.dense(work, x.shape[0] * x.shape[1])

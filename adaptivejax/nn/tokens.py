@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
-from adaptivejax.core.cost import Cost, Signals
+from adaptivejax.core.cost import Signals, flops
 from adaptivejax.core.plans import run_if
 from adaptivejax.core.rungs import on_rung
 from adaptivejax.core.token_merging import (
@@ -92,11 +92,14 @@ def shrinking(
     else:
       layer = layer_at(layers, l)
       x, seen, cost = _mix(layer, tokens.x, tokens.size, proportional)
-      into, weight = decide(tokens.size, seen, (before, after))
+      choose = lambda size, seen, n=(before, after): decide(size, seen, n)
+      asked = flops(choose, tokens.size, seen)
+      into, weight = choose(tokens.size, seen)
       tokens = settle(tokens._replace(x=x), into, weight, count=after)
       x, fed, _ = layer.feed(tokens.x)
       tokens = tokens._replace(x=x)
-      cost, ran, l = jax.tree.map(lambda a: a[None], cost + fed), 1, l + 1
+      cost = (cost + fed).with_overhead(asked)
+      cost, ran, l = jax.tree.map(lambda a: a[None], cost), 1, l + 1
     costs.append(cost)
     depth += ran * (tokens.origin >= 0)
   cost = jax.tree.map(lambda *a: jnp.concatenate(a), *costs)
@@ -134,6 +137,8 @@ def adapting(
     stay = Decision(keep_all(size > 0), size)
     choose = lambda _, size, seen, budget: decide(size, seen, budget)
     into, weight = run_if(due, choose, stay, size, seen, budget)
+    asked = due * flops(decide, size, seen, budget)
+    cost = cost._replace(spent=cost.spent + asked)
     return settle_slots(x, size, into, weight), cost
 
   def second(x, layer):
