@@ -99,7 +99,8 @@ class EncoderOutput(NamedTuple):
   @property
   def restored(self) -> Float[Array, "B N D"]:
     """What became of every token: itself, what it merged into, or what it was
-    when it was given up (0 where the stack does not remember that)."""
+    when it was given up (0 where the stack does not remember that).
+    """
     if self.tokens is None:
       return self.x
     return restore(self.tokens, self.x, self.tokens.left)

@@ -12,6 +12,8 @@ from adaptivejax.nn.confidence import (
   MetaClassifier,
   exit_confidence,
 )
+from adaptivejax.nn.embedding import PatchEmbedding, WordEmbedding
+from adaptivejax.nn.encoder_layer import EncoderLayer
 from adaptivejax.nn.evicting import Evicting, Worth
 from adaptivejax.nn.exit import early_exit
 from adaptivejax.nn.experts import (
@@ -39,6 +41,7 @@ from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.recurrent import Recurrent
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.routing import Routing
+from adaptivejax.nn.row_exit import row_exit
 from adaptivejax.nn.setting import Frozen, Setting, adjust, frozen
 from adaptivejax.nn.sparse_prefill import (
   Chosen,
@@ -67,6 +70,7 @@ __all__ = [
   "Choosing",
   "Chosen",
   "Coded",
+  "EncoderLayer",
   "Evicting",
   "ExpertSharding",
   "FULL",
@@ -80,6 +84,7 @@ __all__ = [
   "MetaClassifier",
   "MixtureOfExperts",
   "Mlp",
+  "PatchEmbedding",
   "Policy",
   "RMSNorm",
   "Recurrent",
@@ -92,6 +97,7 @@ __all__ = [
   "Step",
   "Watch",
   "Window",
+  "WordEmbedding",
   "Worth",
   "ZeroComputationExperts",
   "adjust",
@@ -117,6 +123,7 @@ __all__ = [
   "refuse_drafts",
   "reorder_experts",
   "routing_trace",
+  "row_exit",
   "run_layers",
   "shard_experts",
   "split_mlp",

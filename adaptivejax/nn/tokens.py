@@ -38,6 +38,7 @@ from adaptivejax.core.token_merging import (
   settle,
   settle_slots,
 )
+from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.encoder_layer import EncoderLayer
 from adaptivejax.nn.stack import StackOutput, layer_at, layer_count
 
@@ -161,6 +162,7 @@ def adapting(
     return (tokens._replace(x=x), depth), cost
 
   start = tokens, jnp.zeros(x.shape[:2], jnp.float32)
+  start = vary(start, varying_axes(x, positions))
   (tokens, depth), cost = lax.scan(body, start, (layers, due))
   return _output(tokens, cost, whole, depth)
 

@@ -69,7 +69,9 @@ def test_the_best_pairs_merge(merges):
   want = np.tile(np.arange(N), (B, 1))
   found = brute(X, LIVE, 1)
   for b in range(B):
-    ranked = sorted((i for r, i in found if r == b), key=lambda i: -found[b, i][0])
+    ranked = sorted(
+      (i for r, i in found if r == b), key=lambda i: -found[b, i][0]
+    )
     for i in ranked[:merges]:
       want[b, i] = found[b, i][1]
   np.testing.assert_array_equal(into, want)

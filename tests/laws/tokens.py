@@ -144,7 +144,7 @@ TOKENS = [
     _rows,
     _merge_rows,
     full=np.float32(1.1),
-    some=np.float32(0.9),
+    some=np.float32(0.8),
     none=np.float32(-2),
     dense=functools.partial(_merged_rows, threshold=1.1),
     least=functools.partial(_merged_rows, threshold=-2),

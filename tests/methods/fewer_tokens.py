@@ -112,11 +112,11 @@ def run(model, tokens, rule=None, proportional=False) -> Left:
     chosen = rule(Layer(l, k, v, weights, size)) if rule else stay
     kept = {i for members, _ in chosen for i in members}
     for i in set(range(len(x))) - kept:
-      gave |= {n: before[i] for n in groups[i]}
+      gave |= dict.fromkeys(groups[i], before[i])
     x = np.stack([np.average(x[m], axis=0, weights=w) for m, w in chosen])
     size = np.array([size[m].sum() for m, _ in chosen])
-    groups = [sum((groups[i] for i in m), []) for m, _ in chosen]
-    depth[sum(groups, [])] += 1
+    groups = [[t for i in m for t in groups[i]] for m, _ in chosen]
+    depth[[t for group in groups for t in group]] += 1
     h = linear(layer.mlp.up, norm(layer.norm_mlp, x))
     h = h * (1 + erf(h / 2**0.5)) / 2
     x = x + linear(layer.mlp.down, h)
@@ -124,10 +124,12 @@ def run(model, tokens, rule=None, proportional=False) -> Left:
   origin = np.full(len(depth), -1)
   for slot, members in enumerate(groups):
     origin[members] = slot
-  restored = np.stack([
-    x[origin[n]] if origin[n] >= 0 else norm(model.norm, gave[n])
-    for n in range(len(depth))
-  ])
+  restored = np.stack(
+    [
+      x[origin[n]] if origin[n] >= 0 else norm(model.norm, gave[n])
+      for n in range(len(depth))
+    ]
+  )
   return Left(x, size, origin, restored, depth)
 
 
@@ -207,7 +209,9 @@ def hit(samples):
     score = (layer.weights[:, 0] * length).sum(0)
     score[0] = 0
     upto = np.cumsum(score / max(score.sum(), 1e-30))
-    points = (2 * np.arange(1, samples + 1) - 1) / (2 * samples) if samples else []
+    points = (
+      (2 * np.arange(1, samples + 1) - 1) / (2 * samples) if samples else []
+    )
     found = {0} | {int(np.searchsorted(upto, u)) for u in points}
     return [([i], [1.0]) for i in sorted(found) if i < n]
 

@@ -80,7 +80,9 @@ def test_files_come_out_bit_by_bit(name, tmp_path):
   save(loaded.model, tmp_path / "copy", like=loaded)
   again = load(tmp_path / "copy")
   jax.tree.map(
-    np.testing.assert_array_equal, nnx.state(loaded.model), nnx.state(again.model)
+    np.testing.assert_array_equal,
+    nnx.state(loaded.model),
+    nnx.state(again.model),
   )
   size = lambda folder: (folder / "model.safetensors").stat().st_size
   assert abs(size(tmp_path / "copy") - size(FOLDER / name)) < 4096
@@ -104,7 +106,6 @@ def test_padding_changes_nothing():
 
 
 def test_the_cost_by_hand():
-  _, arrays = golden("vit")
   d, f, n = 24, 40, 17
   layer = n * (8 * d * d + 4 * d * f) + 4 * n * n * d
   want = 2 * (2 * layer + 2 * 16 * 27 * d + 2 * d * d)

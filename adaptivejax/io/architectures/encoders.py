@@ -107,7 +107,9 @@ def bert(fields: Fields) -> Plan:
   }
   return _plan(
     config,
-    *(Row(f"embeddings.{n}.weight", f"embedding.{m}") for n, m in tables.items()),
+    *(
+      Row(f"embeddings.{n}.weight", f"embedding.{m}") for n, m in tables.items()
+    ),
     *_norm("embeddings.LayerNorm", "embedding.norm"),
     *_layer_rows("attention.self.", "attention.output.dense"),
     *_norm(f"{LAYER}attention.output.LayerNorm", "layers.norm_attention"),
