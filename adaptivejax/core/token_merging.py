@@ -72,7 +72,7 @@ class Tokens(NamedTuple):
     return self.size > 0
 
   @property
-  def count(self) -> Int[Array, " B"]:
+  def lengths(self) -> Int[Array, " B"]:
     """Tokens left of each row."""
     return self.live.sum(1, dtype=jnp.int32)
 

@@ -48,8 +48,8 @@ def onnx_to_folder(
 
 def _named(source: Path, prefix: str) -> dict[str, np.ndarray]:
   """The encoder's tensors by their names in PyTorch."""
-  import onnx
-  from onnx import numpy_helper
+  import onnx  # pyrefly: ignore[missing-import]
+  from onnx import numpy_helper  # pyrefly: ignore[missing-import]
 
   graph = onnx.load(source, load_external_data=False).graph
   values = {t.name: numpy_helper.to_array(t) for t in graph.initializer}

@@ -224,7 +224,7 @@ def mean_of_tokens(
   return total / jnp.maximum(lengths, 1)[:, None].astype(x.dtype)
 
 
-def _embedding(config: EncoderConfig, rngs: nnx.Rngs):
+def _embedding(config: EncoderConfig, rngs: nnx.Rngs) -> Any:
   size, width = config.input, config.features
   if isinstance(size, ImageInput):
     shape = size.image, size.patch, size.channels

@@ -150,14 +150,14 @@ def adapting(
     tokens, depth = carry
     layer, due = step
     (x, size, place), mixed = on_rung(
-      first, (tokens.x, tokens.size), tokens.count, layer, budget, due
+      first, (tokens.x, tokens.size), tokens.lengths, layer, budget, due
     )
-    before = tokens.count.sum(dtype=jnp.float32)
+    before = tokens.lengths.sum(dtype=jnp.float32)
     tokens = moved(tokens, place)._replace(x=x, size=size)
-    x, fed = on_rung(second, x, tokens.count, layer)
+    x, fed = on_rung(second, x, tokens.lengths, layer)
     x = jnp.where(tokens.live[..., None], x, 0)
     depth += tokens.origin >= 0
-    asked = 2 * before + tokens.count.sum(dtype=jnp.float32)
+    asked = 2 * before + tokens.lengths.sum(dtype=jnp.float32)
     cost = (mixed + fed)._replace(items=asked)
     return (tokens._replace(x=x), depth), cost
 

@@ -67,7 +67,7 @@ def vit() -> Encoder:
 @functools.cache
 def photographs(side: int) -> jax.Array:
   """Squares from the middle of six photographs, f32[6, side, side, 3]."""
-  from skimage import data
+  from skimage import data  # pyrefly: ignore[missing-import]
   from sklearn.datasets import load_sample_images
 
   photos = [*load_sample_images().images, data.astronaut(), data.chelsea()]
@@ -111,7 +111,7 @@ def compare(
       mean(out.cost.share for out in outs),
       mean(a[1:].mean() for a in alike),
       mean(a[0] for a in alike),
-      mean(out.x.shape[1] if out.tokens is None else out.tokens.count[0]
+      mean(out.x.shape[1] if out.tokens is None else out.tokens.lengths[0]
            for out in outs),
     )  # fmt: skip
   return found

@@ -165,7 +165,7 @@ def test_sizes_add_up_to_all_tokens():
     match = bipartite_match(tokens.x, tokens.live)
     tokens = settle(tokens, merge_similar(match, -2.0, N))
   np.testing.assert_array_equal(tokens.size.sum(1), LIVE.sum(1))
-  np.testing.assert_array_equal(tokens.count, [1, 1, 1])
+  np.testing.assert_array_equal(tokens.lengths, [1, 1, 1])
   means = np.stack([X[b, LIVE[b]].mean(0) for b in range(B)])
   np.testing.assert_allclose(tokens.x[:, 0], means, atol=1e-6)
 

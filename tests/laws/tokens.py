@@ -98,10 +98,10 @@ def _merge_rows(params, x, threshold):
     return jnp.tanh(x @ weights), Cost.dense(spent, x.shape[0] * x.shape[1])
 
   y, cost = rungs.on_rung(
-    f, tokens.x, tokens.count, params, rungs=(12, 16, 20, N)
+    f, tokens.x, tokens.lengths, params, rungs=(12, 16, 20, N)
   )
   full = jnp.full_like(cost.full, 2.0 * x["rows"].size * D)
-  asked = tokens.count.sum(dtype=jnp.float32)
+  asked = tokens.lengths.sum(dtype=jnp.float32)
   return restore(tokens, y), cost._replace(full=full, items=asked)
 
 

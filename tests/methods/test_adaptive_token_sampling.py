@@ -35,7 +35,7 @@ def test_tokens_that_are_hit_stay(samples):
   for b, (row, n) in enumerate(zip(np.asarray(TOKENS), LENGTHS)):
     left = run(params(encoder()), row[:n], hit(samples))
     count = len(left.x)
-    assert got.tokens.count[b] == count <= samples + 1
+    assert got.tokens.lengths[b] == count <= samples + 1
     np.testing.assert_allclose(got.x[b, :count], left.x, rtol=0, atol=1e-4)
     np.testing.assert_array_equal(got.tokens.origin[b, :n], left.origin)
     np.testing.assert_allclose(
@@ -46,7 +46,7 @@ def test_tokens_that_are_hit_stay(samples):
 
 def test_infinitely_many_points_hit_all():
   got = sample(encoder(), jnp.inf, jnp.ones(L, bool))
-  np.testing.assert_array_equal(got.tokens.count, LENGTHS)
+  np.testing.assert_array_equal(got.tokens.lengths, LENGTHS)
 
 
 def test_layers_are_data():

@@ -36,7 +36,7 @@ def agree(got, want):
   """Tokens, sizes, places and depth, row by row."""
   for b, left in enumerate(want):
     n = len(left.x)
-    assert got.tokens.count[b] == n
+    assert got.tokens.lengths[b] == n
     np.testing.assert_allclose(got.x[b, :n], left.x, rtol=0, atol=1e-4)
     np.testing.assert_allclose(got.tokens.size[b, :n], left.size, atol=1e-4)
     real = len(left.origin)
@@ -76,7 +76,7 @@ def test_what_is_similar_merges(threshold):
 
 
 def test_the_threshold_is_met_by_some():
-  counts = similar(encoder(), 0.75, jnp.ones(L, bool)).tokens.count
+  counts = similar(encoder(), 0.75, jnp.ones(L, bool)).tokens.lengths
   assert ((counts > 4) & (counts < LENGTHS)).all()
 
 
@@ -93,7 +93,7 @@ def test_equal_tokens_become_one_without_a_trace():
   tokens = jnp.asarray([[1, 2, 3, 2, 3, 2, 2, 2, 5, 2]])
   stack = Partial(similar_merging, threshold=0.9999)
   got = jax.jit(lambda m: m(tokens, stack=stack))(model)
-  assert got.tokens.count[0] < 8
+  assert got.tokens.lengths[0] < 8
   want = jax.jit(lambda m: m(tokens))(model)
   np.testing.assert_allclose(got.restored, want.x, rtol=0, atol=1e-4)
 

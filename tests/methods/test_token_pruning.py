@@ -47,7 +47,7 @@ def test_padding_goes_first():
   got = pruned(0.7, (1,), padded=True)
   room = kept_counts(N, 0.7, (1,), 3)[-1]
   for b, n in enumerate(np.asarray(LENGTHS)):
-    assert got.tokens.count[b] == min(n, room)
+    assert got.tokens.lengths[b] == min(n, room)
     share = (room - 2) / (n - 1) if n > room else 1.0
     row = np.asarray(TOKENS)[b, :n]
     left = run(params(encoder()), row, attended(share, (1,)))
