@@ -174,6 +174,7 @@ def settle(
   into: Int[Array, "B T"],
   weight: Float[Array, "B T"] | None = None,
   *,
+  x: Float[Array, "B T D"] | None = None,
   count: int | None = None,
 ) -> Tokens:
   """Carries a decision out.
@@ -183,19 +184,21 @@ def settle(
     into: where each token goes.
     weight: of each token in the mean of those that merge, positive; its size if
       not given.
+    x: what the tokens are by now; `tokens.x` if not given, as which they are
+      remembered when they are given up.
     count: tokens left of a row, at most (static): so many slots come back.  All
       T if not given.
   """
-  x, size, place = settle_slots(
-    tokens.x, tokens.size, into, weight, slots=count
-  )
+  now = tokens.x if x is None else x
+  x, size, place = settle_slots(now, tokens.size, into, weight, slots=count)
   return moved(tokens, place)._replace(x=x, size=size)
 
 
-def settle_masked(tokens, into, weight=None, *, count=None) -> Tokens:
+def settle_masked(tokens, into, weight=None, *, x=None, count=None) -> Tokens:
   """The dense twin of `settle`: same arguments, all slots come back."""
   del count
-  x, size, place = settle_slots(tokens.x, tokens.size, into, weight)
+  now = tokens.x if x is None else x
+  x, size, place = settle_slots(now, tokens.size, into, weight)
   return moved(tokens, place)._replace(x=x, size=size)
 
 

@@ -68,6 +68,7 @@ def shrinking(
   counts: tuple[int, ...],
   *,
   proportional: bool,
+  remember: bool = False,
 ) -> StackOutput:
   """Runs all layers, with so many tokens after each attention half.
 
@@ -77,9 +78,11 @@ def shrinking(
       are to be, two numbers (static).
     counts: tokens after each layer, not rising, from at most N (static).
     proportional: a token attracts attention in proportion to its size (static).
+    remember: keep what is given up, as it entered the layer (static).
   """
   check_encoder(layers)
-  total, tokens = layer_count(layers), Tokens.start(x, positions >= 0)
+  total = layer_count(layers)
+  tokens = Tokens.start(x, positions >= 0, remember=remember)
   whole, counts = layer_at(layers, 0).flops(x), (x.shape[1], *counts)
   costs, depth, l = [], jnp.zeros(x.shape[:2], jnp.float32), 0
   while l < total:
@@ -96,7 +99,7 @@ def shrinking(
       choose = lambda size, seen, n=(before, after): decide(size, seen, n)
       asked = flops(choose, tokens.size, seen)
       into, weight = choose(tokens.size, seen)
-      tokens = settle(tokens._replace(x=x), into, weight, count=after)
+      tokens = settle(tokens, into, weight, x=x, count=after)
       x, fed, _ = layer.feed(tokens.x)
       tokens = tokens._replace(x=x)
       cost = (cost + fed).with_overhead(asked)
@@ -125,8 +128,7 @@ def adapting(
     decide: how many tokens stay is its affair.
     budget: pytree that `decide` gets (dynamic).
     due: the layers at which it is asked (dynamic).
-    proportional: as in `shrinking`.
-    remember: keep what is given up (static).
+    proportional, remember: as in `shrinking`.
   """
   check_encoder(layers)
   tokens = Tokens.start(x, positions >= 0, remember=remember)

@@ -40,6 +40,9 @@ def test_the_most_attended_stay(keep, fuse):
     np.testing.assert_allclose(got.x[b], left.x, rtol=0, atol=1e-4)
     np.testing.assert_array_equal(got.tokens.origin[b], left.origin)
     np.testing.assert_array_equal(got.tokens.size[b], left.size)
+    np.testing.assert_allclose(
+      got.restored[b], left.restored, rtol=0, atol=1e-4
+    )
 
 
 def test_padding_goes_first():

@@ -72,8 +72,7 @@ def token_pruning(
     at: the layers, counted from 0; in the paper 3, 6 and 9 of 12 (static).
     fuse: the rest becomes one token, else it is gone (static).
 
-  Other arguments as in `nn.stack`.  All first tokens must be class tokens;
-  padding may be given up early.
+  Other arguments as in `nn.stack`; the first token is that of the class.
   """
   del cache, readout, key
   counts = kept_counts(x.shape[1], keep, at, layer_count(layers), fuse=fuse)
@@ -87,4 +86,12 @@ def token_pruning(
     into = keep_only(top_k(ranked, room), live, fuse=fuse)
     return Decision(into, weight)
 
-  return shrinking(layers, x, positions, decide, counts, proportional=False)
+  return shrinking(
+    layers,
+    x,
+    positions,
+    decide,
+    counts,
+    proportional=False,
+    remember=not fuse,
+  )
