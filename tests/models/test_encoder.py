@@ -5,6 +5,8 @@ The goldens are made by `tests/goldens/make_encoders.py`.
 """
 
 import functools
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from adaptivejax.io import load, save
 from adaptivejax.models import (
@@ -86,6 +89,56 @@ def test_files_come_out_bit_by_bit(name, tmp_path):
   )
   size = lambda folder: (folder / "model.safetensors").stat().st_size
   assert abs(size(tmp_path / "copy") - size(FOLDER / name)) < 4096
+
+
+def test_positions_that_count_up_are_no_weights(tmp_path):
+  """Old files hold them, as integers; a weight may not be of these."""
+  source = FOLDER / "bert"
+  shutil.copy(source / "config.json", tmp_path)
+  tensors = load_file(source / "model.safetensors")
+  counting = {"embeddings.position_ids": np.arange(16)[None]}
+  save_file({**tensors, **counting}, tmp_path / "model.safetensors")
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    nnx.state(load(tmp_path).model),
+    nnx.state(golden("bert")[0].model),
+  )
+  name = "pooler.dense.bias"
+  tensors[name] = tensors[name].astype(np.int64)
+  save_file(tensors, tmp_path / "model.safetensors")
+  with pytest.raises(ValueError, match=f"{name}' is of dtype 'I64'"):
+    load(tmp_path)
+
+
+def test_heads_are_refused_by_name(tmp_path):
+  source = FOLDER / "vit"
+  shutil.copy(source / "config.json", tmp_path)
+  tensors = load_file(source / "model.safetensors")
+  tensors["classifier.weight"] = np.zeros((3, 24), np.float32)
+  save_file(tensors, tmp_path / "model.safetensors")
+  with pytest.raises(ValueError, match=r"no place.*classifier\.weight"):
+    load(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("name", "field", "value"),
+  [
+    ("vit", "hidden_act", "relu"),
+    ("vit", "qkv_bias", False),
+    ("vit", "image_size", 13),
+    ("dinov2", "use_swiglu_ffn", True),
+    ("dinov2", "mlp_ratio", 1.3),
+    ("bert", "is_decoder", True),
+    ("bert", "position_embedding_type", "relative_key"),
+    ("bert", "something_new", 1),
+  ],
+)
+def test_fields_that_are_not_supported_are_named(name, field, value, tmp_path):
+  config = json.loads((FOLDER / name / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+  shutil.copy(FOLDER / name / "model.safetensors", tmp_path)
+  with pytest.raises(ValueError, match=field):
+    load(tmp_path)
 
 
 def test_padding_changes_nothing():
