@@ -114,8 +114,8 @@ def _entry(value: Any, where: str) -> Entry:
   needed = math.prod(entry.shape) * entry.dtype.itemsize
   if entry.end - entry.begin != needed:
     raise ValueError(
-      f"{where} of shape {entry.shape} and dtype {dtype!r} needs {needed} bytes;"
-      f" data_offsets {offsets} hold {entry.end - entry.begin}."
+      f"{where} of shape {entry.shape} and dtype {dtype!r} needs {needed}"
+      f" bytes; data_offsets {offsets} hold {entry.end - entry.begin}."
     )
   return entry
 
