@@ -86,26 +86,17 @@ def shrinking(
   whole, counts = layer_at(layers, 0).flops(x), (x.shape[1], *counts)
   costs, depth, l = [], jnp.zeros(x.shape[:2], jnp.float32), 0
   while l < total:
-    before, after = counts[l : l + 2]
-    same = l
-    while same < total and counts[same + 1] == before:
-      same += 1
-    if same > l:
-      tokens, cost = _unchanged(layers, tokens, l, same, proportional)
-      ran, l = same - l, same
+    end = l
+    while end < total and counts[end + 1] == counts[l]:
+      end += 1
+    if end > l:
+      tokens, cost = _unchanged(layers, tokens, l, end, proportional)
     else:
-      layer = layer_at(layers, l)
-      x, seen, cost = _mix(layer, tokens.x, tokens.size, proportional)
-      choose = lambda size, seen, n=(before, after): decide(size, seen, n)
-      asked = flops(choose, tokens.size, seen)
-      into, weight = choose(tokens.size, seen)
-      tokens = settle(tokens, into, weight, x=x, count=after)
-      x, fed, _ = layer.feed(tokens.x)
-      tokens = tokens._replace(x=x)
-      cost = (cost + fed).with_overhead(asked)
-      cost, ran, l = jax.tree.map(lambda a: a[None], cost), 1, l + 1
+      end, layer, now = l + 1, layer_at(layers, l), counts[l : l + 2]
+      tokens, cost = _reduced(layer, tokens, decide, now, proportional)
     costs.append(cost)
-    depth += ran * (tokens.origin >= 0)
+    depth += (end - l) * (tokens.origin >= 0)
+    l = end
   cost = jax.tree.map(lambda *a: jnp.concatenate(a), *costs)
   return _output(tokens, cost, whole, depth)
 
@@ -193,6 +184,18 @@ def layers_due(at: Sequence[int] | Bool[Array, " L"] | None, total: int):
 def _mix(layer, x, size, proportional):
   bias = jnp.log(jnp.where(size > 0, size, 1)) if proportional else None
   return layer.mix(x, jnp.where(size > 0, 0, -1), bias)
+
+
+def _reduced(layer, tokens, decide, counts, proportional):
+  """A layer in which tokens are lost; costs as stacked over one layer."""
+  x, seen, cost = _mix(layer, tokens.x, tokens.size, proportional)
+  choose = lambda size, seen: decide(size, seen, counts)
+  asked = flops(choose, tokens.size, seen)
+  into, weight = choose(tokens.size, seen)
+  tokens = settle(tokens, into, weight, x=x, count=counts[1])
+  x, fed, _ = layer.feed(tokens.x)
+  cost = (cost + fed).with_overhead(asked)
+  return tokens._replace(x=x), jax.tree.map(lambda a: a[None], cost)
 
 
 def _unchanged(layers, tokens, first, end, proportional):
