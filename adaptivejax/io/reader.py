@@ -142,6 +142,6 @@ def _weights(dtype: DTypeLike) -> np.dtype:
     known = np.dtype(dtype)
   except TypeError:
     known = None
-  if known not in DTYPES.values():
+  if known is None or known not in DTYPES.values():
     raise ValueError(f"weights are one of {[*DTYPES]}; got {dtype=}.")
   return known
