@@ -27,6 +27,9 @@ DTYPES = {
 }
 """What weights may be, by its name in the file."""
 
+BESIDES = {"I64": np.dtype(np.int64)}
+"""What else may lie there, if it is no weight: positions that count up."""
+
 FOREIGN = {
   b"PK\x03\x04": "a zip archive, as `torch.save` writes: a pickle in disguise",
   b"\x80": "a pickle",
@@ -99,7 +102,7 @@ def _entry(value: Any, where: str) -> Entry:
   if not isinstance(value, dict) or set(value) != wanted:
     raise ValueError(f"{where} must say {sorted(wanted)}; it says {value!r}.")
   dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-  if not isinstance(dtype, str) or dtype not in DTYPES:
+  if not isinstance(dtype, str) or dtype not in DTYPES | BESIDES:
     raise ValueError(
       f"{where} is of dtype {dtype!r}; weights are one of {[*DTYPES]}."
     )
@@ -107,12 +110,12 @@ def _entry(value: Any, where: str) -> Entry:
     raise ValueError(f"{where} has no shape: {shape!r}.")
   if not _counts(offsets) or len(offsets) != 2:
     raise ValueError(f"{where} has no two data_offsets: {offsets!r}.")
-  entry = Entry(tuple(shape), DTYPES[dtype], *offsets)
+  entry = Entry(tuple(shape), (DTYPES | BESIDES)[dtype], *offsets)
   needed = math.prod(entry.shape) * entry.dtype.itemsize
   if entry.end - entry.begin != needed:
     raise ValueError(
-      f"{where} of shape {entry.shape} and dtype {dtype} needs {needed} bytes;"
-      f" data_offsets {offsets} hold {entry.end - entry.begin}."
+      f"{where} of shape {entry.shape} and dtype {dtype!r} needs {needed}"
+      f" bytes; data_offsets {offsets} hold {entry.end - entry.begin}."
     )
   return entry
 

@@ -76,6 +76,11 @@ class Reader:
       wanted = tensor_shape(row, leaf)
       for piece in pieces(row, self.plan.counts):
         spec = self.source.specs[piece.tensor]
+        if spec.dtype not in DTYPES.values():
+          raise ValueError(
+            f"{self.source.where}: tensor {piece.tensor!r} is of dtype 'I64';"
+            f" weights are one of {[*DTYPES]}."
+          )
         types[spec.dtype] = piece.tensor
         if spec.shape != wanted:
           raise ValueError(

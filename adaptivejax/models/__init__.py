@@ -14,6 +14,15 @@ from adaptivejax.models.decoder_layer import (
   decoder_block,
   decoder_mlp,
 )
+from adaptivejax.models.encoder import (
+  Encoder,
+  EncoderConfig,
+  EncoderOutput,
+  ImageInput,
+  TextInput,
+  encoder_layer,
+  mean_of_tokens,
+)
 
 __all__ = [
   "Answer",
@@ -21,9 +30,16 @@ __all__ = [
   "ClassifierConfig",
   "DecoderConfig",
   "DecoderLM",
+  "Encoder",
+  "EncoderConfig",
+  "EncoderOutput",
   "Exits",
+  "ImageInput",
   "LMOutput",
+  "TextInput",
   "decoder_block",
   "decoder_mlp",
   "encoder_block",
+  "encoder_layer",
+  "mean_of_tokens",
 ]

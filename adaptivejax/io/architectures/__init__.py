@@ -3,11 +3,13 @@
 
 from collections.abc import Callable, Mapping
 
-from adaptivejax.io.architectures import decoders, mixtures
+from adaptivejax.io.architectures import decoders, encoders, mixtures
 from adaptivejax.io.fields import Fields
 from adaptivejax.io.rows import Plan
 
 ARCHITECTURES: Mapping[str, Callable[[Fields], Plan]] = {
+  "bert": encoders.bert,
+  "dinov2": encoders.dinov2,
   "gemma": decoders.gemma,
   "llama": decoders.llama,
   "mistral": decoders.mistral,
@@ -15,6 +17,7 @@ ARCHITECTURES: Mapping[str, Callable[[Fields], Plan]] = {
   "qwen2": decoders.qwen2,
   "qwen3": decoders.qwen3,
   "qwen3_moe": mixtures.qwen3_moe,
+  "vit": encoders.vit,
 }
 """By `model_type`; each reads every field it knows."""
 
