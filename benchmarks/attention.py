@@ -9,6 +9,10 @@ features in f32, not causal, each head and tile of 128 queries with a random
 list of 128-key blocks of its own; `varied` lists have 1 to 24 % of the blocks.
 Forward + backward is the gradient for q, k and v.  A case is the tokens.
 
+A decode step is one query of each head, over a cache of so many tokens: time of
+the faster dense attention / ours, which reads 64, 256 or 1024 random tokens of
+each head, one by one or in pages of 16.  Below 1 a dense step is the better.
+
     python -m benchmarks.attention --json out.json
     python -m benchmarks.attention --cases 8192
 """
@@ -32,6 +36,10 @@ from pallas_kernels.block_sparse_attention import (
   Rule,
   block_sparse_attention,
 )
+from pallas_kernels.sparse_decode_attention import (
+  Units,
+  sparse_decode_attention,
+)
 
 HEADS, WIDTH, BLOCK = 4, 64, 128
 DENSITIES = (0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
@@ -41,6 +49,8 @@ TARGETS = {
   "forward+backward": dict.fromkeys(FEW, 0.5) | dict.fromkeys(MORE, 0.7),
 }
 TARGETED = 8192
+BUDGETS, PAGES = (64, 256, 1024), (1, 16)
+"""Tokens that a decode step reads of each head, and those of a page."""
 MOST_SCORES = 2**33
 """Bytes of scores that a dense attention may write out."""
 
@@ -113,11 +123,21 @@ def dense_calls(
   for name, f in jitted.items():
     run = step(kind, f)
     calls[name] = lambda _, run=run: run(None, *given)
-  if importlib.util.find_spec("torch"):
-    calls["torch SDPA"] = torch_call(kind, given)
+  missing = why_no_torch()
+  if missing:
+    _say(f"torch SDPA and FlexAttention left out: {missing}")
   else:
-    _say("torch SDPA and FlexAttention left out: torch is not installed")
+    calls["torch SDPA"] = torch_call(kind, given)
   return calls
+
+
+def why_no_torch() -> str | None:
+  """Why torch is not compared; None if it is."""
+  if jax.default_backend() != "cpu":
+    return "they would run on a CPU, and JAX does not"
+  if not importlib.util.find_spec("torch"):
+    return "torch is not installed"
+  return None
 
 
 def torch_call(
@@ -153,7 +173,7 @@ def torch_call(
 
 def flex_calls(kind: str, given: Arrays, lists: list[BlockLists]) -> list[Any]:
   """FlexAttention of the lists, none where it does not run."""
-  if not importlib.util.find_spec("torch") or kind != "forward":
+  if why_no_torch() or kind != "forward":
     return []  # torch has no gradient of it on a CPU
   try:
     calls = [torch_call(kind, given, one) for one in lists]
@@ -207,6 +227,35 @@ def prefill(tokens: int, kind: str, seconds: float) -> Iterator[Row]:
     yield Row.of(case, f"{kind}, FlexAttention / ours, {_words(name)}", rates)
 
 
+def decode(tokens: int, seconds: float) -> Iterator[Row]:
+  """One step over a cache, against reading all of it."""
+  case, (q, k, v, _) = str(tokens), arrays(tokens)
+  q = q[:, :, -1:]
+  attend = jax.jit(lambda units, q, k, v: sparse_decode_attention(
+    q, k, v, units
+  ).out)  # fmt: skip
+  dense = jax.jit(functools.partial(whole, None))
+  calls = [lambda _: attend(None, q, k, v), lambda _: dense(q, k, v)]
+  names, rng = [], np.random.default_rng(0)
+  for budget in (n for n in BUDGETS if n < tokens):
+    for page in PAGES:
+      ranks = rng.random((1, HEADS, tokens // page)).argsort(-1)
+      index = jnp.asarray(ranks[..., : budget // page], jnp.int32)
+      count = jnp.full(index.shape[:2], index.shape[2], jnp.int32)
+      units = Units(index, count, page)
+      calls.append(lambda _, units=units: attend(units, q, k, v))
+      names.append(f"{budget} " + ("tokens" if page == 1 else "in pages"))
+  ours, theirs, *times = interleave(calls, seconds=seconds, least=5)
+  fastest = [min(pair) for pair in zip(ours, theirs)]
+  milliseconds = [1e3 * t for t in fastest]
+  yield Row.of(case, "decode, dense, ms", milliseconds, better="lower")
+  for name, spent in zip(names, times):
+    rates = [d / t for d, t in zip(fastest, spent)]
+    yield Row.of(case, f"decode, dense / {name}", rates)
+    milliseconds = [1e3 * t for t in spent]
+    yield Row.of(case, f"decode, {name}, ms", milliseconds, better="lower")
+
+
 def _words(name: str) -> str:
   return name if name == "varied" else f"{float(name):.3g} of all blocks"
 
@@ -224,6 +273,7 @@ def rows(options: Options) -> Iterator[Row]:
     for kind in TARGETS:
       seconds = 0.0 if options.quick else 60.0
       yield from prefill(tokens, kind, seconds)
+    yield from decode(tokens, seconds / 6)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from tests.laws import (
   POLICIES,
   PRIMITIVES,
   RECURRENT,
+  TOKENS,
   TRAINED_ATTENTION,
   Case,
   close,
@@ -298,6 +299,7 @@ def test_the_cost_is_that_of_the_decision(case):
     POLICIES,
     [*KV, *CONTEXTS],
     [*ATTENTION, *DECODING_ATTENTION],
+    TOKENS,
   ],
   ids=[
     "primitives",
@@ -308,6 +310,7 @@ def test_the_cost_is_that_of_the_decision(case):
     "policies",
     "kv",
     "attention",
+    "tokens",
   ],
 )
 def test_eight_devices_agree_with_one(cases):

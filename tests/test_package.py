@@ -10,8 +10,8 @@ import jax
 def refuse(*args, **kwargs):
   raise AssertionError("a backend was started by an import")
 jax._src.xla_bridge.backends = refuse
-import adaptivejax, pallas_kernels
-assert "grain" not in sys.modules and "matplotlib" not in sys.modules
+import adaptivejax, adaptivejax.io, pallas_kernels
+assert not {"gguf", "grain", "matplotlib", "tokenizers"} & set(sys.modules)
 """
 
 

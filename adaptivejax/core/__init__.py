@@ -133,6 +133,8 @@ from adaptivejax.core.plans import (
 )
 from adaptivejax.core.quantise import dequantise, quantise
 from adaptivejax.core.risk import hoeffding, hoeffding_bentkus, learn_then_test
+from adaptivejax.core.rope import Ramp, Rope
+from adaptivejax.core.rungs import on_rung
 from adaptivejax.core.sampling import Draw, Sampling, log_probs
 from adaptivejax.core.select import (
   chunk_union,
@@ -152,6 +154,17 @@ from adaptivejax.core.sparse_decode import (
   units_from_mask,
 )
 from adaptivejax.core.staged import freeze, masked_scan, staged_while
+from adaptivejax.core.token_merging import (
+  Match,
+  Tokens,
+  bipartite_match,
+  keep_all,
+  keep_only,
+  merge_best,
+  merge_similar,
+  restore,
+  settle,
+)
 from adaptivejax.core.trees import Path, Tree, ancestors, depths, tree_verify
 from adaptivejax.core.trigrams import TrigramTable
 
@@ -165,13 +178,17 @@ __all__ = [
   "Evicts",
   "KVCache",
   "Keys",
+  "Match",
   "NOBODY",
   "Path",
   "PlanTable",
   "Ponder",
+  "Ramp",
+  "Rope",
   "Sampling",
   "Signals",
   "Streak",
+  "Tokens",
   "Tree",
   "TrigramTable",
   "Verified",
@@ -190,6 +207,7 @@ __all__ = [
   "balanced_clusters",
   "best",
   "binary_cross_entropy",
+  "bipartite_match",
   "bucketed",
   "budget_loss",
   "candidates",
@@ -237,6 +255,8 @@ __all__ = [
   "hoeffding",
   "hoeffding_bentkus",
   "jensen_shannon",
+  "keep_all",
+  "keep_only",
   "kv_propagate",
   "ladder",
   "last_queries",
@@ -260,7 +280,10 @@ __all__ = [
   "masked_scan",
   "max_prob",
   "merge",
+  "merge_best",
+  "merge_similar",
   "no_drop_capacity",
+  "on_rung",
   "only_after",
   "patience",
   "ponder",
@@ -268,12 +291,14 @@ __all__ = [
   "prefix_slice",
   "quantise",
   "replace_victim",
+  "restore",
   "rotary",
   "run_anyway",
   "run_if",
   "run_plan",
   "run_times",
   "saturation",
+  "settle",
   "share_from",
   "shared_by_group",
   "sink_blocks",

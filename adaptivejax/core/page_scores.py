@@ -87,12 +87,19 @@ def page_means(pages: Pages) -> Float[Array, "B G M D"]:
 
 
 def put_pages(
-  summary: Float[Array, "B G N D"], pages: Pages, new: Float[Array, "B G M D"]
-) -> Float[Array, "B G N D"]:
-  """The summary of all pages, with what is new of some."""
+  summary: Float[Array, "B layers G N D"],
+  layer: Int[Array, ""] | int,
+  pages: Pages,
+  new: Float[Array, "B G M D"],
+) -> Float[Array, "B layers G N D"]:
+  """The summary of all pages of all layers, with what is new of some.
+
+  They are written where they lie: a layer that is taken out, changed and put
+  back has XLA copy all layers in every loop body.
+  """
   row = jnp.arange(len(summary))[:, None]
   new = jnp.moveaxis(new, 2, 1).astype(summary.dtype)
-  return summary.at[row, :, pages.index].set(new)
+  return summary.at[row, layer, :, pages.index].set(new)
 
 
 def pages_there(pos: Int[Array, "B L S"], page: int) -> Bool[Array, "B L N"]:

@@ -8,11 +8,20 @@ from adaptivejax.models.classifier import (
   Exits,
   encoder_block,
 )
-from adaptivejax.models.decoder import (
+from adaptivejax.models.decoder import DecoderLM, LMOutput
+from adaptivejax.models.decoder_layer import (
   DecoderConfig,
-  DecoderLM,
-  LMOutput,
   decoder_block,
+  decoder_mlp,
+)
+from adaptivejax.models.encoder import (
+  Encoder,
+  EncoderConfig,
+  EncoderOutput,
+  ImageInput,
+  TextInput,
+  encoder_layer,
+  mean_of_tokens,
 )
 
 __all__ = [
@@ -21,8 +30,16 @@ __all__ = [
   "ClassifierConfig",
   "DecoderConfig",
   "DecoderLM",
+  "Encoder",
+  "EncoderConfig",
+  "EncoderOutput",
   "Exits",
+  "ImageInput",
   "LMOutput",
+  "TextInput",
   "decoder_block",
+  "decoder_mlp",
   "encoder_block",
+  "encoder_layer",
+  "mean_of_tokens",
 ]

@@ -12,6 +12,8 @@ from adaptivejax.nn.confidence import (
   MetaClassifier,
   exit_confidence,
 )
+from adaptivejax.nn.embedding import PatchEmbedding, WordEmbedding
+from adaptivejax.nn.encoder_layer import EncoderLayer
 from adaptivejax.nn.evicting import Evicting, Worth
 from adaptivejax.nn.exit import early_exit
 from adaptivejax.nn.expert_sharding import (
@@ -44,6 +46,7 @@ from adaptivejax.nn.policy import ByStack, Policy, Step
 from adaptivejax.nn.recurrent import Recurrent
 from adaptivejax.nn.router import Router
 from adaptivejax.nn.routing import Routing
+from adaptivejax.nn.row_exit import row_exit
 from adaptivejax.nn.setting import Frozen, Setting, adjust, frozen
 from adaptivejax.nn.sparse_prefill import (
   Chosen,
@@ -59,6 +62,7 @@ from adaptivejax.nn.stack import (
   present,
   run_layers,
 )
+from adaptivejax.nn.window import Window
 from adaptivejax.nn.zero_computation import ZeroComputationExperts
 
 __all__ = [
@@ -70,6 +74,7 @@ __all__ = [
   "Choosing",
   "Chosen",
   "Coded",
+  "EncoderLayer",
   "Evicting",
   "ExpertSharding",
   "FULL",
@@ -83,6 +88,7 @@ __all__ = [
   "MetaClassifier",
   "MixtureOfExperts",
   "Mlp",
+  "PatchEmbedding",
   "Policy",
   "RMSNorm",
   "Recurrent",
@@ -94,6 +100,8 @@ __all__ = [
   "StackOutput",
   "Step",
   "Watch",
+  "Window",
+  "WordEmbedding",
   "Worth",
   "ZeroComputationExperts",
   "adjust",
@@ -119,6 +127,7 @@ __all__ = [
   "refuse_drafts",
   "reorder_experts",
   "routing_trace",
+  "row_exit",
   "run_layers",
   "shard_experts",
   "split_mlp",

@@ -121,15 +121,15 @@ class ByBlock(Look):
   def append(self, cache: KVCache, layer, keys, rows=None) -> KVCache:
     """Writes keys, and the summaries of the windows that they are in."""
     cache = super().append(cache, layer, keys, rows)
-    memory, total = cache.recollect(layer), self.windows(cache.slots)
+    total = self.windows(cache.slots)
     first, count = self.touched(cache.length, keys.k.shape[2], total)
     new = self._summaries(cache.read(layer), first, count)
     at = first[:, None] + jnp.arange(count)
     row = jnp.arange(len(first))[:, None]
-    put = lambda old, new: old.at[row, :, at].set(
+    put = lambda old, new: old.at[row, layer, :, at].set(
       jnp.moveaxis(new, 2, 1).astype(old.dtype)
     )
-    return cache.remember(layer, jax.tree.map(put, memory, new))
+    return cache._replace(memory=jax.tree.map(put, cache.memory, new))
 
   def recall(
     self, q, positions, cache: KVCache, layer=0, *, x=None, live=None, key=None

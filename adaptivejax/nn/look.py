@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -37,6 +38,7 @@ from adaptivejax.core.per_device import (
   dividing,
   on_each_device,
 )
+from adaptivejax.core.rope import USUAL, Rope
 
 
 class Looked(NamedTuple):
@@ -63,6 +65,7 @@ class Look(nnx.Module):
     rotated: queries and keys come with their rotary positions applied; else the
       look has to apply them (`core.attention.rotary`), and the cache holds keys
       without.
+    rope: the rotary positions of the model, which its `Attention` tells.
     per_head: key heads keep different keys, `pos` is [B, G, S].
     merges: a key may stand for several, so keys have a `bias`.
     coded: keys and values are stored in 8 bits, with a scale.
@@ -73,11 +76,20 @@ class Look(nnx.Module):
   """
 
   rotated: bool = True
+  rope: Rope = USUAL
   per_head: bool = False
   merges: bool = False
   coded: bool = False
   evicts: bool = False
   alone: bool = False
+
+  def turning(self, rope: Rope) -> "Look":
+    """The look of a model with such rotary positions (static)."""
+    if rope == self.rope:
+      return self
+    look = jax.tree.map(lambda a: a, self)  # a copy
+    look.rope = rope
+    return look
 
   def slots(self, slots: int) -> int:
     """Cache slots it needs where a text of `slots` tokens is to fit.

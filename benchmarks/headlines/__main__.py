@@ -35,6 +35,7 @@ SHARED = {
   "lessons",
   "mixtures",
   "needles",
+  "photos",
   "prefill",
   "routed",
 }

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int32
 
-from adaptivejax.core import load
+from adaptivejax.core import expert_load
 from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
 from adaptivejax.nn import (
   MixtureOfExperts,
@@ -38,7 +38,7 @@ class TopOne(nnx.Module):
   def __call__(self, x, live=None, key=None) -> Routing:
     gates = jax.nn.softmax(self.scorer(x))
     weights, experts = jax.lax.top_k(gates, 1)
-    wanted = load(experts, EXPERTS) / experts.size
+    wanted = expert_load(experts, EXPERTS) / experts.size
     mean = gates.reshape(-1, EXPERTS).mean(0)
     penalty = BALANCE * EXPERTS * (wanted * mean).sum()
     return Routing(experts, weights, penalty, 0 * penalty)

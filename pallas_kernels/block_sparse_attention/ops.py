@@ -97,35 +97,40 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(rule, mass, q, k, v, lists, marks):
-  """NaN moves from values to keys, where only those who see it meet it."""
-  bad = _bad(k, v)
-  k, v = jnp.where(bad, jnp.nan, k), jnp.where(bad, 0, v)
+  """For kernels, NaN moves from values to keys: who sees it meets it."""
   how = {"rule": rule, "mass": mass}
+
+  def cleaned(kernel):
+    def run(q, k, v, lists, marks):
+      bad = _bad(k, v)
+      k, v = jnp.where(bad, jnp.nan, k), jnp.where(bad, 0, v)
+      return kernel(q, k, v, lists, marks, **how)
+
+    return run
+
   on_gpu = None
   if not gpu.unfit(q, k, v, lists, **how) and gpu.on_hopper():
-    on_gpu = functools.partial(gpu.forward, **how)
-  return _run(
-    functools.partial(tpu.forward, **how),
-    on_gpu,
-    functools.partial(xla.forward, **how),
-    *(q, k, v, lists, marks),
-  )
+    on_gpu = cleaned(gpu.forward)
+  default = functools.partial(xla.forward, **how)
+  operands = q, k, v, lists, marks
+  return _run(cleaned(tpu.forward), on_gpu, default, *operands)
 
 
 def _backward(rule, q, k, v, lists, marks, out, lse, dout, dlse):
-  """Everything finite but `lse`, whose row gives no gradient then."""
-  bad = _bad(k, v)
-  k, v = jnp.where(bad, 0, k), jnp.where(bad, 0, v)
-  if marks.q_pos is not None:
-    lse = jnp.where((marks.q_pos >= 0)[:, None], lse, -jnp.inf)
-  live = jnp.isfinite(lse)
-  q, out, dout = (jnp.where(live[..., None], a, 0) for a in (q, out, dout))
+  """A row whose `lse` is not finite gives no gradient."""
   if marks.kv_bias is not None:
     bias = marks.kv_bias
     marks = marks._replace(kv_bias=jnp.where(jnp.isnan(bias), 0, bias))
 
-  def on_tpu(q, k, v, lists, marks, *found):
-    operands = q, k, v, lists, marks, rule, *found
+  def on_tpu(q, k, v, lists, marks, out, lse, dout, dlse):
+    """Given what is finite, but for `lse`."""
+    bad = _bad(k, v)
+    k, v = jnp.where(bad, 0, k), jnp.where(bad, 0, v)
+    if marks.q_pos is not None:
+      lse = jnp.where((marks.q_pos >= 0)[:, None], lse, -jnp.inf)
+    live = jnp.isfinite(lse)
+    q, out, dout = (jnp.where(live[..., None], a, 0) for a in (q, out, dout))
+    operands = q, k, v, lists, marks, rule, out, lse, dout, dlse
     return tpu_backward.backward(*operands)[:4]
 
   def default(q, k, v, lists, marks, *found):

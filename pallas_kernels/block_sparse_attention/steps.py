@@ -26,7 +26,7 @@ KEYS = 1024
 SCORES = 2**19
 """Scores of a step, at most: 2 MB stay in the cache."""
 
-ROWS = 2048
+ROWS = 4096
 """Rows of a step, at most."""
 
 WIDTHS = 4

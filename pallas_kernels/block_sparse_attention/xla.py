@@ -7,6 +7,9 @@ key head are one tile of more rows.  The backward pass computes the weights
 again from `lse`, in the same steps, and adds the gradients of keys and values
 to their blocks.  Nothing grows with T x S.
 
+A short list costs as little as a pass over whole arrays, so there are none:
+what is gathered is scaled, rid of NaN and divided by its sum in the step.
+
 Axes: as in `types` and `steps`; of one step: M tiles, X rows of a tile, W
 blocks, Y keys (W x block_kv).
 """
@@ -46,14 +49,14 @@ def forward(
 ) -> Attended:
   """Attention of every tile over its list.
 
-  NaN in `k` reaches the rows that see the key only; `v` must be finite.
+  What is not finite in `k` or `v` makes NaN of the rows that see the key only.
   """
   job = _job(q, k, v, lists, marks, rule)
   cut = job.cut
 
   def step(part, state):
     out, top, total = (part.take(a) for a in state)
-    scores, _ = job.scores(part)
+    scores, _ = job.scores(part, job.queries(part), jnp.nan)
 
     def soften(scores):
       high = jnp.maximum(top, scores.max(-1))
@@ -63,8 +66,9 @@ def forward(
     weights, high, own = job.where_seen(part, soften, scores)
     keep = jnp.exp(top - high)
     total = total * keep + own
-    new = jnp.einsum("mxy,mye->mxe", weights, job.gather(part, job.v))
-    out = out * keep[..., None] + new
+    new = jnp.einsum("mxy,mye->mxe", weights, job.clean(part, job.v, 0))
+    divisor = jnp.where(job.done(part)[:, None] & (total != 0), total, 1)
+    out = (out * keep[..., None] + new) / divisor[..., None]
     return [part.put(*pair) for pair in zip(state, (out, high, total))]
 
   shape = job.q.shape[:2]
@@ -76,7 +80,7 @@ def forward(
   out, top, total = job.sweep(step, start)
   empty = total == 0
   total = jnp.where(empty, 1, total)
-  out = cut.untile(out / total[..., None])
+  out = cut.untile(out)
   lse = cut.untile(jnp.where(empty, -jnp.inf, top + jnp.log(total)))
   if marks.q_pos is not None and not job.pairwise:
     dead = (marks.q_pos < 0)[:, None]
@@ -97,7 +101,7 @@ def _mass(job: "_Job", lse: jax.Array) -> jax.Array:
   lse = cut.tile(lse, -NEVER)
 
   def step(part, state):
-    scores, _ = job.scores(part)
+    scores, _ = job.scores(part, job.queries(part), jnp.nan)
     of_lse = part.take(lse, -NEVER)[..., None]
     soften = lambda scores: jnp.exp(scores - of_lse)
     weights = job.where_seen(part, soften, scores)
@@ -127,25 +131,30 @@ def backward(
 ) -> tuple[Any, ...]:
   """`(dq, dk, dv, dbias)`, the last None where there is no bias.
 
-  Everything must be finite but `lse`; a row where it is not gives no gradient.
-  `lse` holds the sinks, whose own gradient is not made here.
+  A row whose `lse` is not finite gives no gradient, nor does a key that is not
+  or whose value is not.  `lse` holds the sinks, whose own gradient is not made
+  here.
   """
   job = _job(q, k, v, lists, marks, rule)
-  cut, dout = job.cut, dout.astype(jnp.float32)
-  out = out.astype(jnp.float32)
-  gain = dlse - jnp.einsum("bhte,bhte->bht", out, dout)  # sum(-1) is slower
-  gain = jnp.where(jnp.isfinite(lse), gain, 0)
-  divisor = cut.tile(_divisor(lse, marks), -NEVER)
+  cut = job.cut
+  gain = jnp.einsum(  # the sum of a product is slower
+    "bhte,bhte->bht", out, dout, preferred_element_type=jnp.float32
+  )
+  divisor = _divisor(lse, marks)
+  gain = jnp.where(divisor < -NEVER, dlse - gain, 0)
+  divisor = cut.tile(divisor, -NEVER)
   dout, gain = cut.tile(dout), cut.tile(gain)
   columns = lambda a: job.full((a.shape[0], a.shape[2], a.shape[1]), 0)
 
   def step(part, state):
     dq, dk, dv, *dbias = state
     of_lse = part.take(divisor, -NEVER)[..., None]
-    of_out, of_gain = part.take(dout), part.take(gain)[..., None]
-    of_q = part.take(job.q)
-    scores, slope = job.scores(part)
-    given = jnp.einsum("mxe,mye->mxy", of_out, job.gather(part, job.v))
+    live = of_lse < -NEVER
+    of_gain = part.take(gain)[..., None]
+    of_out = jnp.where(live, part.take(dout).astype(jnp.float32), 0)
+    of_q = jnp.where(live, job.queries(part), 0)
+    scores, slope = job.scores(part, of_q, 0)
+    given = jnp.einsum("mxe,mye->mxy", of_out, job.clean(part, job.v, 0))
 
     def soften(scores):
       weights = jnp.exp(scores - of_lse)
@@ -161,15 +170,16 @@ def backward(
       dscores = dscores * slope
     new = jnp.einsum("mdx,mxy->mdy", _flipped(of_q), dscores)
     dk = job.scatter(part, dk, new)
-    new = jnp.einsum("mxy,myd->mxd", dscores, job.gather(part, job.k))
-    return [part.put(dq, part.take(dq) + new), dk, dv, *dbias]
+    new = jnp.einsum("mxy,myd->mxd", dscores, job.clean(part, job.k, 0))
+    dq = part.put(dq, part.take(dq) + new * job.scale)
+    return [dq, dk, dv, *dbias]
 
   start = [job.full(job.q.shape, 0), columns(job.k), columns(job.v)]
   if job.bias is not None:
     start.append(columns(job.bias[..., None]))
   dq, dk, dv, *dbias = job.sweep(step, start)
   rows = lambda a, owners: cut.unblock(jnp.swapaxes(a, 1, 2), owners)
-  dq = (cut.untile(dq) * job.scale).astype(q.dtype)
+  dq = cut.untile(dq).astype(q.dtype)
   dk = rows(dk, cut.groups).astype(k.dtype)
   dv = rows(dv, cut.groups).astype(v.dtype)
   if marks.kv_bias is None:
@@ -184,8 +194,9 @@ class _Job(NamedTuple):
   """The operands, cut into tiles and blocks.
 
   Attributes:
-    q: scaled, f32[N, X, D].
+    q: [N, X, D].
     k, v: [B * G * K, block_kv, D or E].
+    bad: keys that are not finite, or whose value is not; bool, as k without D.
     index, count: of each item, i32[N, C] and i32[N].
     rows: bool[N, C, block_q], or None.
     bias: f32[B * P * K, block_kv], or None.
@@ -202,6 +213,7 @@ class _Job(NamedTuple):
   q: jax.Array
   k: jax.Array
   v: jax.Array
+  bad: jax.Array
   index: jax.Array
   count: jax.Array
   rows: jax.Array | None
@@ -213,7 +225,7 @@ class _Job(NamedTuple):
 
   def full(self, shape: tuple[int, ...], value: float) -> jax.Array:
     """f32 of one value, of the type that `q` has inside `shard_map`."""
-    return jnp.full_like(self.q, value, shape=shape)
+    return jnp.full_like(self.q, value, dtype=jnp.float32, shape=shape)
 
   def sweep(self, step, state):
     return sweep(self.cut, self.count, self.index.shape[1], step, state)
@@ -232,6 +244,20 @@ class _Job(NamedTuple):
     floating = jnp.issubdtype(a.dtype, jnp.floating)
     return a.astype(jnp.float32) if floating else a
 
+  def queries(self, part: Part) -> jax.Array:
+    """Of the tiles of the step, scaled, f32[M, X, D]."""
+    return part.take(self.q).astype(jnp.float32) * self.scale
+
+  def clean(self, part: Part, a: jax.Array, bad: float) -> jax.Array:
+    """Of keys or values, [M, Y, D], with one value where they are bad."""
+    is_bad = self.gather(part, self.bad)[..., None]
+    return jnp.where(is_bad, bad, self.gather(part, a))
+
+  def done(self, part: Part) -> jax.Array:
+    """Whether the step is a tile's last one, bool[M]."""
+    count = part.take(self.count)
+    return part.entry[:, -1] >= count - 1
+
   def scatter(
     self, part: Part, a: jax.Array, new: jax.Array, owners: int = 0
   ) -> jax.Array:
@@ -241,11 +267,17 @@ class _Job(NamedTuple):
     new = jnp.swapaxes(new, 1, 2)
     return a.at[block].add(new, mode="promise_in_bounds")
 
-  def scores(self, part: Part) -> tuple[jax.Array, jax.Array | None]:
-    """Scores of all pairs of the step, and their slope under the soft cap."""
-    scores = jnp.einsum(
-      "mxd,myd->mxy", part.take(self.q), self.gather(part, self.k)
-    )
+  def scores(
+    self, part: Part, q: jax.Array, bad: float
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Scores of all pairs of the step, and their slope under the soft cap.
+
+    Args:
+      part: the step.
+      q: its `queries`.
+      bad: what stands for the features of bad keys.
+    """
+    scores = jnp.einsum("mxd,myd->mxy", q, self.clean(part, self.k, bad))
     slope, cap = None, self.rule.softcap
     if cap is not None:
       share = jnp.tanh(scores / cap)
@@ -349,9 +381,10 @@ def _job(q, k, v, lists, marks, rule) -> _Job:
     rule=rule,
     scale=scale,
     owners=owners,
-    q=cut.tile(q.astype(jnp.float32) * scale),
+    q=cut.tile(q),
     k=cut.block(k),
     v=cut.block(v),
+    bad=cut.block(_bad(k) | _bad(v)),
     index=spread(index),
     count=spread(count),
     rows=None if lists.rows is None else spread(lists.rows),
@@ -365,6 +398,12 @@ def _job(q, k, v, lists, marks, rule) -> _Job:
     if marks.kv_segment is None
     else cut.block(marks.kv_segment[:, None], -1),
   )
+
+
+def _bad(a: jax.Array) -> jax.Array:
+  """Vectors [..., D] that are not finite: 0 times them is not 0."""
+  zero = jnp.zeros(a.shape[-1:], a.dtype)
+  return jnp.einsum("bgsd,d->bgs", a, zero) != 0
 
 
 def _flipped(a: jax.Array) -> jax.Array:

@@ -86,14 +86,11 @@ def forward(
   floats = jnp.issubdtype(k.dtype, jnp.floating)
   if not (whole and in_place and floats) or page_table is not None:
     return in_chunks()
-  got = _attend_all(q, k, v, marks, rule, mass)
-  # Weights of 0 do not undo a NaN: where one came through, leave it out.
-  fine = jnp.isfinite(got.out).all()
-  return lax.cond(fine, lambda: got, in_chunks)
+  return _attend_all(q, k, v, marks, rule, mass, min(most, slots))
 
 
-def _attend_all(q, k, v, marks, rule, mass) -> Attended:
-  """The whole cache, read in place."""
+def _attend_all(q, k, v, marks, rule, mass, each) -> Attended:
+  """The whole cache, read in place; `each` slots where that cannot be."""
   batch, heads, queries, _ = q.shape
   slots = k.shape[2]
   units = everything(k, None, slots)
@@ -104,9 +101,25 @@ def _attend_all(q, k, v, marks, rule, mass) -> Attended:
   weights, lse = _weigh(
     _products(stacked, k), q.shape, visible, bias, marks.sinks, rule
   )
-  out = _sums(weights, v).reshape(*q.shape[:3], -1).astype(q.dtype)
-  weights = weights.reshape(batch, heads, queries, -1)
-  return Attended(out, lse, _mass(weights) if mass else None)
+
+  some = jnp.broadcast_to(visible.any(2), k.shape[:3])
+
+  def without_unseen(v):
+    def add(i, total):
+      begin = jnp.minimum(i * each, slots - each)
+      part = lambda a, axis: lax.dynamic_slice_in_dim(a, begin, each, axis)
+      fresh = part(some, 2) & (begin + jnp.arange(each) >= i * each)
+      clean = jnp.where(fresh[..., None], part(v, 2), 0)
+      return total + _sums(part(weights, 3), clean)
+
+    return lax.fori_loop(0, -(-slots // each), add, jnp.zeros_like(out))
+
+  # Weights of 0 do not undo a NaN: where one came through, leave it out.
+  out = _sums(weights, v)
+  out = lax.cond(jnp.isfinite(out).all(), lambda _: out, without_unseen, v)
+  out = out.reshape(*q.shape[:3], -1).astype(q.dtype)
+  given = weights.reshape(batch, heads, queries, -1)
+  return Attended(out, lse, _mass(given) if mass else None)
 
 
 def _attend(

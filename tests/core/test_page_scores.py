@@ -77,8 +77,8 @@ def test_summaries_follow_what_is_written_and_moved(page):
     nonlocal low, high, means
     pages = written_pages(cache, 0, tokens, page)
     a, b = page_bounds(pages)
-    low, high = put_pages(low, pages, a), put_pages(high, pages, b)
-    means = put_pages(means, pages, page_means(pages))
+    put = lambda summary, new: put_pages(summary[:, None], 0, pages, new)[:, 0]
+    low, high, means = map(put, (low, high, means), (a, b, page_means(pages)))
     pos, k = np.asarray(cache.pos[:, 0, 0]), np.asarray(cache.k[:, 0])
     for row, p in np.ndindex(2, count):
       at = range(p * page, min((p + 1) * page, slots))

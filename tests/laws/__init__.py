@@ -25,6 +25,7 @@ from tests.laws.parallel import PARALLEL
 from tests.laws.policies import POLICIES
 from tests.laws.primitives import PRIMITIVES
 from tests.laws.recurrent import RECURRENT
+from tests.laws.tokens import TOKENS
 from tests.laws.trained_attention import TRAINED_ATTENTION
 
 CASES = [
@@ -42,6 +43,7 @@ CASES = [
   *MODELS,
   *EXITS,
   *POLICIES,
+  *TOKENS,
 ]
 
 
@@ -62,6 +64,7 @@ __all__ = [
   "POLICIES",
   "PRIMITIVES",
   "RECURRENT",
+  "TOKENS",
   "TRAINED_ATTENTION",
   "close",
   "compiled",

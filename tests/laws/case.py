@@ -28,7 +28,9 @@ from adaptivejax.core import (
   depth,
   experts,
   plans,
+  rungs,
   sparse_attention,
+  token_merging,
 )
 from adaptivejax.models import DecoderConfig
 from adaptivejax.nn import Setting, adjust
@@ -155,7 +157,9 @@ EXECUTORS = {
   "bucketed": (buckets.bucketed, buckets.masked),
   "depth_loop": (depth.depth_loop, depth.depth_scan),
   "only_after": (depth.only_after, _asked_always),
+  "on_rung": (rungs.on_rung, rungs.on_all),
   "run_if": (plans.run_if, plans.run_anyway),
+  "settle": (token_merging.settle, token_merging.settle_masked),
   "decode_chosen": (
     chosen_decode.decode_chosen,
     chosen_decode.decode_chosen_masked,

@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from adaptivejax.core.attention import rotary
 from adaptivejax.core.trigrams import TrigramTable
 from adaptivejax.decode import generate
+from adaptivejax.methods.attention import DELTA, Kinetics, Quest
 from adaptivejax.methods.decode import ADED, SelfSpeculation
 from adaptivejax.methods.depth import MixtureOfRecursions, calm, ffn_skip
 from adaptivejax.methods.kv import H2O, SnapKV, StreamingLLM
@@ -200,12 +201,15 @@ LOOKS = {
   "snap_kv": SnapKV(40, window=4, extra=23),
   "streaming_llm": StreamingLLM(4, 60),
   "coded": Coded(),
+  "quest": Quest(4, page=4),
+  "kinetics": Kinetics(2, page=4, local=8),
+  "delta": DELTA((0, 2), pages=4, page=4, recent=2),
 }
 
 
 @pytest.mark.parametrize("name", LOOKS)
 def test_a_step_does_not_copy_the_cache(name):
-  """Slots are overwritten in place, whichever look writes them."""
+  """Slots and memory are overwritten in place, whichever look writes them."""
   model = with_look(host.model(), LOOKS[name])
   cache = model.empty_cache(2, 96)
 
@@ -219,6 +223,8 @@ def test_a_step_does_not_copy_the_cache(name):
 
   token = jnp.zeros((2, 1), jnp.int32)
   text = jax.jit(steps).lower(model, token, cache).compile().as_text()
-  shape = ",".join(map(str, cache.k.shape))
-  copies = re.findall(rf"[fs]\d+\[{shape}\]\S* copy\(", text)
-  assert len(copies) <= 2, "at most the two on the way in, outside the loops"
+  vectors = [a for a in jax.tree.leaves(cache.memory) if a.ndim == 5]
+  for a in (cache.k, *vectors):
+    shape = ",".join(map(str, a.shape))
+    copies = re.findall(rf"[fs]\d+\[{shape}\]\S* copy\(", text)
+    assert len(copies) <= 2, "at most the two on the way in, outside the loops"

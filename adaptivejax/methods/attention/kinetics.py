@@ -73,8 +73,8 @@ class Kinetics(Choosing):
   def append(self, cache: KVCache, layer, keys, rows=None) -> KVCache:
     cache = super().append(cache, layer, keys, rows)
     new = written_pages(cache, layer, keys.k.shape[2], self.unit)
-    means = put_pages(cache.recollect(layer), new, page_means(new))
-    return cache.remember(layer, means)
+    means = put_pages(cache.memory, layer, new, page_means(new))
+    return cache._replace(memory=means)
 
   def choose(self, q, cache: KVCache, layer) -> Choice:
     means = cache.recollect(layer)

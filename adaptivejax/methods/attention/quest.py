@@ -78,9 +78,9 @@ class Quest(Choosing):
   def append(self, cache: KVCache, layer, keys, rows=None) -> KVCache:
     cache = super().append(cache, layer, keys, rows)
     new = written_pages(cache, layer, keys.k.shape[2], self.unit)
-    old, bounds = cache.recollect(layer), page_bounds(new)
-    put = (put_pages(a, new, b) for a, b in zip(old, bounds))
-    return cache.remember(layer, Bounds(*put))
+    bounds = zip(cache.memory, page_bounds(new))
+    put = (put_pages(all_pages, layer, new, a) for all_pages, a in bounds)
+    return cache._replace(memory=Bounds(*put))
 
   def choose(self, q, cache: KVCache, layer) -> Choice:
     low, high = cache.recollect(layer)
