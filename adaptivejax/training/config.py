@@ -85,18 +85,18 @@ class TrainConfig:
       _positive(name, getattr(self, name))
     for name in ("checkpoint_every", "keep"):
       _positive(name, getattr(self, name))
-    split = math.prod(max(getattr(self.mesh, a), 1) for a in BATCH_AXES)
-    if self.data.batch % (split * self.optimizer.accumulate):
-      raise ValueError(
-        f"data.batch={self.data.batch} must be a multiple of {split}, the"
-        " devices over which the mesh splits it (data x fsdp x expert), times"
-        f" optimizer.accumulate={self.optimizer.accumulate}"
-      )
     accumulate = self.optimizer.accumulate
     if self.data.batch % accumulate:
       raise ValueError(
         f"optimizer.accumulate={accumulate} must divide data.batch="
         f"{self.data.batch}, so that its parts are equal"
+      )
+    split = math.prod(max(getattr(self.mesh, a), 1) for a in BATCH_AXES)
+    if self.data.batch % (split * accumulate):
+      raise ValueError(
+        f"data.batch={self.data.batch} must be a multiple of {split}, the"
+        " devices over which the mesh splits it (data x fsdp x expert), times"
+        f" optimizer.accumulate={accumulate}"
       )
 
 
