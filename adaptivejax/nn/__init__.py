@@ -33,6 +33,7 @@ from adaptivejax.nn.looks import (
 )
 from adaptivejax.nn.mlp import Mlp, cluster_neurons, split_mlp
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
+from adaptivejax.nn.out_major import OutMajor, out_major
 from adaptivejax.nn.placement import reorder_experts, routing_trace
 from adaptivejax.nn.plan import by_plan
 from adaptivejax.nn.policy import ByStack, Policy, Step
@@ -79,6 +80,7 @@ __all__ = [
   "MetaClassifier",
   "MixtureOfExperts",
   "Mlp",
+  "OutMajor",
   "Policy",
   "RMSNorm",
   "Recurrent",
@@ -110,6 +112,7 @@ __all__ = [
   "functional",
   "look_cost",
   "looks_of",
+  "out_major",
   "plain",
   "present",
   "refuse_drafts",
