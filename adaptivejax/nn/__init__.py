@@ -32,6 +32,7 @@ from adaptivejax.nn.looks import (
   with_look,
 )
 from adaptivejax.nn.mlp import Mlp, cluster_neurons, split_mlp
+from adaptivejax.nn.neurons import Neurons, by_neurons, gather_neurons
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
 from adaptivejax.nn.out_major import OutMajor, out_major
 from adaptivejax.nn.placement import reorder_experts, routing_trace
@@ -80,6 +81,7 @@ __all__ = [
   "MetaClassifier",
   "MixtureOfExperts",
   "Mlp",
+  "Neurons",
   "OutMajor",
   "Policy",
   "RMSNorm",
@@ -98,6 +100,7 @@ __all__ = [
   "apply_all_experts",
   "apply_experts",
   "apply_masked_experts",
+  "by_neurons",
   "by_plan",
   "cluster_neurons",
   "coverage_of",
@@ -110,6 +113,7 @@ __all__ = [
   "fastest_program",
   "frozen",
   "functional",
+  "gather_neurons",
   "look_cost",
   "looks_of",
   "out_major",
