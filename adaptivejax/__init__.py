@@ -7,8 +7,8 @@
 
 `aj.core` holds the primitives (those of `PRIMITIVES` are also at the top),
 `aj.nn` modules, `aj.methods` one file per paper, `aj.models` host models,
-`aj.training`, `aj.decode` and `aj.report` what to do with them.  Everything is
-imported on first use.
+`aj.training`, `aj.decode` and `aj.report` what to do with them; `aj.load` and
+`aj.save` read and write pretrained ones.  Everything is imported on first use.
 """
 
 import importlib
@@ -16,11 +16,12 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-PACKAGES = ("core", "decode", "linen", "methods", "models", "nn", "report")
-PACKAGES += ("training",)
+PACKAGES = ("core", "decode", "io", "linen", "methods", "models", "nn")
+PACKAGES += ("report", "training")
+FILES = ("load", "save")
 PRIMITIVES = ("Cost", "bucketed", "compact", "depth_loop", "depth_scan")
 PRIMITIVES += ("level_apply", "masked")
-__all__ = [*PACKAGES, *PRIMITIVES]
+__all__ = [*FILES, *PACKAGES, *PRIMITIVES]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,6 +29,8 @@ def __getattr__(name: str) -> Any:
     return importlib.import_module(f"adaptivejax.{name}")
   if name in PRIMITIVES:
     return getattr(importlib.import_module("adaptivejax.core"), name)
+  if name in FILES:
+    return getattr(importlib.import_module("adaptivejax.io"), name)
   raise AttributeError(f"module 'adaptivejax' has no attribute {name!r}")
 
 

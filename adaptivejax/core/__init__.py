@@ -131,6 +131,7 @@ from adaptivejax.core.plans import (
 )
 from adaptivejax.core.quantise import dequantise, quantise
 from adaptivejax.core.risk import hoeffding, hoeffding_bentkus, learn_then_test
+from adaptivejax.core.rope import Ramp, Rope
 from adaptivejax.core.sampling import Draw, Sampling, log_probs
 from adaptivejax.core.select import (
   chunk_union,
@@ -154,6 +155,8 @@ from adaptivejax.core.trees import Path, Tree, ancestors, depths, tree_verify
 from adaptivejax.core.trigrams import TrigramTable
 
 __all__ = [
+  "Ramp",
+  "Rope",
   "Cost",
   "Cover",
   "Depth",

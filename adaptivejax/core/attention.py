@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.quantise import dequantise
+from adaptivejax.core.rope import USUAL, Rope
 
 NEVER = -1e30
 """Score of an invisible key; finite, so that an empty row stays finite."""
@@ -183,7 +184,7 @@ def _readable(keys: Keys, visible: Bool[Array, "B P T S"]):
 def rotary(
   x: Float[Array, "*N H D"],
   positions: Int[Array, "*N"],
-  base: float = 10_000.0,
+  rope: Rope = USUAL,
 ) -> Float[Array, "*N H D"]:
   """Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864).
 
@@ -191,8 +192,7 @@ def rotary(
   instead of with its neighbour.
   """
   half = x.shape[-1] // 2
-  rate = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions[..., None, None].astype(jnp.float32) * rate
+  angle = positions[..., None, None].astype(jnp.float32) * rope.rates(half)
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(

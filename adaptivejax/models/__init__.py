@@ -8,11 +8,11 @@ from adaptivejax.models.classifier import (
   Exits,
   encoder_block,
 )
-from adaptivejax.models.decoder import (
+from adaptivejax.models.decoder import DecoderLM, LMOutput
+from adaptivejax.models.decoder_layer import (
   DecoderConfig,
-  DecoderLM,
-  LMOutput,
   decoder_block,
+  decoder_mlp,
 )
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
   "Exits",
   "LMOutput",
   "decoder_block",
+  "decoder_mlp",
   "encoder_block",
 ]

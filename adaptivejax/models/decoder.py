@@ -8,7 +8,6 @@ Axes: B batch, T tokens, D features, L layers, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -20,43 +19,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.varying import vary, varying_axes
-from adaptivejax.nn.attention import Attention
-from adaptivejax.nn.block import Block, Layer
+from adaptivejax.models.decoder_layer import DecoderConfig, decoder_block
+from adaptivejax.nn.block import Layer
 from adaptivejax.nn.linear import linear
-from adaptivejax.nn.look import Look
 from adaptivejax.nn.looks import empty_cache_of, refuse_drafts
-from adaptivejax.nn.mlp import Mlp
-from adaptivejax.nn.norm import RMSNorm
 from adaptivejax.nn.stack import plain
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-  """Shape of the model; all static."""
-
-  vocab: int = 256
-  """Tokens in the vocabulary; 256 is bytes."""
-  layers: int = 8
-  """Layers with attention."""
-  features: int = 192
-  """Width of the residual stream."""
-  hidden: int = 768
-  """Width inside the feed-forward layers."""
-  heads: int = 6
-  """Query heads."""
-  kv_heads: int = 6
-  """Key/value heads; divides `heads`."""
-  gated: bool = False
-  """SwiGLU feed-forward instead of GELU."""
-  tied: bool = True
-  """Read out with the transposed embedding."""
-
-  def __post_init__(self):
-    for name in ("vocab", "layers", "features", "hidden", "heads", "kv_heads"):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f"`{name}` must be at least 1; got {getattr(self, name)}."
-        )
 
 
 class LMOutput(NamedTuple):
@@ -81,28 +48,6 @@ class LMOutput(NamedTuple):
   shares: Array
   hidden: Array | None
   notes: Any = None
-
-
-def decoder_block(
-  config: DecoderConfig,
-  rngs: nnx.Rngs,
-  mlp: nnx.Module | None = None,
-  look: Look | None = None,
-) -> Block:
-  """The default layer of `config`, with another feed-forward or look."""
-  attention = Attention(
-    config.features, config.heads, config.kv_heads, look=look, rngs=rngs
-  )
-  if mlp is None:
-    activation = jax.nn.silu if config.gated else jax.nn.gelu
-    mlp = Mlp(
-      config.features,
-      config.hidden,
-      gated=config.gated,
-      activation=activation,
-      rngs=rngs,
-    )
-  return Block(config.features, attention, mlp)
 
 
 class DecoderLM(nnx.Module):
@@ -136,7 +81,7 @@ class DecoderLM(nnx.Module):
     self.embedding = nnx.Param(
       init(rngs.params(), (config.vocab, config.features))
     )
-    self.norm = RMSNorm(config.features)
+    self.norm = config.norm(config.features)
     self.head = (
       None if config.tied else linear(config.features, config.vocab, rngs=rngs)
     )
@@ -144,7 +89,8 @@ class DecoderLM(nnx.Module):
 
   def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
     """The hidden state that a token enters the layers with."""
-    return self.embedding.get_value()[tokens]
+    x, scale = self.embedding.get_value()[tokens], self.config.embedding_scale
+    return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
   def readout(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Logits of a hidden state of any layer, f32."""
@@ -164,9 +110,8 @@ class DecoderLM(nnx.Module):
       ValueError: layers whose looks need different caches.
     """
     c = self.config
-    width = c.features // c.heads
     dtype = self.embedding.get_value().dtype
-    shape = c.layers, batch, c.kv_heads, slots, width, dtype
+    shape = c.layers, batch, c.kv_heads, slots, c.width, dtype
     return empty_cache_of(self.layers, *shape)
 
   def __call__(

@@ -57,6 +57,7 @@ from adaptivejax.nn.stack import (
   present,
   run_layers,
 )
+from adaptivejax.nn.window import Window
 from adaptivejax.nn.zero_computation import ZeroComputationExperts
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
   "StackOutput",
   "Step",
   "Watch",
+  "Window",
   "Worth",
   "ZeroComputationExperts",
   "adjust",

@@ -6,6 +6,8 @@ Ainslie et al., 2023, https://arxiv.org/abs/2305.13245 (grouped queries).
 Axes: B batch, T tokens, D features, H query heads, G key heads, W head width.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -14,6 +16,7 @@ from adaptivejax.core.attention import Keys, rotary
 from adaptivejax.core.buckets import bucketed
 from adaptivejax.core.cache import KVCache
 from adaptivejax.core.cost import Cost, flops
+from adaptivejax.core.rope import USUAL, Rope
 from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.linear import linear
 from adaptivejax.nn.look import Look
@@ -26,6 +29,12 @@ class Attention(nnx.Module):
     features: D.
     heads: H.
     kv_heads: G, which divides H; H if not given.
+    width: W; D / H if not given.
+    bias: whether queries, keys and values have a bias.
+    out_bias: whether the output has.
+    norm: makes the norm over W of queries, and that of keys, from W; none if
+      not given (Henry et al., 2020, https://arxiv.org/abs/2010.04245).
+    rope: rotary positions (static).
     look: how queries look at keys; at all of them if not given.
     rngs: for the parameters.
   """
@@ -36,39 +45,47 @@ class Attention(nnx.Module):
     heads: int,
     kv_heads: int | None = None,
     *,
+    width: int | None = None,
+    bias: bool = False,
+    out_bias: bool = False,
+    norm: Callable[[int], nnx.Module] | None = None,
+    rope: Rope = USUAL,
     look: Look | None = None,
     rngs: nnx.Rngs,
   ):
     kv_heads = heads if kv_heads is None else kv_heads
     if min(heads, kv_heads) < 1:
       raise ValueError(f"{heads=} and {kv_heads=} must be at least 1.")
-    if features % heads or heads % kv_heads or (features // heads) % 2:
-      raise ValueError(
-        f"{heads=} must divide {features=} into heads of even width, and"
-        f" {kv_heads=} must divide {heads=}."
-      )
-    self.width = features // heads
-    self.query = linear(features, features, rngs=rngs)
-    self.key_value = linear(features, 2 * kv_heads * self.width, rngs=rngs)
-    self.out = linear(features, features, rngs=rngs)
-    self.look = Look() if look is None else look
+    if heads % kv_heads:
+      raise ValueError(f"{kv_heads=} must divide {heads=}.")
+    self.width = head_width(features, heads, width)
+    inner, outer = heads * self.width, 2 * kv_heads * self.width
+    self.query = linear(features, inner, rngs=rngs, bias=bias)
+    self.key_value = linear(features, outer, rngs=rngs, bias=bias)
+    self.out = linear(inner, features, rngs=rngs, bias=out_bias)
+    self.norm_query = None if norm is None else norm(self.width)
+    self.norm_key = None if norm is None else norm(self.width)
+    self.rope = rope
+    self.look = (Look() if look is None else look).turning(rope)
 
   def queries(
     self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
   ) -> Float[Array, "*N H W"]:
     q = self.query(x).reshape(*x.shape[:-1], -1, self.width)
-    return self._placed(q, positions)
+    return self._placed(q, positions, self.norm_query)
 
   def keys(
     self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
   ) -> tuple[Float[Array, "*N G W"], Float[Array, "*N G W"]]:
     """Keys and values of each token."""
     kv = self.key_value(x).reshape(*x.shape[:-1], 2, -1, self.width)
-    return self._placed(kv[..., 0, :, :], positions), kv[..., 1, :, :]
+    k, v = kv[..., 0, :, :], kv[..., 1, :, :]
+    return self._placed(k, positions, self.norm_key), v
 
-  def _placed(self, x, positions):
-    """With rotary positions, unless the look applies them."""
-    return rotary(x, positions) if self.look.rotated else x
+  def _placed(self, x, positions, norm):
+    """Normed, with rotary positions unless the look applies them."""
+    x = x if norm is None else norm(x)
+    return rotary(x, positions, self.rope) if self.look.rotated else x
 
   def empty_cache(self, x: Float[Array, "B T D"]) -> KVCache:
     """One layer with room for the keys of these tokens, see `recall`."""
@@ -137,6 +154,25 @@ class Attention(nnx.Module):
     if live is not None:
       return bucketed(f, x, live, self, keep=False)
     return f(x, self), Cost.dense(flops(f, x, self), count)
+
+
+def head_width(features: int, heads: int, width: int | None = None) -> int:
+  """W: as given, or D / H.
+
+  Raises:
+    ValueError: a remainder, or a width that is odd, with no pairs to turn.
+  """
+  if heads < 1 or (width is None and features % heads):
+    raise ValueError(
+      f"{heads=} must divide {features=} into heads of even width, or `width`"
+      " must be given."
+    )
+  width = features // heads if width is None else width
+  if width < 1 or width % 2:
+    raise ValueError(
+      f"{heads=} of {features=} must have an even width; got {width=}."
+    )
+  return width
 
 
 def _place(positions, live):

@@ -9,7 +9,7 @@ so they compose by `&`.
 Axes: B batch, T tokens, D features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +43,25 @@ class Layer(nnx.Module):
 
 
 class Block(Layer):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  """x + attention(norm(x)), then x + mlp(norm(x)).
 
-  def __init__(self, features: int, attention: Attention, mlp: nnx.Module):
-    self.norm_attention = RMSNorm(features)
+  Args:
+    features: D.
+    attention, mlp: the two halves.
+    norm: makes each norm, from D.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    attention: Attention,
+    mlp: nnx.Module,
+    *,
+    norm: Callable[[int], nnx.Module] = RMSNorm,
+  ):
+    self.norm_attention = norm(features)
     self.attention = attention
-    self.norm_mlp = RMSNorm(features)
+    self.norm_mlp = norm(features)
     self.mlp = mlp
 
   def attend(

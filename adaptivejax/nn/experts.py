@@ -152,6 +152,8 @@ def apply_all_experts(
   experts: Mlp, x: Float[Array, "*N D"], weights: Float[Array, "*N E"]
 ) -> tuple[Float[Array, "*N D"], Cost]:
   """All experts on all items: one wide layer, its neurons scaled in blocks."""
+  if experts.down.bias is not None:
+    raise ValueError("one wide layer has one bias: make experts without.")
 
   def run(experts, x, weights):
     wide = join_mlp(experts)

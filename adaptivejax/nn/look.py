@@ -20,6 +20,7 @@ features, L layers.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -28,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from adaptivejax.core.attention import Keys, attend
 from adaptivejax.core.cache import KVCache, append
 from adaptivejax.core.cost import Cost
+from adaptivejax.core.rope import USUAL, Rope
 
 
 class Looked(NamedTuple):
@@ -54,6 +56,7 @@ class Look(nnx.Module):
     rotated: queries and keys come with their rotary positions applied; else the
       look has to apply them (`core.attention.rotary`), and the cache holds keys
       without.
+    rope: the rotary positions of the model, which its `Attention` tells.
     per_head: key heads keep different keys, `pos` is [B, G, S].
     merges: a key may stand for several, so keys have a `bias`.
     coded: keys and values are stored in 8 bits, with a scale.
@@ -64,11 +67,20 @@ class Look(nnx.Module):
   """
 
   rotated: bool = True
+  rope: Rope = USUAL
   per_head: bool = False
   merges: bool = False
   coded: bool = False
   evicts: bool = False
   alone: bool = False
+
+  def turning(self, rope: Rope) -> "Look":
+    """The look of a model with such rotary positions (static)."""
+    if rope == self.rope:
+      return self
+    look = jax.tree.map(lambda a: a, self)  # a copy
+    look.rope = rope
+    return look
 
   def slots(self, slots: int) -> int:
     """Cache slots it needs where a text of `slots` tokens is to fit.

@@ -13,6 +13,7 @@ from flax import nnx
 from adaptivejax.core.cache import KVCache
 from adaptivejax.nn.attention import Attention
 from adaptivejax.nn.look import Look
+from adaptivejax.nn.window import Window
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -30,7 +31,8 @@ def with_look(model: M, look: Look) -> M:
     look: its arrays, settings among them, are repeated for each layer.
 
   Raises:
-    ValueError: there is no attention in `model`.
+    ValueError: there is no attention in `model`, or it was trained with a
+      sliding window, which another look would not keep.
   """
   model = jax.tree.map(lambda a: a, model)  # a copy
   attentions = _attentions(model)
@@ -39,9 +41,15 @@ def with_look(model: M, look: Look) -> M:
       f"{type(model).__name__} has no `Attention`, so nothing in it looks."
     )
   for attention in attentions:
+    if isinstance(attention.look, Window) and not isinstance(look, Window):
+      raise ValueError(
+        f"{type(look).__name__} would look beyond the window of"
+        f" {attention.look.span} tokens that {type(model).__name__} was trained"
+        " with: take a model without a window."
+      )
     layers = attention.query.kernel.shape[:-2]  # (L,), or () if not stacked
     repeat = lambda a, lead=layers: jnp.broadcast_to(a, (*lead, *a.shape))
-    attention.look = jax.tree.map(repeat, look)
+    attention.look = jax.tree.map(repeat, look).turning(attention.rope)
   return model
 
 

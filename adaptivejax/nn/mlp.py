@@ -35,11 +35,13 @@ class Mlp(nnx.Module):
     *,
     gated: bool = False,
     activation: Callable[[Array], Array] = jax.nn.gelu,
+    bias: bool = False,
     rngs: nnx.Rngs,
   ):
-    self.up = linear(features, hidden, rngs=rngs)
-    self.gate = linear(features, hidden, rngs=rngs) if gated else None
-    self.down = linear(hidden, features, rngs=rngs)
+    make = lambda into, out: linear(into, out, rngs=rngs, bias=bias)
+    self.up = make(features, hidden)
+    self.gate = make(features, hidden) if gated else None
+    self.down = make(hidden, features)
     self.activation = activation
 
   def rows(
@@ -83,6 +85,8 @@ def split_mlp(
 ) -> Mlp:
   """The neurons of a layer dealt to parts, exactly: their sum is the layer.
 
+  A bias of the output is shared equally.
+
   Args:
     mlp: the layer.
     parts: how many, each with as many neurons; they lead every leaf.
@@ -117,6 +121,12 @@ def split_mlp(
   ):
     if layer is not None:
       layer.kernel.set_value(cut(layer.kernel.get_value()))
+  for layer in (split.up, split.gate):
+    if layer is not None and layer.bias is not None:
+      layer.bias.set_value(columns(layer.bias.get_value()[None])[:, 0])
+  if split.down.bias is not None:
+    bias = split.down.bias.get_value() / parts
+    split.down.bias.set_value(jnp.broadcast_to(bias, (parts, *bias.shape)))
   return split
 
 
@@ -127,6 +137,10 @@ def join_mlp(parts: Mlp) -> Mlp:
     if layer is not None:
       kernel = jnp.moveaxis(layer.kernel.get_value(), 0, 1)
       layer.kernel.set_value(kernel.reshape(kernel.shape[0], -1))
+      if layer.bias is not None:
+        layer.bias.set_value(layer.bias.get_value().reshape(-1))
+  if whole.down.bias is not None:
+    whole.down.bias.set_value(whole.down.bias.get_value().sum(0))
   down = whole.down.kernel.get_value()
   whole.down.kernel.set_value(down.reshape(-1, down.shape[-1]))
   return whole
@@ -147,4 +161,8 @@ def cluster_neurons(
 
 
 def _product(layer, x: Array, product) -> Array:
-  return product(x, layer.kernel.get_value()) if product else layer(x)
+  if product is None:
+    return layer(x)
+  if layer.bias is not None:
+    raise ValueError("rows of several experts have no bias: make them without.")
+  return product(x, layer.kernel.get_value())

@@ -40,6 +40,7 @@ from adaptivejax.core.chosen_blocks import (
 )
 from adaptivejax.core.cost import flops
 from adaptivejax.core.summaries import attend_summaries, block_worth
+from adaptivejax.nn.attention import head_width
 from adaptivejax.nn.by_block import ByBlock, Summary
 from adaptivejax.nn.linear import linear
 from adaptivejax.nn.look import Looked
@@ -50,7 +51,7 @@ class NSA(ByBlock):
   """A look with weights of its own, to be trained with its model.
 
   Args:
-    features, heads: D and H.
+    features, heads, width: D, H and W, D / H if not given.
     size, stride: l and d, keys of a summary, and from one to the next (static).
     block, blocks: l' and n, keys of a block, and blocks chosen (static).
     window: w (static).
@@ -61,19 +62,17 @@ class NSA(ByBlock):
   """
 
   def __init__(
-    self, features: int, heads: int, *, size: int = 32, stride: int = 16,
-    block: int = 64, blocks: int = 16, window: int = 512,
-    hidden: int | None = None, rngs: nnx.Rngs,
+    self, features: int, heads: int, *, width: int | None = None,
+    size: int = 32, stride: int = 16, block: int = 64, blocks: int = 16,
+    window: int = 512, hidden: int | None = None, rngs: nnx.Rngs,
   ):  # fmt: skip
-    if heads < 1 or features % heads:
-      raise ValueError(f"{heads=} must divide {features=}.")
+    width = head_width(features, heads, width)
     if min(stride, size, block) < 1 or size % stride or block % stride:
       raise ValueError(f"{stride=} must divide {size=} and {block=}.")
     if blocks < 3 or window < 1:
       raise ValueError(f"{blocks=} must be at least 3, {window=} at least 1.")
     super().__init__(size, stride)
     self.block, self.blocks, self.window = block, blocks, window
-    width = features // heads
     self.key = Summary(size, width, hidden or 4 * width, rngs=rngs)
     self.value = Summary(size, width, hidden or 4 * width, rngs=rngs)
     self.gate = linear(features, 3 * heads, rngs=rngs, bias=True)

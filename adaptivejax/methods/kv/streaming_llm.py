@@ -103,18 +103,18 @@ class StreamingLLM(Look):
     if q.shape[1] == 1:
       shift = (positions - rank)[:, :, None]
       at = jnp.where(sink, pos, pos - shift)
-      return rotary(q, rank), keys._replace(k=_turned(keys.k, at))
+      turned = keys._replace(k=self.turned(keys.k, at))
+      return rotary(q, rank, self.rope), turned
     begin = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions).min(1)
     begin = jnp.maximum(begin - self.window, 0)[:, None]  # keeps angles small
-    far = jnp.where(sink[..., None], _turned(keys.k, pos), 0)
-    near = _turned(keys.k, pos - begin[..., None])
+    far = jnp.where(sink[..., None], self.turned(keys.k, pos), 0)
+    near = self.turned(keys.k, pos - begin[..., None])
     near = jnp.where(sink[..., None], 0, near)
-    q = jnp.concatenate([rotary(q, rank), rotary(q, positions - begin)], -1)
-    k = jnp.concatenate([far, near], -1)
+    q = [rotary(q, at, self.rope) for at in (rank, positions - begin)]
+    q, k = (jnp.concatenate(a, -1) for a in (q, [far, near]))
     return q * jnp.sqrt(2.0).astype(q.dtype), keys._replace(k=k)
 
-
-def _turned(k: Float[Array, "B G N W"], at: Int[Array, "B 1 N"]) -> Array:
-  """Keys with rotary positions, the same for all heads."""
-  at = jnp.broadcast_to(at, k.shape[:3])
-  return rotary(k[..., None, :], at)[..., 0, :]
+  def turned(self, k: Float[Array, "B G N W"], at: Int[Array, "B 1 N"]):
+    """Keys with rotary positions, the same for all heads."""
+    at = jnp.broadcast_to(at, k.shape[:3])
+    return rotary(k[..., None, :], at, self.rope)[..., 0, :]

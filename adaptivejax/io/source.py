@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of a checkpoint by name, whatever files they are in."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import safetensors
+
+from adaptivejax.io.header import Entry, read_header
+from adaptivejax.io.strict_json import parse_object
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+BESIDE = (
+  "chat_template.jinja",
+  "generation_config.json",
+  "merges.txt",
+  "special_tokens_map.json",
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "vocab.json",
+  "vocab.txt",
+)
+"""Files that go with the weights; kept as they are, never run."""
+
+CONFIG_BYTES = 10_000_000
+"""Of a config or an index at most."""
+
+
+class Spec(NamedTuple):
+  """Shape and type of a tensor, known without reading it."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+class Source(Protocol):
+  """A checkpoint that is open.
+
+  Attributes:
+    where: its path, for errors.
+    config: what its `config.json` says, or would say.
+    files: `BESIDE`, by name.
+    specs: of its tensors, by name.
+  """
+
+  where: str
+  config: dict[str, Any]
+  files: dict[str, bytes]
+  specs: Mapping[str, Spec]
+
+  def read(self, name: str) -> np.ndarray:
+    """The values of a tensor."""
+    raise NotImplementedError
+
+
+class Folder:
+  """A folder with `config.json` and safetensors, one file or several.
+
+  Raises:
+    ValueError: a file is missing, malformed, or elsewhere.
+  """
+
+  def __init__(self, path: Path):
+    self.where = str(path)
+    self.config = read_json(path / "config.json")
+    self.files = {
+      name: (path / name).read_bytes()
+      for name in BESIDE
+      if (path / name).is_file()
+    }
+    self.paths: dict[str, Path] = {}
+    self.specs: Mapping[str, Spec] = {}
+    for file, names in _shards(path).items():
+      entries = read_header(file)
+      _check_index(file, entries, names)
+      self.paths |= dict.fromkeys(entries, file)
+      specs = {n: Spec(e.shape, e.dtype) for n, e in entries.items()}
+      self.specs = {**self.specs, **specs}
+    self._open: dict[Path, Any] = {}
+
+  def read(self, name: str) -> np.ndarray:
+    """The values of a tensor."""
+    path = self.paths[name]
+    try:
+      if path not in self._open:
+        self._open[path] = safetensors.safe_open(path, framework="numpy")
+      return self._open[path].get_tensor(name)
+    except (safetensors.SafetensorError, OSError) as error:
+      raise ValueError(f"{path}: tensor {name!r}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """The object in a file, which must not be long."""
+  if not path.is_file():
+    raise ValueError(f"{path} is missing.")
+  if path.stat().st_size > CONFIG_BYTES:
+    raise ValueError(f"{path} is over {CONFIG_BYTES} bytes long.")
+  return parse_object(path.read_bytes(), str(path))
+
+
+def _shards(path: Path) -> dict[Path, set[str] | None]:
+  """Files of a folder and the tensors that each should hold, if told."""
+  single, index = path / SINGLE, path / INDEX
+  if single.exists() and index.exists():
+    raise ValueError(f"{path} holds both {SINGLE} and {INDEX}: which one?")
+  if single.exists():
+    return {single: None}
+  if not index.exists():
+    other = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)
+    hint = f" {other[0]} may be a pickle, which is never opened." * bool(other)
+    raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}.{hint}")
+  files: dict[Path, set[str] | None] = {}
+  table = read_json(index).get("weight_map")
+  if not isinstance(table, dict) or not table:
+    raise ValueError(f"{index} has no `weight_map`.")
+  for name, file in table.items():
+    shard = _inside(path, file, f"{index}: tensor {name!r}")
+    names = files.setdefault(shard, set())
+    assert names is not None
+    names.add(name)
+  return files
+
+
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+
+def _inside(folder: Path, file: Any, where: str) -> Path:
+  """A file of the folder itself.
+
+  Links must not lead out, but for those of the Hugging Face cache, from
+  `snapshots/REVISION/` to `blobs/`.
+  """
+  plain = isinstance(file, str) and file.endswith(".safetensors")
+  if not plain or set(file) & set("/\\\0:") or file.startswith("."):
+    raise ValueError(f"{where} is in {file!r}, no file of this folder.")
+  path = folder / file
+  if not path.is_file():
+    raise ValueError(f"{where} is in {file!r}, which is missing.")
+  homes = [folder.resolve()]
+  if folder.resolve().parent.name == "snapshots":
+    homes.append(folder.resolve().parents[1] / "blobs")
+  if path.resolve().parent not in homes:
+    raise ValueError(f"{where} is in {file!r}, a link out of this folder.")
+  return path
+
+
+def _check_index(
+  file: Path, entries: Mapping[str, Entry], names: set[str] | None
+) -> None:
+  """The index tells the same tensors as the file."""
+  if names is None:
+    return
+  if missing := names - set(entries):
+    raise ValueError(
+      f"{file}: tensor {min(missing)!r} of the index is missing."
+    )
+  if extra := set(entries) - names:
+    raise ValueError(f"{file}: tensor {min(extra)!r} is not in the index.")
