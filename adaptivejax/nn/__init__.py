@@ -24,6 +24,7 @@ from adaptivejax.nn.experts import (
   stacked,
 )
 from adaptivejax.nn.functional import functional
+from adaptivejax.nn.lens import Lens, Through, lens_loss, through_lens
 from adaptivejax.nn.look import Coded, Look, Looked, look_cost
 from adaptivejax.nn.looks import (
   empty_cache_of,
@@ -75,6 +76,7 @@ __all__ = [
   "Frozen",
   "Group",
   "LayerNorm",
+  "Lens",
   "Look",
   "Looked",
   "MARGIN",
@@ -94,6 +96,7 @@ __all__ = [
   "SparsePrefill",
   "StackOutput",
   "Step",
+  "Through",
   "Watch",
   "Window",
   "Worth",
@@ -116,6 +119,7 @@ __all__ = [
   "frozen",
   "functional",
   "gather_neurons",
+  "lens_loss",
   "look_cost",
   "looks_of",
   "out_major",
@@ -128,5 +132,6 @@ __all__ = [
   "shard_experts",
   "split_mlp",
   "stacked",
+  "through_lens",
   "with_look",
 ]
