@@ -80,7 +80,7 @@ def through_lens(
   """A stack whose rows are read out through the lens of where they left.
 
   Args:
-    stack: that rows leave early, such as `Partial(calm, measure=Through(lens))`.
+    stack: which rows leave early, such as `calm` that measures `Through` it.
     lens: see above.
 
   Other arguments as in `nn.stack`.
@@ -96,6 +96,7 @@ def lens_loss(
   lens: Lens,
   hidden: Float[Array, "L B T D"],
   readout: Callable[[Array], Array],
+  targets: Int[Array, "B T"] | None = None,
   *,
   exits: Sequence[int],
 ) -> Float[Array, ""]:
@@ -105,8 +106,10 @@ def lens_loss(
     lens: to train.
     hidden: after every layer, from `nn.every_layer`; gets no gradient.
     readout: hidden state to logits.
+    targets: the next tokens; the last layer is what is learned from.
     exits: layers to look after, from 0 (static).
   """
+  del targets
   hidden = jax.lax.stop_gradient(hidden)
   wanted = jax.nn.log_softmax(readout(hidden[-1]))
 
