@@ -1,4 +1,4 @@
-"""A pretrained model: plain decoding beside transformers, and what methods gain.
+"""A pretrained model: decoding beside transformers, and what methods gain.
 
 SmolLM2-135M-Instruct in f32 at batch 1 (`configs/adapt/smollm2.py`).  The other
 side is transformers' eager CPU model, the same weights, written by
