@@ -42,11 +42,13 @@ class Fields:
 
   def size(self, name: str, default: Any = REQUIRED) -> Any:
     """A number of things, from 1 to `limit`; `default` where it is null."""
-    return self._count(name, default, self.limit)
+    why = ", the longest axis of any tensor there is"
+    return self._count(name, default, self.limit, why)
 
   def layers(self, name: str) -> int:
     """How many times something with tensors of its own is repeated."""
-    return self._count(name, REQUIRED, self.repeats)
+    why = ", as many as there are tensors"
+    return self._count(name, REQUIRED, self.repeats, why)
 
   def count(self, name: str, default: Any = REQUIRED) -> Any:
     """A number of things, from 1 on; `default` where it is null."""
@@ -102,10 +104,10 @@ class Fields:
     value = self.values.get(name)
     return ValueError(f"{self.where}: {name}={value!r} {why}.")
 
-  def _count(self, name, default, most):
+  def _count(self, name, default, most, why=""):
     value = self.get(name, default)
     if value is None and default is not REQUIRED:
       return default
     if type(value) is not int or not 1 <= value <= most:
-      raise self.refused(name, f"must be a whole number in 1..{most}")
+      raise self.refused(name, f"must be a whole number in 1..{most}{why}")
     return value

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from adaptivejax.io.fields import Fields
 from adaptivejax.io.gguf_header import Stored, read_gguf
 from adaptivejax.io.gguf_tokenizer import tokenizer_files
-from adaptivejax.io.source import Spec
+from adaptivejax.io.source import Source, Spec
 
 NAMES = {
   "token_embd": "model.embed_tokens",
@@ -46,8 +46,8 @@ SPECIAL = {
 }
 
 
-class Gguf:
-  """A file `*.gguf`, a `Source`.
+class Gguf(Source):
+  """A file `*.gguf`.
 
   Raises:
     ValueError: malformed, not a Llama, or with metadata that is not supported.
@@ -57,7 +57,7 @@ class Gguf:
     self.where = str(path)
     metadata, stored = read_gguf(path)
     self.stored = {_name(name): tensor for name, tensor in stored.items()}
-    self.specs: Mapping[str, Spec] = {
+    self.specs = {
       name: Spec(tensor.shape, np.dtype(np.float32))
       for name, tensor in self.stored.items()
     }

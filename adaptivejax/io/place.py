@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
 Shardings = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding] | Any
@@ -28,7 +28,7 @@ def shardings_of(
     ValueError: a leaf without, or one that does not divide its leaf.
   """
   if shardings is None:
-    shardings = jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
+    shardings = SingleDeviceSharding(jnp.zeros(()).device)
   if isinstance(shardings, Sharding):
     found: dict[str, Any] = dict.fromkeys(leaves, shardings)
   elif jax.tree.structure(shardings) == jax.tree.structure(0):  # no pytree
@@ -66,46 +66,47 @@ def fill(
     blocks: `(start, block)`: where a block begins, and the block, with as many
       axes as the leaf; together they cover it.
   """
-  array = None
+  regions = sharding.addressable_devices_indices_map(leaf.shape)
+  shards = [
+    _Shard(*item, leaf, sharding.memory_kind) for item in regions.items()
+  ]
   for start, block in blocks:
-    if block.shape == leaf.shape:
-      return _put(block, leaf.dtype, sharding)
-    if array is None:
-      array = _zeros(leaf.shape, leaf.dtype, sharding)
-    there = _piece_sharding(sharding, leaf.shape, block.shape)
-    at = np.asarray(start, np.int32)
-    array = _writer(sharding)(array, _put(block, leaf.dtype, there), at)
-  assert array is not None
-  return array
-
-
-def _put(block: np.ndarray, dtype, sharding: Sharding) -> Array:
-  """To devices, each its share, in the type it is to have."""
-  share = lambda index: np.ascontiguousarray(block[index].astype(dtype))
-  return jax.make_array_from_callback(block.shape, sharding, share)
-
-
-def _piece_sharding(sharding, whole, piece) -> Sharding:
-  """Spread as the leaf is, along the axes that a block has all of."""
-  if not isinstance(sharding, NamedSharding):
-    return sharding
-  spec = (*sharding.spec, *[None] * (len(whole) - len(sharding.spec)))
-  kept = (s if w == p else None for s, w, p in zip(spec, whole, piece))
-  return NamedSharding(sharding.mesh, PartitionSpec(*kept))
-
-
-def _zeros(shape, dtype, sharding) -> Array:
-  make = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
-  return make()
-
-
-@functools.lru_cache(maxsize=64)
-def _writer(sharding):
-  """Writes a block into an array in its place, which is given up."""
-  return jax.jit(
-    lambda array, block, start: jax.lax.dynamic_update_slice(
-      array, block, tuple(start)
-    ),
-    donate_argnums=0,
-    out_shardings=sharding,
+    for shard in shards:
+      shard.write(start, block)
+  return jax.make_array_from_single_device_arrays(
+    leaf.shape, sharding, [shard.array for shard in shards]
   )
+
+
+class _Shard:
+  """The part of a leaf that one device has."""
+
+  def __init__(self, device, region, leaf, memory_kind):
+    spans = [s.indices(n)[:2] for s, n in zip(region, leaf.shape)]
+    self.low, self.high = np.asarray(spans, int).reshape(-1, 2).T
+    self.dtype = leaf.dtype
+    self.place = SingleDeviceSharding(device, memory_kind=memory_kind)
+    self.array: Any = None
+
+  def write(self, start: tuple[int, ...], block: np.ndarray) -> None:
+    """Takes what it has to have of a block, in the type it is to have."""
+    low = np.maximum(self.low, start)
+    high = np.minimum(self.high, np.add(start, block.shape))
+    if (low >= high).any():
+      return
+    cut = zip(low - start, high - start)
+    part = block[tuple(slice(a, b) for a, b in cut)].astype(self.dtype)
+    part = jax.device_put(np.ascontiguousarray(part), self.place)
+    shape = tuple(self.high - self.low)
+    if part.shape == shape:
+      self.array = part
+      return
+    if self.array is None:
+      self.array = jnp.zeros(shape, self.dtype, device=self.place)
+    self.array = _written(self.array, part, low - self.low)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _written(array, part, start):
+  """The array with a part of it replaced; it is given up."""
+  return jax.lax.dynamic_update_slice(array, part, tuple(start))

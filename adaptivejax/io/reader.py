@@ -46,30 +46,30 @@ class Reader:
 
   def model(self, form: tuple[Row, ...], sharding: Shardings | None) -> Any:
     """All of it; nothing is laid out before all shapes are checked."""
-    shapes = nnx.eval_shape(lambda: self.plan.make(nnx.Rngs(0)))
-    graph, params, rest = nnx.split(shapes, nnx.Param, ...)
+    empty = jax.eval_shape(lambda: self.plan.make(nnx.Rngs(0)))
     rows: dict[str, list[Row]] = {}
     for row in form:
       rows.setdefault(row.leaf, []).append(row)
-    leaves = paths_of(params)
-    assert set(leaves) == set(rows), set(leaves) ^ set(rows)
+    params = paths_of(nnx.state(empty, nnx.Param))
+    assert set(params) == set(rows), set(params) ^ set(rows)
     leaves = {
       path: jax.ShapeDtypeStruct(
         leaf.shape, self._check(leaf.shape, rows[path])
       )
-      for path, leaf in leaves.items()
+      for path, leaf in params.items()
     }
     places = shardings_of(leaves, sharding)
     self._check_copies()
-    arrays = {
+    found = {
       path: fill(leaf, places[path], self._blocks(leaf, rows[path]))
       for path, leaf in leaves.items()
     }
-    settings, none = nnx.split_state(rest, Setting, ...)
-    assert not jax.tree.leaves(none)
-    settings = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), settings)
-    params = jax.tree.unflatten(jax.tree.structure(params), arrays.values())
-    return nnx.merge(graph, params, settings)
+    settings = paths_of(nnx.state(empty, Setting))  # 0: as it was trained
+    found |= {p: jnp.zeros(s.shape, s.dtype) for p, s in settings.items()}
+    treedef = jax.tree.structure(empty)
+    return jax.tree.unflatten(
+      treedef, [found[path] for path in paths_of(empty)]
+    )
 
   def _check(self, leaf: tuple[int, ...], rows: list[Row]) -> np.dtype:
     """The type of a leaf, once its tensors have the shapes they must have."""

@@ -54,7 +54,7 @@ def save(
   longest = max(n for leaf in params.values() for n in leaf.shape)
   where = "the config of `like`"
   plan = plan_of(Fields(like.config, where, longest, longest))
-  shapes = nnx.eval_shape(lambda: plan.make(nnx.Rngs(0)))
+  shapes = jax.eval_shape(lambda: plan.make(nnx.Rngs(0)))
   wanted = paths_of(nnx.state(shapes, nnx.Param))
   for name in sorted(params.keys() | wanted.keys()):
     _check_parameter(name, params.get(name), wanted.get(name), like)

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -37,7 +37,7 @@ class Spec(NamedTuple):
   dtype: np.dtype
 
 
-class Source(Protocol):
+class Source:
   """A checkpoint that is open.
 
   Attributes:
@@ -54,10 +54,10 @@ class Source(Protocol):
 
   def read(self, name: str) -> np.ndarray:
     """The values of a tensor."""
-    raise NotImplementedError
+    raise ValueError(f"{type(self).__name__} does not say how to read {name}.")
 
 
-class Folder:
+class Folder(Source):
   """A folder with `config.json` and safetensors, one file or several.
 
   Raises:
@@ -105,13 +105,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def _shards(path: Path) -> dict[Path, set[str] | None]:
   """Files of a folder and the tensors that each should hold, if told."""
   single, index = path / SINGLE, path / INDEX
-  if single.exists() and index.exists():
+  if single.is_file() and index.is_file():
     raise ValueError(f"{path} holds both {SINGLE} and {INDEX}: which one?")
-  if single.exists():
+  if single.is_file():
     return {single: None}
-  if not index.exists():
+  if not index.is_file():
     other = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)
-    hint = f" {other[0]} may be a pickle, which is never opened." * bool(other)
+    hint = f" {other[0]} may be a pickle: it is not opened." if other else ""
     raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}.{hint}")
   files: dict[Path, set[str] | None] = {}
   table = read_json(index).get("weight_map")

@@ -5,23 +5,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from adaptivejax.io.source import INDEX, SINGLE
-
-
-class Fetch(Protocol):
-  """A tensor that can be had."""
-
-  def __call__(self) -> np.ndarray:
-    """Its values."""
-    raise NotImplementedError
 
 
 class Tensor(NamedTuple):
@@ -32,7 +24,7 @@ class Tensor(NamedTuple):
   """Of its values."""
   size: int
   """Of its bytes."""
-  fetch: Fetch
+  fetch: Callable[[], np.ndarray]
 
 
 def write_folder(

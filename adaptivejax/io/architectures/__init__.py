@@ -19,6 +19,7 @@ ARCHITECTURES: Mapping[str, Callable[[Fields], Plan]] = {
 """By `model_type`; each reads every field it knows."""
 
 BOOKKEEPING = {
+  "_attn_implementation_autoset": "of another program",
   "_name_or_path": "where it came from",
   "architectures": "the tensors' names say it",
   "attention_dropout": "of training",

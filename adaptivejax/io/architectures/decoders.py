@@ -113,7 +113,8 @@ def read_decoder(
   features = fields.size("hidden_size")
   width = fields.size("head_dim", None)
   if heads % groups:
-    raise fields.refused("num_key_value_heads", f"must divide {heads} heads")
+    why = f"must divide num_attention_heads={heads}"
+    raise fields.refused("num_key_value_heads", why)
   if width is None and (features % heads or features // heads % 2):
     raise fields.refused(
       "num_attention_heads", f"cuts {features} features into no even heads"

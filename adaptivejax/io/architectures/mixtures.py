@@ -73,12 +73,11 @@ def _plan(
     names: theirs of an expert's linear maps, by ours.
     renormalised: whether the weights of the chosen sum to 1.
   """
-  old, new = (
-    fields.size(n, None) for n in ("num_experts", "num_local_experts")
-  )
-  experts, chosen = old or new, fields.size("num_experts_per_tok")
-  if experts is None or (new or experts) != experts:
-    raise fields.refused("num_local_experts", "says not how many experts")
+  named = [n for n in ("num_experts", "num_local_experts") if n in fields]
+  counts = {fields.size(name) for name in named}
+  if len(counts) != 1:
+    raise fields.refused("num_experts", "and num_local_experts must agree")
+  (experts,), chosen = counts, fields.size("num_experts_per_tok")
   if chosen > experts:
     raise fields.refused("num_experts_per_tok", f"is more than {experts}")
   # its weight in the loss; 0 is none
