@@ -22,7 +22,13 @@ from adaptivejax.adapt.exits import confidences, fit_lens, margin_for
 from adaptivejax.adapt.measure import Trial
 from adaptivejax.adapt.text import Text
 from adaptivejax.core.budget import solve_setting
-from adaptivejax.methods.attention import Budgets, MInference, Quest
+from adaptivejax.methods.attention import (
+  Budgets,
+  FlexPrefill,
+  MInference,
+  Quest,
+  XAttention,
+)
 from adaptivejax.methods.depth import (
   calm,
   divergence,
@@ -291,39 +297,33 @@ def long(bench: Bench) -> Iterator[Trial]:
   """Long prompts: fewer keys looked at, or kept; nothing is trained."""
   heads, size = bench.model.config.heads, bench.config.long
   block = 64 if size >= 1024 else 8
-  quarter = max(size // 4 // block * block, block)
-  everything = 4 * size
-  sink = 4
-  shape = lambda window: MInference(
-    ("a_shape",) * heads,
-    Budgets(sinks=block, window=window),
-    block_q=block,
-    block_kv=block,
+  blocks = {"block_q": block, "block_kv": block}
+  few = max(size // 4 // block * block, block)
+  keys, decoding, prompts = f"{few} keys", ("long decode",), ("prompt",)
+  a_shape = lambda n: MInference(
+    ("a_shape",) * heads, Budgets(sinks=block, window=n), **blocks
   )
-  pages = lambda keys: Quest(max(keys // 16, 1), page=16)
-  kept = lambda keys: SnapKV(
-    keys, window=min(32, keys), extra=bench.config.context
-  )
-  heavy = lambda keys: H2O(keys // 2, keys - keys // 2)
-  for name, look, regimes in (
-    ("MInference, A-shape", shape, ("prompt",)),
+  snap = lambda n: SnapKV(n, window=min(32, n), extra=bench.config.context)
+  flex = lambda gamma: FlexPrefill(gamma, min_budget=few, **blocks)
+  looks: tuple[tuple[str, str, Any, Any, tuple[str, ...]], ...] = (
+    ("MInference, A-shape", keys, a_shape(few), a_shape(4 * size), prompts),
+    ("XAttention", "0.9 of the mass", XAttention(0.9, **blocks), None, prompts),
+    ("FlexPrefill", "0.9 of the mass", flex(0.9), None, prompts),
     (
       "StreamingLLM",
-      lambda n: StreamingLLM(sink, n),
-      ("long decode", "prompt"),
+      keys,
+      StreamingLLM(4, few),
+      StreamingLLM(4, 4 * size),
+      (*decoding, *prompts),
     ),
-    ("Quest", pages, ("long decode",)),
-    ("SnapKV", kept, ("long decode",)),
-    ("H2O", heavy, ("long decode",)),
-  ):
-    whole = with_look(bench.fast, look(everything))
-    yield Trial(
-      name,
-      f"{quarter} keys",
-      with_look(bench.fast, look(quarter)),
-      regimes=regimes,
-      exact=bench.exact(whole),
-    )
+    ("Quest", keys, Quest(max(few // 16, 1)), Quest(size), decoding),
+    ("SnapKV", keys, snap(few), snap(4 * size), decoding),
+    ("H2O", keys, H2O(few // 2, few // 2), H2O(size, size), decoding),
+  )
+  for name, setting, look, whole, regimes in looks:
+    made = with_look(bench.fast, look)
+    full = made if whole is None else with_look(bench.fast, whole)
+    yield Trial(name, setting, made, regimes=regimes, exact=bench.exact(full))
 
 
 RECIPES: dict[str, Recipe] = {

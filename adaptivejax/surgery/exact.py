@@ -16,7 +16,7 @@ from adaptivejax.nn.setting import Setting, adjust
 from adaptivejax.nn.stack import FULL
 
 M = TypeVar("M", bound=nnx.Module)
-MOST = -1e6
+MOST = -1e3
 """A `Setting` at which everything runs."""
 
 
