@@ -39,10 +39,10 @@ def load():
 
 
 def write_corpus(path: Path) -> None:
-  """Twelve documents."""
+  """Twelve documents; each marks its words with a letter of its own."""
   path.mkdir()
   for i in range(12):
-    words = [WORDS[(i * j + j) % len(WORDS)] for j in range(120)]
+    words = [WORDS[(i * j + j) % 8] + chr(65 + i) for j in range(120)]
     (path / f"{i}.txt").write_text(" ".join(words))
 
 
