@@ -10,7 +10,7 @@ weights are policies, stacks and looks: `decode.make_policy`, `nn.with_look`.
 from adaptivejax.surgery.depth import keep_layers, to_mixture_of_depths
 from adaptivejax.surgery.exact import exactness, full_budget
 from adaptivejax.surgery.layers import group_layers, map_layers, map_mlps
-from adaptivejax.surgery.width import neuron_sizes, to_acm, to_experts
+from adaptivejax.surgery.width import neuron_sizes, to_acm, to_dense, to_experts
 
 __all__ = [
   "exactness",
@@ -21,6 +21,7 @@ __all__ = [
   "map_mlps",
   "neuron_sizes",
   "to_acm",
+  "to_dense",
   "to_experts",
   "to_mixture_of_depths",
 ]

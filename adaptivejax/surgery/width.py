@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from adaptivejax.methods.experts import FactorLLM
 from adaptivejax.methods.width import AdaptiveComputationModule
-from adaptivejax.nn.mlp import cluster_neurons, split_mlp
+from adaptivejax.nn.mlp import cluster_neurons, join_mlp, split_mlp
 from adaptivejax.surgery.layers import map_mlps
 
 M = TypeVar("M", bound=nnx.Module)
@@ -103,3 +103,23 @@ def to_experts(
     rngs=rngs,
   )
   return map_mlps(model, cut)
+
+
+def to_dense(model: M) -> M:
+  """Undoes `to_acm` and `to_experts`: the parts of each layer joined to one.
+
+  It says what `model` says at its full budget, and has the shape that
+  `adaptivejax.save` writes.
+
+  Raises:
+    ValueError: layers of other modules.
+  """
+
+  def join(mlp, l):
+    if isinstance(mlp, AdaptiveComputationModule):
+      return join_mlp(mlp.learners)
+    if isinstance(mlp, FactorLLM):
+      return join_mlp(mlp.experts)
+    raise ValueError(f"layer {l} is no ACM or FactorLLM: {type(mlp).__name__}.")
+
+  return map_mlps(model, join)

@@ -113,7 +113,17 @@ def test_kept_layers_are_the_model_of_these():
   assert short.empty_cache(1, 4).k.shape[1] == 3
 
 
+@pytest.mark.parametrize("name", ["acm, ordered", "experts"])
+def test_joined_parts_are_the_layer_again(name):
+  whole = surgery.to_dense(CUTS[name](model()))
+  assert surgery.exactness(model(), whole, TOKENS) < 1e-5
+  shapes = lambda m: jax.tree.map(jnp.shape, jax.tree.leaves(m))
+  assert shapes(whole) == shapes(model())
+
+
 def test_bad_input():
+  with pytest.raises(ValueError, match="layer 0 is no ACM"):
+    surgery.to_dense(model())
   with pytest.raises(ValueError, match="neurons"):
     surgery.to_acm(model(), 5)
   with pytest.raises(ValueError, match="divide"):
