@@ -8,7 +8,9 @@ and left out.  "frontier" is `adaptivejax adapt`: it takes a quarter of an hour.
   python -m benchmarks.pretrained [--cases plain frontier] [--json FILE]
 """
 
+import importlib
 import importlib.util
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -134,7 +136,9 @@ def _beside_transformers(loaded, fast, prompts, sizes, cases) -> Iterator[Row]:
       )
       for i in range(PROMPTS)
     ]
-    yield Row.of("plain", "prompts with the same greedy text", [np.mean(same)])
+    yield Row.of(
+      "plain", "prompts with the same greedy text", [float(np.mean(same))]
+    )
   if "assisted" in cases:
     exit = fast.config.layers * 3 // 4
     policy = SelfSpeculation(exit, 3)
@@ -167,8 +171,8 @@ def _transformers(
       file=sys.stderr,
     )
     return None
-  import torch
-  import transformers
+  torch = importlib.import_module("torch")
+  transformers = importlib.import_module("transformers")
 
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "model"
@@ -205,10 +209,9 @@ def _exact_drafts(fast, prompts, steps: int) -> Row:
   policy = SelfSpeculation(fast.config.layers * 3 // 4, 3)
   plain = decode.generate(fast, prompts, steps=steps).tokens
   drafted = decode.generate(fast, prompts, steps=steps, policy=policy).tokens
-  same = [float(row) for row in np.asarray(plain == drafted).all(1)]
+  same = np.all(np.asarray(plain) == np.asarray(drafted), axis=1)
   metric = f"prompts with the greedy text, of {PROMPTS} x {steps} tokens"
-  share = [float(np.mean(same))]
-  return Row.of("self-speculation", metric, share, target=1.0)
+  return Row.of("self-speculation", metric, [float(same.mean())], target=1.0)
 
 
 def _frontier() -> Iterator[Row]:
@@ -217,8 +220,9 @@ def _frontier() -> Iterator[Row]:
     if p.dense:
       continue
     case = f"{p.method}, {p.setting}"
-    speed = (p.speedup, *p.spread)
-    yield Row(case, f"{p.regime}: speed", speed[0], (speed[1], speed[2]))
+    known = lambda x: math.nan if x is None else float(x)
+    low, high = map(known, p.spread)
+    yield Row(case, f"{p.regime}: speed", known(p.speedup), (low, high))
     rise = made.rise(p)
     if rise is not None:
       yield Row(case, f"{p.regime}: rise of perplexity", rise, (rise, rise))

@@ -111,8 +111,8 @@ def _prefill(model, stack, tokens: Int[Array, "W T"]):
 def begin(trial: Trial, prompt: Int[Array, "W P"], room: int) -> Start:
   """Reads the prompts, with room for so many tokens more."""
   cache, logits = _begin(trial.model, prompt, slots=prompt.shape[1] + room)
-  made = trial.prime is not None
-  stack = trial.prime(trial.model, prompt) if made else trial.stack
+  prime = trial.prime
+  stack = trial.stack if prime is None else prime(trial.model, prompt)
   return Start(cache, logits, stack)
 
 

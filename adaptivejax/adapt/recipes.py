@@ -37,7 +37,7 @@ from adaptivejax.methods.depth import (
   kept_layers,
   unified_skip,
 )
-from adaptivejax.methods.kv import H2O, SnapKV, StreamingLLM
+from adaptivejax.methods.kv import SnapKV, StreamingLLM
 from adaptivejax.methods.width import core_of
 from adaptivejax.nn import (
   Lens,
@@ -298,7 +298,7 @@ def long(bench: Bench) -> Iterator[Trial]:
   heads, size = bench.model.config.heads, bench.config.long
   block = 64 if size >= 1024 else 8
   blocks = {"block_q": block, "block_kv": block}
-  few = max(size // 4 // block * block, block)
+  few = max(size * 3 // 8 // block * block, block)
   keys, decoding, prompts = f"{few} keys", ("long decode",), ("prompt",)
   a_shape = lambda n: MInference(
     ("a_shape",) * heads, Budgets(sinks=block, window=n), **blocks
@@ -318,7 +318,6 @@ def long(bench: Bench) -> Iterator[Trial]:
     ),
     ("Quest", keys, Quest(max(few // 16, 1)), Quest(size), decoding),
     ("SnapKV", keys, snap(few), snap(4 * size), decoding),
-    ("H2O", keys, H2O(few // 2, few // 2), H2O(size, size), decoding),
   )
   for name, setting, look, whole, regimes in looks:
     made = with_look(bench.fast, look)

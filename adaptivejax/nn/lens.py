@@ -118,4 +118,4 @@ def lens_loss(
     said = jax.nn.log_softmax(readout(lens(l, state)))
     return (jnp.exp(wanted) * (wanted - said)).sum(-1).mean()
 
-  return sum(gap(lens, hidden[l], l) for l in exits) / len(exits)
+  return jnp.stack([gap(lens, hidden[l], l) for l in exits]).mean()

@@ -6,7 +6,6 @@ Axes: L layers, K kept.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +13,15 @@ from flax import nnx
 
 from adaptivejax.core.plans import specialize
 from adaptivejax.methods.depth import MixtureOfDepths
-from adaptivejax.surgery.layers import group_layers, map_layers
+from adaptivejax.surgery.layers import Model, group_layers, map_layers
 
-M = TypeVar("M", bound=nnx.Module)
 TIES = 1e-6
 """Size of a new router's weights: breaks ties, and changes nothing."""
 
 
 def to_mixture_of_depths(
-  model: M, capacity: float = 0.5, *, every: int = 2, seed: int = 0
-) -> M:
+  model: Model, capacity: float = 0.5, *, every: int = 2, seed: int = 0
+) -> Model:
   """Every `every`-th layer behind a Mixture-of-Depths router.
 
   The routers weigh all tokens by 1, so that at its full budget (`full_budget`)
@@ -41,7 +39,7 @@ def to_mixture_of_depths(
     routed = MixtureOfDepths(layer, features, capacity=capacity, rngs=rngs)
     last = routed.router.outer
     last.kernel.set_value(last.kernel.get_value() * TIES)
-    last.bias.set_value(jnp.ones_like(last.bias.get_value()))
+    last.bias = nnx.Param(jnp.ones(1))
     return routed
 
   if every == 1:
@@ -49,7 +47,7 @@ def to_mixture_of_depths(
   return group_layers(model, every, lambda row: [*row[:-1], route(row[-1])])
 
 
-def keep_layers(model: M, kept: Sequence[int]) -> M:
+def keep_layers(model: Model, kept: Sequence[int]) -> Model:
   """The model of some layers only, in that order: a static plan, baked in.
 
   Args:

@@ -5,7 +5,7 @@ Axes: L layers.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,11 @@ from flax import nnx
 from adaptivejax.nn.block import Block, Group, Layer
 from adaptivejax.nn.stack import layer_at, layer_count
 
-M = TypeVar("M", bound=nnx.Module)
+Model = Any
+"""One that stacks its `layers`, such as a `models.DecoderLM`."""
 
 
-def map_layers(model: M, change: Callable[[Layer, int], Layer]) -> M:
+def map_layers(model: Model, change: Callable[[Layer, int], Layer]) -> Model:
   """The model with `change(layer, l)` in the place of every stacked layer.
 
   All changed layers must have the same structure.  The model itself stays as it
@@ -29,7 +30,9 @@ def map_layers(model: M, change: Callable[[Layer, int], Layer]) -> M:
   )
 
 
-def map_mlps(model: M, change: Callable[[nnx.Module, int], nnx.Module]) -> M:
+def map_mlps(
+  model: Model, change: Callable[[nnx.Module, int], nnx.Module]
+) -> Model:
   """The model with `change(mlp, l)` for the feed-forward half of layer l."""
   if not isinstance(model.layers, Block):
     raise ValueError(
@@ -44,8 +47,8 @@ def map_mlps(model: M, change: Callable[[nnx.Module, int], nnx.Module]) -> M:
 
 
 def group_layers(
-  model: M, size: int, change: Callable[[Sequence[Layer]], Sequence[Layer]]
-) -> M:
+  model: Model, size: int, change: Callable[[Sequence[Layer]], Sequence[Layer]]
+) -> Model:
   """The model with `size` layers in a row as one `nn.Group`, after `change`."""
   total = layer_count(model.layers)
   if size < 1 or total % size:
@@ -57,7 +60,7 @@ def group_layers(
   return _with(model, [Group(change(row)) for row in rows])
 
 
-def _with(model: M, layers: Sequence[Layer]) -> M:
+def _with(model: Model, layers: Sequence[Layer]) -> Model:
   new = jax.tree.map(lambda a: a, model)  # a copy
   new.layers = _stack(layers)
   return new

@@ -9,7 +9,6 @@ Axes: L layers, B batch, T tokens, D features, F hidden neurons.
 """
 
 import functools
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,7 @@ from jaxtyping import Array, Float, Int
 from adaptivejax.methods.experts import FactorLLM
 from adaptivejax.methods.width import AdaptiveComputationModule
 from adaptivejax.nn.mlp import cluster_neurons, join_mlp, split_mlp
-from adaptivejax.surgery.layers import map_mlps
-
-M = TypeVar("M", bound=nnx.Module)
+from adaptivejax.surgery.layers import Model, map_mlps
 
 
 @jax.jit
@@ -41,13 +38,13 @@ def neuron_sizes(model, tokens: Int[Array, "B T"]) -> Float[Array, "L F"]:
 
 
 def to_acm(
-  model: M,
+  model: Model,
   learners: int = 4,
   *,
   tokens: Int[Array | np.ndarray, "B T"] | None = None,
   temperature: float = 0.8,
   seed: int = 0,
-) -> M:
+) -> Model:
   """Every feed-forward layer as an `AdaptiveComputationModule`.
 
   Args:
@@ -75,14 +72,14 @@ def to_acm(
 
 
 def to_experts(
-  model: M,
+  model: Model,
   experts: int = 4,
   top_k: int = 2,
   *,
   clusters: bool = True,
   prior: float = 0.05,
   seed: int = 0,
-) -> M:
+) -> Model:
   """Every feed-forward layer as a `FactorLLM` of so many experts.
 
   Args:
@@ -105,7 +102,7 @@ def to_experts(
   return map_mlps(model, cut)
 
 
-def to_dense(model: M) -> M:
+def to_dense(model: Model) -> Model:
   """Undoes `to_acm` and `to_experts`: the parts of each layer joined to one.
 
   It says what `model` says at its full budget, and has the shape that
