@@ -58,6 +58,9 @@ from adaptivejax.training.distill import (
   layerwise,
 )
 
+CONTROL = "All keys, by blocks"
+"""No method: dense attention that leaves out the future, what prompts by blocks
+are to be compared with, too."""
 PROBE = 256
 """Tokens of training text on which exactness and budgets are looked at."""
 
@@ -306,6 +309,7 @@ def long(bench: Bench) -> Iterator[Trial]:
   snap = lambda n: SnapKV(n, window=min(32, n), extra=bench.config.context)
   flex = lambda gamma: FlexPrefill(gamma, min_budget=few, **blocks)
   looks: tuple[tuple[str, str, Any, Any, tuple[str, ...]], ...] = (
+    (CONTROL, "all of them", a_shape(4 * size), None, prompts),
     ("MInference, A-shape", keys, a_shape(few), a_shape(4 * size), prompts),
     ("XAttention", "0.9 of the mass", XAttention(0.9, **blocks), None, prompts),
     ("FlexPrefill", "0.9 of the mass", flex(0.9), None, prompts),

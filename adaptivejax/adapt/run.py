@@ -18,7 +18,7 @@ from adaptivejax.adapt import drafts
 from adaptivejax.adapt.config import AdaptConfig
 from adaptivejax.adapt.exits import overconfidence
 from adaptivejax.adapt.measure import Reading, Trial, measure
-from adaptivejax.adapt.recipes import RECIPES, Bench
+from adaptivejax.adapt.recipes import CONTROL, RECIPES, Bench
 from adaptivejax.adapt.text import read_text
 from adaptivejax.nn import out_major
 from adaptivejax.report.data import Grid, Point, Report, Sample, Snippet, real
@@ -146,6 +146,7 @@ def reached(made: Report) -> dict[str, Point]:
   for point in made.points:
     rise, speed = made.rise(point), point.speedup
     known = not point.dense and real(rise) and real(speed)
+    known = known and point.method != CONTROL
     if known and rise <= RISE and speed >= SPEED:
       best = found.setdefault(point.method, point)
       if real(best.speedup) and speed > best.speedup:
