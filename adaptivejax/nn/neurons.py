@@ -41,7 +41,13 @@ class Neurons(NamedTuple):
 
 
 def gather_neurons(mlp: Mlp, chosen: Int[Array, "B J K"]) -> Neurons:
-  """The weights of `chosen` neurons of J stacked layers."""
+  """The weights of `chosen` neurons of J stacked layers.
+
+  Raises:
+    ValueError: the layers have biases, which neurons of a text have not.
+  """
+  if mlp.up.bias is not None or mlp.down.bias is not None:
+    raise ValueError("neurons are gathered from layers without biases.")
 
   def rows(w):  # [J, F, D] -> [B, J, K, D]
     return jax.vmap(jax.vmap(lambda w, at: w[at]), (None, 0))(w, chosen)

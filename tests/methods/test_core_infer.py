@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law: a text goes on with the neurons that its prompt's tokens nominated."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,10 +12,11 @@ from flax import nnx
 from jax.tree_util import Partial
 
 from adaptivejax.decode import generate, score
+from adaptivejax.methods.experts import FactorLLM
 from adaptivejax.methods.width import CoreInfer, core_of
 from adaptivejax.methods.width.core_infer import nominate
-from adaptivejax.models import DecoderConfig, DecoderLM
-from adaptivejax.nn import adjust, by_neurons
+from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
+from adaptivejax.nn import Mlp, adjust, by_neurons, gather_neurons
 from tests.methods.host import shaken
 
 B, P, F = 2, 6, 24
@@ -26,8 +28,6 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 13, (B, 10)))
 
 @functools.cache
 def model(gated=True):
-  import dataclasses
-
   config = dataclasses.replace(CONFIG, gated=gated)
   return shaken(DecoderLM(config, rngs=nnx.Rngs(0)))
 
@@ -150,21 +150,19 @@ def test_bad_settings(settings, word):
     core_of(model(), TOKENS[:, :P], **settings)
 
 
-def test_other_layers_are_refused():
-  from adaptivejax.methods.experts import FactorLLM
-  from adaptivejax.models import decoder_block
+def test_biases_are_refused():
+  whole = Mlp(16, F, bias=True, rngs=nnx.Rngs(0))
+  stacked = jax.tree.map(lambda a: a[None], whole)
+  with pytest.raises(ValueError, match="biases"):
+    gather_neurons(stacked, jnp.zeros((1, 1, 2), int))
 
+
+def test_other_layers_are_refused():
   layer = lambda rngs: decoder_block(
     CONFIG,
     rngs,
-    mlp=FactorLLM(model_mlp(rngs), 2, top_k=1, rngs=rngs),
+    mlp=FactorLLM(Mlp(16, F, rngs=rngs), 2, top_k=1, rngs=rngs),
   )
   other = DecoderLM(CONFIG, layer=layer, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="Mlp"):
     core_of(adjust(other, 0.0), TOKENS)
-
-
-def model_mlp(rngs):
-  from adaptivejax.nn import Mlp
-
-  return Mlp(16, F, rngs=rngs)
