@@ -56,7 +56,7 @@ class AdaptConfig:
   long_windows: int = 2
   """Long held-out texts."""
 
-  steps: int = 40
+  steps: int = 24
   """Updates of each distillation."""
 
   batch: int = 4

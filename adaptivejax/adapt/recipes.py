@@ -311,7 +311,13 @@ def long(bench: Bench) -> Iterator[Trial]:
   looks: tuple[tuple[str, str, Any, Any, tuple[str, ...]], ...] = (
     (CONTROL, "all of them", a_shape(4 * size), None, prompts),
     ("MInference, A-shape", keys, a_shape(few), a_shape(4 * size), prompts),
-    ("XAttention", "0.9 of the mass", XAttention(0.9, **blocks), None, prompts),
+    (
+      "XAttention",
+      "0.97 of the mass",
+      XAttention(0.97, **blocks),
+      None,
+      prompts,
+    ),
     ("FlexPrefill", "0.9 of the mass", flex(0.9), None, prompts),
     (
       "StreamingLLM",
