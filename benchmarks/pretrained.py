@@ -71,7 +71,11 @@ def tiny() -> io.Pretrained:
 def rows(options: Options) -> Iterator[Row]:
   cases = options.select(CASES)
   sizes = Sizes(8, 8, 32, 0.1) if options.quick else Sizes()
-  loaded = tiny() if options.quick else smollm2.load()
+  try:
+    loaded = tiny() if options.quick else smollm2.load()
+  except ValueError as error:
+    print(f"left out: {error}", file=sys.stderr)
+    return
   fast = out_major(loaded.model)
   prompts = _prompts(loaded, sizes.prompt)
   if "plain" in cases or "assisted" in cases:
