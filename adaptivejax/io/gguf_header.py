@@ -25,6 +25,8 @@ NUMBERS = {
 }  # fmt: skip
 """Types of values by their number."""
 
+_LENGTH = struct.Struct("<Q").unpack_from
+
 
 class Stored(NamedTuple):
   """A tensor as it is stored."""
@@ -114,12 +116,16 @@ class _Cursor:
   def take(self, count: int) -> int:
     """Moves on; returns where it was."""
     if count > len(self.view) - self.at:
-      raise ValueError(
-        f"{self.path} is truncated, or its header wrong: {count} bytes are"
-        f" asked for at {self.at} of {len(self.view)}."
-      )
+      raise self.short(self.at)
     self.at += count
     return self.at - count
+
+  def short(self, at: int) -> ValueError:
+    """The error for a length that leads out of the file, to be raised."""
+    return ValueError(
+      f"{self.path} is truncated, or its header wrong: what is said at byte"
+      f" {at} of {len(self.view)} leads beyond the end."
+    )
 
   def numbers(self, kind: str, count: int) -> np.ndarray:
     """That many numbers."""
@@ -131,14 +137,27 @@ class _Cursor:
     """One number, as Python's."""
     return self.numbers(kind, 1)[0].item()
 
-  def string(self) -> str:
-    """A length and text in UTF-8."""
-    (length,) = struct.unpack_from("<Q", self.view, self.take(8))
-    at = self.take(length)
+  def strings(self, count: int) -> list[str]:
+    """That many texts, each a length and UTF-8.
+
+    Vocabularies are long, so that this loop is plain.
+    """
+    found, view, at, size = [], self.view, self.at, len(self.view)
+    for _ in range(count):
+      end = at + 8
+      if end > size or (after := end + _LENGTH(view, at)[0]) > size:
+        raise self.short(at)
+      found.append(view[end:after])
+      at = after
+    self.at = at
     try:
-      return self.view[at : at + length].decode("utf-8")
+      return [text.decode("utf-8") for text in found]
     except UnicodeDecodeError as error:
       raise ValueError(f"{self.path}: a text is no UTF-8: {error}") from None
+
+  def string(self) -> str:
+    """One text."""
+    return self.strings(1)[0]
 
   def value(self, key: str) -> Any:
     """A number, a text, or a list of one of them."""
@@ -150,7 +169,7 @@ class _Cursor:
     if kind == ARRAY:
       kind, count = self.number("<u4"), self.number("<u8")
       if kind == STRING:
-        return [self.string() for _ in range(count)]
+        return self.strings(count)
       if kind in NUMBERS:
         return self.numbers(NUMBERS[kind], count).tolist()
     raise ValueError(f"{self.path}: {key} is of an unknown type, {kind}.")

@@ -39,10 +39,8 @@ class Reader:
   ):
     self.source = source
     self.plan = plan
-    self.dtype = None if dtype is None else np.dtype(dtype)
+    self.dtype = None if dtype is None else _weights(dtype)
     self.allow_nonfinite = allow_nonfinite
-    if self.dtype is not None and self.dtype not in DTYPES.values():
-      raise ValueError(f"weights are one of {[*DTYPES]}; got {dtype=}.")
 
   def model(self, form: tuple[Row, ...], sharding: Shardings | None) -> Any:
     """All of it; nothing is laid out before all shapes are checked."""
@@ -131,3 +129,14 @@ class Reader:
           f"{self.source.where}: tensor {name!r} reaches {most:g}, out of range"
           " of float16: take bfloat16 or float32."
         )
+
+
+def _weights(dtype: DTypeLike) -> np.dtype:
+  """A type that weights may have."""
+  try:
+    known = np.dtype(dtype)
+  except TypeError:
+    known = None
+  if known not in DTYPES.values():
+    raise ValueError(f"weights are one of {[*DTYPES]}; got {dtype=}.")
+  return known

@@ -36,7 +36,8 @@ def save(
   """Writes a model as Hugging Face does; `load` and transformers read it.
 
   Tensors have the names, shapes and experts of such files, and the type of the
-  parameters: what `load` read as it was stored comes out bit for bit.
+  parameters: what `load` read as it was stored comes out bit for bit.  Budgets
+  (`nn.Setting`) and looks are no weights and are not written.
 
   Args:
     model: of the same architecture as `like.model`, trained on or not.

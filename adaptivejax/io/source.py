@@ -17,6 +17,7 @@ BESIDE = (
   "chat_template.jinja",
   "generation_config.json",
   "merges.txt",
+  "preprocessor_config.json",
   "special_tokens_map.json",
   "tokenizer.json",
   "tokenizer.model",

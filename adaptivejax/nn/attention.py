@@ -72,7 +72,7 @@ class Attention(nnx.Module):
     self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
   ) -> Float[Array, "*N H W"]:
     q = self.query(x).reshape(*x.shape[:-1], -1, self.width)
-    return self._placed(q, positions, self.norm_query)
+    return self._placed(_normed(q, self.norm_query), positions)
 
   def keys(
     self, x: Float[Array, "*N D"], positions: Int[Array, "*N"]
@@ -80,11 +80,10 @@ class Attention(nnx.Module):
     """Keys and values of each token."""
     kv = self.key_value(x).reshape(*x.shape[:-1], 2, -1, self.width)
     k, v = kv[..., 0, :, :], kv[..., 1, :, :]
-    return self._placed(k, positions, self.norm_key), v
+    return self._placed(_normed(k, self.norm_key), positions), v
 
-  def _placed(self, x, positions, norm):
-    """Normed, with rotary positions unless the look applies them."""
-    x = x if norm is None else norm(x)
+  def _placed(self, x, positions):
+    """With rotary positions, unless the look applies them."""
     return rotary(x, positions, self.rope) if self.look.rotated else x
 
   def empty_cache(self, x: Float[Array, "B T D"]) -> KVCache:
@@ -173,6 +172,10 @@ def head_width(features: int, heads: int, width: int | None = None) -> int:
       f"{heads=} of {features=} must have an even width; got {width=}."
     )
   return width
+
+
+def _normed(x, norm):
+  return x if norm is None else norm(x)
 
 
 def _place(positions, live):

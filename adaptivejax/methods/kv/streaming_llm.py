@@ -110,8 +110,8 @@ class StreamingLLM(Look):
     far = jnp.where(sink[..., None], self.turned(keys.k, pos), 0)
     near = self.turned(keys.k, pos - begin[..., None])
     near = jnp.where(sink[..., None], 0, near)
-    q = [rotary(q, at, self.rope) for at in (rank, positions - begin)]
-    q, k = (jnp.concatenate(a, -1) for a in (q, [far, near]))
+    both = [rotary(q, at, self.rope) for at in (rank, positions - begin)]
+    q, k = (jnp.concatenate(a, -1) for a in (both, [far, near]))
     return q * jnp.sqrt(2.0).astype(q.dtype), keys._replace(k=k)
 
   def turned(self, k: Float[Array, "B G N W"], at: Int[Array, "B 1 N"]):
