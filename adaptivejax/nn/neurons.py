@@ -68,13 +68,12 @@ class NeuronMlp(nnx.Module):
     self.share = some.down.shape[-1] / whole.down.kernel.shape[0]
 
   def rows(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    into = lambda w: jnp.einsum("btd,bkd->btk", x, w.get_value())
-    z = into(self.up)
+    z = _product(x, self.up.get_value())
     if self.gate is None:
       z = self.activation(z)
     else:
-      z = self.activation(into(self.gate)) * z
-    return jnp.einsum("btk,bdk->btd", z, self.down.get_value())
+      z = self.activation(_product(x, self.gate.get_value())) * z
+    return _product(z, self.down.get_value())
 
   def __call__(self, x, live=None, key=None):
     del live, key
@@ -136,3 +135,13 @@ def by_neurons(
   depth = jnp.full(x.shape[:2], total, jnp.float32)
   signals = signals.mean()
   return StackOutput(x, cache, cost.total(), signals, depth, cost.share)
+
+
+def _product(x, w):
+  """[B, T, I] times the own [B, O, I] of each row.
+
+  One row is a matrix of its own: so its weights are read where they lie.
+  """
+  if len(x) == 1:
+    return (x[0] @ w[0].T)[None]
+  return jnp.einsum("bti,boi->bto", x, w)
