@@ -50,10 +50,10 @@ class AdaptConfig:
   windows: int = 8
   """Held-out windows that decoding is judged on."""
 
-  long: int = 1536
+  long: int = 3072
   """Tokens of a long prompt."""
 
-  long_windows: int = 2
+  long_windows: int = 1
   """Long held-out texts."""
 
   steps: int = 24

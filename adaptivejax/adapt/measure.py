@@ -37,7 +37,7 @@ class Trial:
     model: changed or not.
     stack: how its layers run while decoding.
     prime: makes the stack of each prompt, `(model, tokens i32[B, P]) -> stack`,
-      where the method has to see it; else None.
+      where the method has to see it; else None.  Rows lead its arrays.
     regimes: those it is for.
     exact: largest change of a logit at its full budget; None if it has none.
   """
@@ -65,6 +65,10 @@ class Start(NamedTuple):
   cache: Any
   logits: Array
   stack: Any
+
+
+Starts = dict[tuple[str, str], Start]
+"""Prompts of the model as it was, by regime and setting."""
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -116,6 +120,15 @@ def begin(trial: Trial, prompt: Int[Array, "W P"], room: int) -> Start:
   return Start(cache, logits, stack)
 
 
+def _row(start: Start, trial: Trial, i: int) -> Start:
+  """The start of one text; arrays of a stack that was primed are of rows."""
+  cut = lambda a: a[i : i + 1] if a.ndim else a
+  cache, logits = jax.tree.map(cut, (start.cache, start.logits))
+  primed = trial.prime is not None
+  stack = jax.tree.map(cut, start.stack) if primed else start.stack
+  return Start(cache, logits, stack)
+
+
 def measure(
   dense: Trial,
   trial: Trial,
@@ -126,6 +139,7 @@ def measure(
   seconds: float,
   bytes_per_token: float,
   twin: Reading | None = None,
+  starts: Starts | None = None,
   timed: int = 3,
   most: int = 24,
 ) -> tuple[Point, float, Reading]:
@@ -140,6 +154,7 @@ def measure(
     seconds: for the clock.
     bytes_per_token: of the text.
     twin: what `dense` reads there, if that is known.
+    starts: of `dense`; what is not there yet is read, and kept there.
     timed: texts that the clock runs on, in turn.
     most: tokens of a text that are decoded on the clock.
   """
@@ -153,13 +168,19 @@ def measure(
   else:
     first, rest = text[:, :prompt], text[:, prompt:]
     count = min(most, rest.shape[1])
-    go = lambda t, x, y: _go_on(t.model, begin(t, x, rest.shape[1]), y)
-    read = lambda t: go(t, first, rest)
+    room = rest.shape[1]
+    kept = {} if starts is None else starts
+    if (regime, dense.setting) not in kept:
+      kept[regime, dense.setting] = begin(dense, first, room)
+    begun = {id(dense): kept[regime, dense.setting]}
+    if trial is not dense:
+      begun[id(trial)] = begin(trial, first, room)
+    read = lambda t: _go_on(t.model, begun[id(t)], rest)
 
     def clock(t):
-      starts = [begin(t, first[i : i + 1], rest.shape[1]) for i in range(timed)]
+      alone = [_row(begun[id(t)], t, i) for i in range(timed)]
       tokens = [rest[i : i + 1, :count] for i in range(timed)]
-      return lambda i: _go_on(t.model, starts[i % timed], tokens[i % timed])
+      return lambda i: _go_on(t.model, alone[i % timed], tokens[i % timed])
 
   base, own = interleave([clock(dense), clock(trial)], seconds=seconds, least=3)
   twin = read(dense) if twin is None else twin

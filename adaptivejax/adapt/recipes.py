@@ -58,9 +58,6 @@ from adaptivejax.training.distill import (
   layerwise,
 )
 
-CONTROL = "All keys, by blocks"
-"""No method: dense attention that leaves out the future, what prompts by blocks
-are to be compared with, too."""
 PROBE = 256
 """Tokens of training text on which exactness and budgets are looked at."""
 
@@ -89,6 +86,26 @@ class Bench:
   @property
   def layers(self) -> int:
     return layer_count(self.model.layers)
+
+  @property
+  def blocks(self) -> dict[str, int]:
+    """Sizes of blocks for prompts."""
+    size = 64 if self.config.long >= 1024 else 8
+    return {"block_q": size, "block_kv": size}
+
+  def a_shape(self, window: int) -> MInference:
+    """A look at the first block and so many last keys, in all heads."""
+    shapes = ("a_shape",) * self.model.config.heads
+    budgets = Budgets(sinks=self.blocks["block_q"], window=window)
+    return MInference(shapes, budgets, **self.blocks)
+
+  @functools.cached_property
+  def dense(self) -> Any:
+    """The model, reading prompts by blocks: all keys, but not the future.
+
+    Much faster than plain attention, and so what methods have to beat there.
+    """
+    return with_look(self.fast, self.a_shape(4 * self.config.long))
 
   @functools.cached_property
   def probe(self) -> jax.Array:
@@ -298,19 +315,20 @@ def depths(bench: Bench) -> Iterator[Trial]:
 
 def long(bench: Bench) -> Iterator[Trial]:
   """Long prompts: fewer keys looked at, or kept; nothing is trained."""
-  heads, size = bench.model.config.heads, bench.config.long
-  block = 64 if size >= 1024 else 8
-  blocks = {"block_q": block, "block_kv": block}
-  few = max(size * 3 // 8 // block * block, block)
+  size, blocks = bench.config.long, bench.blocks
+  block = blocks["block_q"]
+  few = max(size // 4 // block * block, block)
   keys, decoding, prompts = f"{few} keys", ("long decode",), ("prompt",)
-  a_shape = lambda n: MInference(
-    ("a_shape",) * heads, Budgets(sinks=block, window=n), **blocks
-  )
   snap = lambda n: SnapKV(n, window=min(32, n), extra=bench.config.context)
   flex = lambda gamma: FlexPrefill(gamma, min_budget=few, **blocks)
   looks: tuple[tuple[str, str, Any, Any, tuple[str, ...]], ...] = (
-    (CONTROL, "all of them", a_shape(4 * size), None, prompts),
-    ("MInference, A-shape", keys, a_shape(few), a_shape(4 * size), prompts),
+    (
+      "MInference, A-shape",
+      keys,
+      bench.a_shape(few),
+      bench.a_shape(4 * size),
+      prompts,
+    ),
     (
       "XAttention",
       "0.97 of the mass",
