@@ -32,7 +32,7 @@ MEASURED = (
   "decode: one token after the other at batch 1, each after its true past,"
   " behind a short prompt; long decode: behind a long one, which the method"
   " itself has read; prompt: reading a long text. There the model as it was"
-  " reads by blocks and leaves out the future, several times as fast as plainly."
+  " reads by blocks and leaves out the future, some times as fast as plainly."
   " Drafts are timed on greedy texts, the prompt included.",
   "Perplexity is per token, on documents from which nothing was learned and by"
   " which no budget was chosen, over all windows; it is that of the very"
