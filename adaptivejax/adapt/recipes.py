@@ -9,6 +9,7 @@ Axes: N windows, S tokens of a window, L layers.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -263,7 +264,8 @@ def modules(bench: Bench) -> Iterator[Trial]:
   bench.say("ACM: distilling the learners, layer by layer")
   student = bench.teach(student, layerwise, {"learners": 2e-4}, 0.5)
   bench.say("ACM: training the gates")
-  student = bench.teach(student, gates, {"mlp/gate": 3e-3}, 0.5)
+  careful = functools.partial(gates, gain=math.inf, tolerance=0.1)
+  student = bench.teach(student, careful, {"mlp/gate": 3e-3}, 0.5)
   bench.say("ACM: end to end, to 80 % of the learners")
   rates = {"mlp/gate": 3e-4, "learners|norm": 5e-5}
   student = bench.teach(student, at_budget(0.8, 0.3), rates)

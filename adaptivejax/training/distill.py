@@ -168,12 +168,19 @@ def layerwise(student, teacher, tokens: Int[Array, "B S"], key):
 
 
 def gates(
-  student, teacher, tokens: Int[Array, "B S"], key, *, gain: float = 1.2
+  student,
+  teacher,
+  tokens: Int[Array, "B S"],
+  key,
+  *,
+  gain: float = 1.2,
+  tolerance: float = math.inf,
 ):
   """Cross-entropy of each token's gate with the number of learners it needs.
 
   Needed are k where one more makes the error less than `gain` times smaller;
-  all, if it never does.
+  all, if it never does.  The published rule has no `tolerance`: it also stops
+  at errors above it, which learners that are not trained for long still have.
   """
 
   def error(mlp, x, wanted, key):
@@ -184,7 +191,7 @@ def gates(
         f" {type(mlp).__name__}."
       )
     errors = nested_errors(mlp, x, wanted)  # [M + 1, B, T]
-    enough = errors[:-1] < gain * errors[1:]
+    enough = (errors[:-1] < gain * errors[1:]) & (errors[:-1] < tolerance)
     last = jnp.ones_like(enough[:1])
     needed = lax.stop_gradient(jnp.concatenate([enough, last]).argmax(0))
     nats = cross_entropy(mlp.gate(x).astype(jnp.float32), needed)

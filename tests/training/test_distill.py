@@ -81,8 +81,10 @@ def test_surgery_alone_leaves_an_error_with_fewer_learners_only():
   assert (errors[1:4] > 1e-3).all()
 
 
-def test_gates_learn_how_many_learners_are_enough():
-  loss, metrics = d.gates(student(), teacher(), TOKENS, KEY, gain=1.2)
+@pytest.mark.parametrize("gain, tolerance", [(1.2, np.inf), (2.0, 0.9)])
+def test_gates_learn_how_many_learners_are_enough(gain, tolerance):
+  rule = {"gain": gain, "tolerance": tolerance}
+  loss, metrics = d.gates(student(), teacher(), TOKENS, KEY, **rule)
   nats, shares = [], []
   for inputs, wanted, mlp in by_hand():
     errors = errors_by_hand(inputs, wanted, mlp)
@@ -90,7 +92,8 @@ def test_gates_learn_how_many_learners_are_enough():
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for b, t in np.ndindex(*TOKENS.shape):
       e = errors[:, b, t]
-      needed = next((k for k in range(4) if e[k] < 1.2 * e[k + 1]), 4)
+      fit = [k for k in range(4) if e[k] < gain * e[k + 1]]
+      needed = next((k for k in fit if e[k] < tolerance), 4)
       nats.append(-log_p[b, t, needed])
       shares.append(needed / 4)
   np.testing.assert_allclose(loss, np.mean(nats), rtol=1e-4)
