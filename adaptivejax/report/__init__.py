@@ -3,6 +3,7 @@
 
 from adaptivejax.report.data import (
   Curve,
+  Grid,
   Mixture,
   Point,
   Report,
@@ -17,6 +18,7 @@ from adaptivejax.report.table import print_table
 
 __all__ = [
   "Curve",
+  "Grid",
   "Mixture",
   "Point",
   "Report",

@@ -12,7 +12,7 @@ from typing import TypeGuard
 
 Number = int | float | None
 Facts = dict[str, str | int | float]
-REGIMES = ("decode", "score")
+REGIMES = ("decode", "long decode", "prompt", "score")
 
 
 def real(x: Number) -> TypeGuard[float]:
@@ -27,6 +27,7 @@ class Point:
   `speedup` is its tokens per second over those of its dense twin, measured in
   the same run; `spread` holds the quartiles of that ratio.  `flops_share` is
   the realised share of the twin's FLOPs.  `dense` marks the twin itself.
+  `perplexity` is that of a token, where tokens are not bytes.
   """
 
   method: str
@@ -39,12 +40,14 @@ class Point:
   flops_share: Number
   mean_depth: Number = None
   dense: bool = False
+  perplexity: Number = None
 
   def __post_init__(self):
     if self.regime not in REGIMES:
       raise ValueError(
         f"Point.regime={self.regime!r} must be one of {REGIMES}: generation"
-        " token by token, or scoring of whole sequences"
+        " token by token, the same after a long prompt, reading a prompt, or"
+        " scoring of whole sequences"
       )
 
   @property
@@ -185,6 +188,23 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Grid:
+  """A table of what has no plot: words in rows, under heads."""
+
+  title: str
+  heads: tuple[str, ...]
+  rows: tuple[tuple[str, ...], ...]
+  caption: str = ""
+
+  def __post_init__(self):
+    if any(len(row) != len(self.heads) for row in self.rows):
+      raise ValueError(
+        f"Grid {self.title!r}: each row needs {len(self.heads)} cells, one for"
+        " each head"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
   """All of a report.
 
@@ -201,6 +221,7 @@ class Report:
   snippets: tuple[Snippet, ...] = ()
   samples: tuple[Sample, ...] = ()
   budgets: tuple[BudgetCurve, ...] = ()
+  grids: tuple[Grid, ...] = ()
   measured: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
 
@@ -221,6 +242,13 @@ class Report:
     ):
       return None
     return point.bits_per_byte / twin.bits_per_byte - 1
+
+  def rise(self, point: Point) -> Number:
+    """Perplexity relative to the dense twin: 0.03 is 3 % more."""
+    twin = self.dense(point.regime)
+    if not twin or not real(twin.perplexity) or not real(point.perplexity):
+      return None
+    return point.perplexity / twin.perplexity - 1
 
   def best(self, regime: str, tolerance: float = 0.01) -> Point | None:
     """The fastest adaptive point at most `tolerance` worse than dense."""

@@ -7,6 +7,7 @@ from importlib import resources
 
 from adaptivejax.report import plots
 from adaptivejax.report.data import (
+  Grid,
   Mixture,
   Point,
   Report,
@@ -19,6 +20,8 @@ from adaptivejax.report.words import number, percent, readable, times, verdict
 
 REGIMES = {
   "decode": "Decoding, token by token",
+  "long decode": "Decoding after a long prompt",
+  "prompt": "Reading a long prompt",
   "score": "Scoring whole sequences",
 }
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -40,6 +43,7 @@ def page(report: Report) -> str:
   sections = [
     *(_regime(report, regime, style) for regime in report.regimes()),
     _budgets(report, style),
+    *(_grid(grid) for grid in report.grids),
     _mixtures(report.mixtures, style),
     _snippets(report.snippets),
     _samples(report.samples),
@@ -142,21 +146,43 @@ HEADS = (
   "depth",
   "tokens/s",
 )
+PERPLEXITY = ("perplexity", "rise")
 
 
 def _table(report: Report, points: list[Point]) -> str:
-  heads = "".join(f"<th>{head}</th>" for head in HEADS)
+  by_token = any(real(p.perplexity) for p in points)
   rows = "".join(
-    _row(report, point, first=i == 0 or points[i - 1].method != point.method)
+    _row(
+      report,
+      point,
+      first=i == 0 or points[i - 1].method != point.method,
+      by_token=by_token,
+    )
     for i, point in enumerate(points)
   )
+  return _rows(HEADS + PERPLEXITY if by_token else HEADS, rows)
+
+
+def _rows(heads: Iterable[str], rows: str) -> str:
+  head = "".join(f"<th>{escape(head)}</th>" for head in heads)
   return (
-    f'<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead>'
+    f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
     f"<tbody>{rows}</tbody></table></div>"
   )
 
 
-def _row(report: Report, p: Point, first: bool) -> str:
+def _grid(grid: Grid) -> str:
+  rows = "".join(
+    f'<tr class="first"><th>{escape(first)}</th>'
+    + "".join(f"<td>{escape(cell)}</td>" for cell in rest)
+    + "</tr>"
+    for first, *rest in grid.rows
+  )
+  caption = f'<p class="caption">{escape(grid.caption)}</p>'
+  return _section(grid.title, caption + _rows(grid.heads, rows))
+
+
+def _row(report: Report, p: Point, first: bool, by_token: bool) -> str:
   low, high = p.spread
   known = real(low) and real(high) and not p.dense
   cells = (
@@ -169,6 +195,9 @@ def _row(report: Report, p: Point, first: bool) -> str:
     number(p.mean_depth),
     number(p.tokens_per_second),
   )
+  if by_token:
+    rise = "" if p.dense else percent(report.rise(p), signed=True)
+    cells += (number(p.perplexity, 4), rise)
   kind = "twin" if p.dense else "slow" if p.slower else "fast"
   return (
     f'<tr class="{kind} {"first" if first else "again"}">'

@@ -18,12 +18,14 @@ from adaptivejax.methods.depth import (
   stop_and_exit,
   unified_skip,
 )
+from adaptivejax.methods.width import core_of
 from adaptivejax.models import DecoderLM, decoder_block
 from adaptivejax.nn import (
   MARGIN,
   STATE,
   Group,
   adjust,
+  by_neurons,
   by_plan,
   every_layer,
   plain,
@@ -39,6 +41,7 @@ from tests.laws.case import (
   SOME,
   Case,
   D,
+  F,
   L,
   T,
   V,
@@ -120,6 +123,30 @@ def _levels_of(sharpness, stop, exit):
 
 def _unified(model, tokens, kept):
   return _decode(model, tokens, Partial(unified_skip, kept=kept))
+
+
+def _core_infer(model, tokens, share):
+  core = core_of(model, tokens[:, :PROMPT], share=share)
+  return _decode(model, tokens, Partial(by_neurons, neurons=core, first=1))
+
+
+def _one_neuron(model, tokens):
+  """Decodes with the output weights of all other neurons at zero."""
+  chosen = core_of(model, tokens[:, :PROMPT], share=1e-9).chosen
+  rows = []
+  for b, row in enumerate(tokens):
+    down = model.layers.mlp.down.kernel.get_value()
+    for j, keep in enumerate(np.asarray(chosen[b, :, 0])):
+      down = down.at[j + 1].multiply((jnp.arange(F) == keep)[:, None])
+    thin = jax.tree.map(lambda a: a, model)
+    thin.layers.mlp.down.kernel.set_value(down)
+    cache, out = model(row[None, :PROMPT], model.empty_cache(1, T)).cache, []
+    for token in row[PROMPT:]:
+      said = thin(token[None, None], cache)
+      cache = said.cache
+      out.append(said.logits[0, 0])
+    rows.append(jnp.stack(out))
+  return jnp.stack(rows)
 
 
 def _ffn_skip(model, tokens, threshold):
@@ -332,6 +359,28 @@ MODELS = [
     dense=_dense,
     least=_lived(None, lambda l, t: l == 0),
     poison=poisoned_layers(np.float32(-NEVER), 1, 2, 3, names=("mlp",)),
+  ),
+  Case(
+    "core_infer",
+    "width.core_infer",
+    decoder_of(),
+    some_text,
+    _core_infer,
+    full=1.0,
+    some=0.5,
+    none=1e-9,
+    dense=_dense,
+    least=_one_neuron,
+    static="how many neurons a text has is the shape of their weights",
+    unless={
+      "oracle": "neurons are gathered by index, which is the definition",
+      "gradient": "a loop over so many layers as are whole has no reverse mode",
+      "poison": "the prompt runs all neurons, and asks each of them",
+      "bf16": "rounded to 16 bits, other neurons may win the vote",
+      "poison_gradient": "the prompt runs all neurons, and asks each of them",
+      "cover": no_rows,
+      "trace": "how many neurons a text has is the shape of their weights",
+    },
   ),
   Case(
     "evopress",

@@ -11,7 +11,15 @@ import pytest
 from rich.console import Console
 
 from adaptivejax import report as reports
-from adaptivejax.report import Curve, Point, Report, Sample, Snippet, store
+from adaptivejax.report import (
+  Curve,
+  Grid,
+  Point,
+  Report,
+  Sample,
+  Snippet,
+  store,
+)
 
 HOSTILE = "</script><img src=x onerror=alert(1)> & \"'$x_{$ [red]"
 
@@ -55,6 +63,7 @@ def full(name="CALM"):
     ),
     snippets=(Snippet(text, share, matrix, name, "threshold 0.8"),),
     samples=(Sample(b"def ", b"f\xff():", name, "threshold 0.8", 1500.0),),
+    grids=(Grid(name, ("exit", "sure"), (("layer 1", name),), "Caption."),),
     measured=("In pairs.",),
     notes=("Small.",),
   )
@@ -198,7 +207,8 @@ def test_best_is_the_fastest_near_dense():
 
 
 @pytest.mark.parametrize(
-  "field", ["points", "curves", "snippets", "samples", "measured", "notes"]
+  "field",
+  ["points", "curves", "snippets", "samples", "grids", "measured", "notes"],
 )
 def test_a_section_without_data_is_left_out(field, tmp_path):
   whole = written(full(), tmp_path).tags.count("section")
@@ -228,6 +238,25 @@ def test_a_point_beyond_the_scale_is_named_on_the_plot(tmp_path):
   far = point("far", 3.0, bits_per_byte=7.77)
   page = written(Report("t", "c", {}, (dense(), far)), tmp_path)
   assert page.text.count("↑ 7.77") == 2
+
+
+def test_perplexity_is_shown_where_tokens_are_not_bytes(tmp_path, capsys):
+  points = (
+    dense(regime="prompt", perplexity=10.0),
+    point(regime="prompt", perplexity=10.3),
+    dense(),
+    point(),
+  )
+  made = Report("t", "c", {}, points)
+  assert made.rise(points[1]) == pytest.approx(0.03)
+  assert made.rise(points[3]) is None
+  page = written(made, tmp_path)
+  assert page.text.count("perplexity") == 1 and "10.30" in page.text
+  assert "+3.0 %" in page.text and "Reading a long prompt" in page.text
+  reports.print_table(made)
+  said = capsys.readouterr().out
+  assert said.count("perplexity") == 1 and "+3.0 %" in said
+  assert reports.load_report(tmp_path) == made
 
 
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
@@ -264,6 +293,8 @@ def test_bad_data_is_refused():
     point(regime="train")
   with pytest.raises(ValueError, match=r"`loss` has 1 entries for 2 steps"):
     Curve("c", (1, 2), (1.0,), (None, None), (1.0, 2.0))
+  with pytest.raises(ValueError, match=r"each row needs 2 cells"):
+    Grid("g", ("a", "b"), (("1",),))
   with pytest.raises(ValueError, match=r"3 bytes in 3 tokens"):
     Snippet(b"abc", (0.5, 0.5), (), "m", "s")
   with pytest.raises(ValueError, match=r"3 bytes in 2 tokens"):

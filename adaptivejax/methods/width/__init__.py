@@ -4,5 +4,6 @@
 from adaptivejax.methods.width.adaptive_computation_modules import (
   AdaptiveComputationModule,
 )
+from adaptivejax.methods.width.core_infer import CoreInfer, core_of
 
-__all__ = ["AdaptiveComputationModule"]
+__all__ = ["AdaptiveComputationModule", "CoreInfer", "core_of"]

@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each method is made of a pretrained model: surgery, a lesson, budgets.
+
+A recipe is a function `recipe(bench) -> trials`.  What is learned is learned
+from the training side of the text only; budgets are settled there, too.
+
+Axes: N windows, S tokens of a window, L layers.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from adaptivejax import decode, surgery
+from adaptivejax.adapt.config import AdaptConfig
+from adaptivejax.adapt.exits import confidences, fit_lens, margin_for
+from adaptivejax.adapt.measure import Trial
+from adaptivejax.adapt.text import Text
+from adaptivejax.core.budget import solve_setting
+from adaptivejax.methods.attention import (
+  Budgets,
+  FlexPrefill,
+  MInference,
+  Quest,
+  XAttention,
+)
+from adaptivejax.methods.depth import (
+  calm,
+  divergence,
+  evolve,
+  ffn_skip,
+  kept_layers,
+  unified_skip,
+)
+from adaptivejax.methods.kv import SnapKV, StreamingLLM
+from adaptivejax.methods.width import core_of
+from adaptivejax.nn import (
+  Lens,
+  Through,
+  adjust,
+  by_neurons,
+  by_plan,
+  out_major,
+  through_lens,
+  with_look,
+)
+from adaptivejax.nn.stack import layer_count
+from adaptivejax.training.distill import (
+  at_budget,
+  distill,
+  end_to_end,
+  gates,
+  layerwise,
+)
+
+PROBE = 256
+"""Tokens of training text on which exactness and budgets are looked at."""
+
+
+@dataclasses.dataclass
+class Bench:
+  """What recipes work with.
+
+  Attributes:
+    model: as it was trained; distillation starts from it.
+    fast: the same, its kernels out-major: what is timed.
+    text: to learn from.
+    config: how much of everything.
+    say: called with a line of what is being done.
+    tick: called after every update of a lesson.
+  """
+
+  model: Any
+  fast: Any
+  text: Text
+  config: AdaptConfig
+  say: Callable[[str], Any] = lambda line: None
+  tick: Callable[..., Any] = lambda *args: None
+  lens: Lens | None = None
+
+  @property
+  def layers(self) -> int:
+    return layer_count(self.model.layers)
+
+  @property
+  def blocks(self) -> dict[str, int]:
+    """Sizes of blocks for prompts."""
+    size = 64 if self.config.long >= 1024 else 8
+    return {"block_q": size, "block_kv": size}
+
+  def a_shape(self, window: int) -> MInference:
+    """A look at the first block and so many last keys, in all heads."""
+    shapes = ("a_shape",) * self.model.config.heads
+    budgets = Budgets(sinks=self.blocks["block_q"], window=window)
+    return MInference(shapes, budgets, **self.blocks)
+
+  @functools.cached_property
+  def dense(self) -> Any:
+    """The model, reading prompts by blocks: all keys, but not the future.
+
+    Much faster than plain attention, and so what methods have to beat there.
+    """
+    return with_look(self.fast, self.a_shape(4 * self.config.long))
+
+  @functools.cached_property
+  def probe(self) -> jax.Array:
+    """A few windows of training text, i32[N, S]."""
+    rows = max(PROBE // self.config.context, 1)
+    return jnp.asarray(self.text.train[:rows])
+
+  def exact(self, changed, stack=decode.FULL) -> float:
+    """The largest change of a logit at the full budget."""
+    return surgery.exactness(self.model, changed, self.probe, stack=stack)
+
+  def teach(self, student, loss, rates, share: float = 1.0):
+    """The student after a lesson of `share` of the configured steps."""
+    return distill(
+      student,
+      self.model,
+      self.text.train,
+      loss,
+      rates=rates,
+      steps=max(int(self.config.steps * share), 1),
+      batch=self.config.batch,
+      seed=self.config.seed,
+      progress=self.tick,
+    )
+
+  def settled(self, model, share: float, span: float):
+    """The model with its settings at `share` of the FLOPs, on the probe."""
+    read = jax.jit(lambda m, s: adjust(m, s)(self.probe).cost.share)
+    spent = lambda setting: float(read(model, jnp.float32(setting)))
+    try:
+      found = solve_setting(spent, share, low=-span, high=span)
+    except ValueError:  # even the least is more
+      found = span
+    return adjust(model, jnp.float32(found))
+
+
+Recipe = Callable[[Bench], Iterator[Trial]]
+
+
+def exits(bench: Bench) -> Iterator[Trial]:
+  """CALM: by the model's own confidence; then by a lens, calibrated."""
+  first, last = bench.layers * 2 // 3, bench.layers
+  plain = bench.exact(bench.fast, Partial(calm, threshold=jnp.float32(2)))
+  raw = Partial(calm, threshold=jnp.float32(0.8), min_depth=jnp.int32(first))
+  yield Trial("CALM, untrained", "margin 0.8", bench.fast, raw, exact=plain)
+  bench.say("training the lens of the exits")
+  bench.lens = lens = fit_lens(bench)
+  sure = confidences(bench, lens)
+  for promise in (0.95, 0.85):
+    level = margin_for(sure, first, promise)
+    leave = Partial(
+      calm,
+      threshold=jnp.float32(level),
+      measure=Through(lens),
+      min_depth=jnp.int32(first),
+      every=jnp.int32(max((last - first) // 3, 1)),
+    )
+    yield Trial(
+      "CALM, lens",
+      f"{promise:.0%} agree",
+      bench.fast,
+      Partial(through_lens, stack=leave, lens=lens),
+      exact=plain,
+    )
+
+
+def plans(bench: Bench) -> Iterator[Trial]:
+  """Layers left out for all tokens: evenly, and as evolution finds them."""
+  total = bench.layers
+  everything = Partial(unified_skip, kept=jnp.arange(total))
+  exact = bench.exact(bench.fast, everything)
+  kept = kept_layers(total, total / (total - max(total // 10, 1)), rounded=True)
+  stack = Partial(unified_skip, kept=jnp.asarray(kept))
+  setting = f"{len(kept)} of {total} layers"
+  yield Trial("Unified skipping", setting, bench.fast, stack, exact=exact)
+  bench.say("evolving plans")
+  drops = max(total // 10, 1), max(total // 30, 1)
+  found = evolve(
+    divergence(bench.model, jnp.asarray(bench.text.train[:8])),
+    total,
+    drops,
+    generations=max(bench.config.steps // 8, 1),
+    offspring=6,
+    stages=((2, 1), (1, 3)),
+    progress=bench.tick,
+  )
+  whole = Partial(by_plan, plan=jnp.ones((total, 2), bool))
+  yield Trial(
+    "EvoPress",
+    f"{drops[0]} attention, {drops[1]} feed-forward dropped",
+    bench.fast,
+    Partial(by_plan, plan=jnp.asarray(found.plan)),
+    regimes=("decode", "prompt"),
+    exact=bench.exact(bench.fast, whole),
+  )
+
+
+def skips(bench: Bench) -> Iterator[Trial]:
+  """FFN-SkipLLM: feed-forward layers that no longer move the token."""
+  cold = bench.layers // 3
+  skip = lambda level: Partial(
+    ffn_skip,
+    threshold=jnp.float32(level),
+    cold_first=jnp.int32(cold),
+    cold_last=jnp.int32(2),
+    budget=jnp.float32(0.15),
+  )
+  exact = bench.exact(bench.fast, skip(2.0))
+  for level in (0.99, 0.97):
+    setting = f"cosine {level}"
+    yield Trial("FFN-SkipLLM", setting, bench.fast, skip(level), exact=exact)
+
+
+def neurons(bench: Bench) -> Iterator[Trial]:
+  """CoreInfer: the neurons that the prompt used most."""
+  cold = bench.layers // 5
+
+  def prime(model, prompt, share):
+    core = core_of(
+      model,
+      prompt,
+      share=share,
+      cold_first=cold,
+      cold_last=max(cold // 2, 1),
+    )
+    return Partial(by_neurons, neurons=core, first=jnp.int32(cold))
+
+  def gap(prompt):
+    """At share 1, token by token behind half of the prompt."""
+    half = prompt.shape[1] // 2
+    cache = bench.fast.empty_cache(1, prompt.shape[1])
+    cache = bench.fast(prompt[:, :half], cache).cache
+    stack = prime(bench.fast, prompt[:, :half], 1.0)
+    one = prompt[:, half : half + 1]
+    thin, whole = (
+      bench.fast(one, cache, stack=s) for s in (stack, decode.FULL)
+    )
+    return float(jnp.abs(thin.logits - whole.logits).max())
+
+  exact = gap(bench.probe[:1, :32])
+  for share in (0.8, 0.6):
+    yield Trial(
+      "CoreInfer",
+      f"{share:.0%} of the neurons",
+      bench.fast,
+      prime=functools.partial(prime, share=share),
+      exact=exact,
+    )
+
+
+def modules(bench: Bench) -> Iterator[Trial]:
+  """Adaptive Computation Modules: cut, distilled, gated, adapted."""
+  student = surgery.to_acm(bench.model, 4, tokens=bench.text.train[:4])
+  exact = bench.exact(student)
+  bench.say("ACM: distilling the learners, layer by layer")
+  student = bench.teach(student, layerwise, {"learners": 2e-4}, 0.5)
+  bench.say("ACM: training the gates")
+  careful = functools.partial(gates, gain=math.inf, tolerance=0.1)
+  student = bench.teach(student, careful, {"mlp/gate": 3e-3}, 0.5)
+  bench.say("ACM: end to end, to 80 % of the learners")
+  rates = {"mlp/gate": 3e-4, "learners|norm": 5e-5}
+  student = bench.teach(student, at_budget(0.8, 0.3), rates)
+  for share in (0.9, 0.8):
+    made = bench.settled(student, share, 8.0)
+    yield Trial(
+      "ACM",
+      f"{share:.0%} of FLOPs",
+      out_major(made),
+      regimes=("decode", "prompt"),
+      exact=exact,
+    )
+
+
+def experts(bench: Bench) -> Iterator[Trial]:
+  """FactorLLM: experts of alike neurons, and a router that is taught."""
+  student = surgery.to_experts(bench.model, 4, 3)
+  exact = bench.exact(student)
+  bench.say("FactorLLM: training the routers")
+  student = bench.teach(student, layerwise, {"router": 3e-3}, 0.5)
+  bench.say("FactorLLM: end to end")
+  rates = {"router": 3e-4, "experts|norm": 5e-5}
+  student = bench.teach(student, end_to_end, rates)
+  yield Trial(
+    "FactorLLM",
+    "3 of 4 experts",
+    out_major(student),
+    regimes=("decode", "prompt"),
+    exact=exact,
+  )
+
+
+def depths(bench: Bench) -> Iterator[Trial]:
+  """Mixture-of-Depths: every fifth layer behind a router."""
+  every = next(n for n in (5, 4, 3, 2, 1) if bench.layers % n == 0)
+  student = surgery.to_mixture_of_depths(bench.model, 0.7, every=every)
+  exact = bench.exact(student)
+  bench.say("Mixture-of-Depths: end to end")
+  rates = {"router|predictor": 1e-3, "norm|mlp|attention": 5e-5}
+  student = bench.teach(student, end_to_end, rates)
+  yield Trial(
+    "Mixture-of-Depths",
+    f"70 % of the tokens in every {every}th layer",
+    out_major(student),
+    regimes=("decode", "prompt"),
+    exact=exact,
+  )
+
+
+def long(bench: Bench) -> Iterator[Trial]:
+  """Long prompts: fewer keys looked at, or kept; nothing is trained."""
+  size, blocks = bench.config.long, bench.blocks
+  block = blocks["block_q"]
+  few = max(size // 4 // block * block, block)
+  keys, decoding, prompts = f"{few} keys", ("long decode",), ("prompt",)
+  snap = lambda n: SnapKV(n, window=min(32, n), extra=bench.config.context)
+  flex = lambda gamma: FlexPrefill(gamma, min_budget=few, **blocks)
+  looks: tuple[tuple[str, str, Any, Any, tuple[str, ...]], ...] = (
+    (
+      "MInference, A-shape",
+      keys,
+      bench.a_shape(few),
+      bench.a_shape(4 * size),
+      prompts,
+    ),
+    (
+      "XAttention",
+      "0.97 of the mass",
+      XAttention(0.97, **blocks),
+      None,
+      prompts,
+    ),
+    ("FlexPrefill", "0.9 of the mass", flex(0.9), None, prompts),
+    (
+      "StreamingLLM",
+      keys,
+      StreamingLLM(4, few),
+      StreamingLLM(4, 4 * size),
+      (*decoding, *prompts),
+    ),
+    ("Quest", keys, Quest(max(few // 16, 1)), Quest(size), decoding),
+    ("SnapKV", keys, snap(few), snap(4 * size), decoding),
+  )
+  for name, setting, look, whole, regimes in looks:
+    made = with_look(bench.fast, look)
+    full = made if whole is None else with_look(bench.fast, whole)
+    yield Trial(name, setting, made, regimes=regimes, exact=bench.exact(full))
+
+
+RECIPES: dict[str, Recipe] = {
+  make.__name__: make
+  for make in (exits, plans, skips, neurons, modules, experts, depths, long)
+}
+"""Name -> recipe; `drafts` are policies, see `adapt.drafts`."""

@@ -1,0 +1,1 @@
+"""Pretrained models to make adaptive, one a file."""
