@@ -13,8 +13,8 @@ before it, so one look suffices.  It is trained on short texts, in seconds.
 `perplexity`: bytes of a real document of 100 thousand or more, held out, by a
 language model of Python's standard library.  A window is scored at once, its
 second half counted, where the context is long, token by token if the look takes
-tokens that come alone otherwise; a look that evicts reads the document from its
-start, piece by piece, through its cache.
+tokens that come alone otherwise, and piece by piece, through its cache, if it
+evicts: all are asked for the same bytes.
 
 A look is made for a budget of keys by `LookFactory` and put into the trained
 model by `with_look`.  Models are kept in runs/headlines.
@@ -305,25 +305,12 @@ def _read(model, tokens, cache):
     positions = jnp.broadcast_to(jnp.arange(count), tokens.shape)
     keys = block.project_keys(model.embed(tokens), positions)
     return look.append(cache, 0, keys).advance(count)
-  return _in_pieces(model, tokens, cache)[0]
-
-
-def _in_pieces(model, tokens, cache):
-  """`(cache, bits)`: of each token after the first of a piece, f32[N, B]."""
-  batch, count = tokens.shape
-  size = min(PIECE, cache.slots)
+  batch, size = len(tokens), min(PIECE, cache.slots)
   pieces, rest = jnp.split(tokens, [count - count % size], axis=1)
-
-  def read(cache, piece):
-    out = model(piece, cache)
-    nats = cross_entropy(out.logits[:, :-1], piece[:, 1:] % out.logits.shape[2])
-    return out.cache, nats.sum(1)
-
   pieces = jnp.moveaxis(pieces.reshape(batch, -1, size), 1, 0)
-  cache, nats = lax.scan(read, cache, pieces)
-  if rest.shape[1]:
-    cache = model(rest, cache).cache
-  return cache, nats / (size - 1)
+  read = lambda cache, piece: (model(piece, cache).cache, None)
+  cache, _ = lax.scan(read, cache, pieces)
+  return model(rest, cache).cache if rest.shape[1] else cache
 
 
 @functools.cache
@@ -372,7 +359,6 @@ def perplexity(
   budgets: Sequence[int] = TEXT_BUDGETS,
   *,
   count: int = 12,
-  length: int = 100_000,
   quick: bool = False,
 ) -> dict[int, float]:
   """Of the next byte of a long document, by budget.
@@ -381,7 +367,6 @@ def perplexity(
     factory: of the look.
     budgets: keys that a query may see.
     count: windows of `CONTEXT` bytes, spread over the document.
-    length: bytes from its start, for a look that evicts.
     quick: a model hardly trained, for smoke runs.
   """
   model, (_, text) = byte_model(quick), document()
@@ -392,7 +377,7 @@ def perplexity(
   for budget in budgets:
     looking = with_look(model, factory(budget))
     if looking.layers.attention.look.evicts:
-      nats = _stream(looking, jnp.asarray(text[None, :length]), budget)
+      nats = _stream(looking, windows[:, 0], budget)
     elif looking.layers.attention.look.alone:
       nats = score(looking, windows[:, 0], prompt=CONTEXT // 2).nats.mean()
     else:
@@ -415,10 +400,22 @@ def _windows(
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _stream(model, text, budget: int) -> Float[Array, ""]:
-  """Nats per byte of a document that is read once."""
-  cache = model.empty_cache(1, budget)
-  return _in_pieces(model, text, cache)[1].mean()
+def _stream(
+  model: DecoderLM, windows: Int[Array, "N T"], budget: int
+) -> Float[Array, ""]:
+  """Nats per byte of the second halves, windows being read through a cache."""
+  cache = model.empty_cache(len(windows), budget)
+  size = min(PIECE, cache.slots)
+  cut = lambda a: jnp.moveaxis(a.reshape(len(a), -1, size), 1, 0)
+
+  def read(cache, piece):
+    text, following = piece
+    out = model(text, cache)
+    return out.cache, cross_entropy(out.logits, following).mean()
+
+  pieces = cut(windows[:, :-1]), cut(windows[:, 1:])
+  _, nats = lax.scan(read, cache, pieces)
+  return nats[len(nats) // 2 :].mean()
 
 
 def curves(name: str, factory: LookFactory, quick: bool) -> list[BudgetCurve]:
@@ -427,7 +424,7 @@ def curves(name: str, factory: LookFactory, quick: bool) -> list[BudgetCurve]:
   text: dict[str, Any] = {}
   if quick:
     needle = {"budgets": (64,), "length": 256, "count": 8, "quick": True}
-    text = {"budgets": (64,), "length": 512, "count": 1, "quick": True}
+    text = {"budgets": (64,), "count": 1, "quick": True}
   found = {}
   if name not in NO_NEEDLES:
     found[ACCURACY] = accuracy(factory, **needle)
