@@ -7,6 +7,7 @@ import numpy as np
 
 from adaptivejax.core import (
   block_lists,
+  block_masks,
   buckets,
   depth,
   experts,
@@ -151,7 +152,7 @@ def _positions(x):
 
 def _attend_blocks(sinks, x, level):
   mask = (x["score"] > level)[:, None, None]
-  mask &= block_lists.causal_blocks(T, T, block_q=BLOCK, block_kv=BLOCK)
+  mask &= block_masks.causal_blocks(T, T, block_q=BLOCK, block_kv=BLOCK)
   whole = jnp.ones_like(mask) & (level < 0)
   lists = block_lists.lists_from_mask(
     mask | whole, block_q=BLOCK, block_kv=BLOCK
