@@ -26,6 +26,7 @@ from adaptivejax.core.budget import solve_setting
 from adaptivejax.methods.attention import (
   Budgets,
   FlexPrefill,
+  Kinetics,
   MInference,
   Quest,
   XAttention,
@@ -333,8 +334,8 @@ def long(bench: Bench) -> Iterator[Trial]:
     ),
     (
       "XAttention",
-      "0.97 of the mass",
-      XAttention(0.97, **blocks),
+      "0.96 of the mass",
+      XAttention(0.96, **blocks),
       None,
       prompts,
     ),
@@ -347,6 +348,13 @@ def long(bench: Bench) -> Iterator[Trial]:
       (*decoding, *prompts),
     ),
     ("Quest", keys, Quest(max(few // 16, 1)), Quest(size), decoding),
+    (
+      "Kinetics, blocks",
+      keys,
+      Kinetics(max(few // 16 - 5, 1)),
+      Kinetics(size),
+      decoding,
+    ),
     ("SnapKV", keys, snap(few), snap(4 * size), decoding),
   )
   for name, setting, look, whole, regimes in looks:
