@@ -266,7 +266,7 @@ def modules(bench: Bench) -> Iterator[Trial]:
   student = bench.teach(student, layerwise, {"learners": 2e-4}, 0.5)
   bench.say("ACM: training the gates")
   careful = functools.partial(gates, gain=math.inf, tolerance=0.1)
-  student = bench.teach(student, careful, {"mlp/gate": 3e-3}, 0.5)
+  student = bench.teach(student, careful, {"mlp/gate": 3e-3})
   bench.say("ACM: end to end, to 80 % of the learners")
   rates = {"mlp/gate": 3e-4, "learners|norm": 5e-5}
   student = bench.teach(student, at_budget(0.8, 0.3), rates)
