@@ -40,7 +40,7 @@ class Sizes(NamedTuple):
   """How much of everything."""
 
   prompt: int = 32
-  steps: int = 32
+  steps: int = 16
   prefill: int = 256
   seconds: float = 20.0
 
@@ -117,7 +117,7 @@ def _beside_transformers(loaded, fast, prompts, sizes, cases) -> Iterator[Row]:
   read = lambda i: _prefill(fast, jnp.asarray(long))
   theirs = _transformers(loaded)
   if theirs is None:
-    speed = interleave([ours, read], seconds=sizes.seconds)
+    speed = interleave([ours, read], seconds=sizes.seconds, least=3)
     yield Row.of("plain", "tokens/s", [sizes.steps / t for t in speed[0]])
     rate = [sizes.prefill / t for t in speed[1]]
     yield Row.of("plain", "prefill tokens/s", rate)
@@ -125,12 +125,14 @@ def _beside_transformers(loaded, fast, prompts, sizes, cases) -> Iterator[Row]:
   write, answer = theirs
   if "plain" in cases:
     calls = [ours, lambda i: write(prompts[i % PROMPTS], sizes.steps)]
-    a, b = interleave(calls, seconds=sizes.seconds)
+    a, b = interleave(calls, seconds=sizes.seconds, least=3)
     yield Row.of("plain", "tokens/s", [sizes.steps / t for t in a])
     yield Row.of("plain", "transformers tokens/s", [sizes.steps / t for t in b])
     ratio = [y / x for x, y in zip(a, b)]
     yield Row.of("plain", "decode / transformers", ratio, target=1.0)
-    a, b = interleave([read, lambda i: answer(long)], seconds=sizes.seconds)
+    a, b = interleave(
+      [read, lambda i: answer(long)], seconds=sizes.seconds, least=3
+    )
     yield Row.of("plain", "prefill tokens/s", [sizes.prefill / t for t in a])
     ratio = [y / x for x, y in zip(a, b)]
     yield Row.of("plain", "prefill / transformers", ratio, target=1.2)
@@ -153,7 +155,7 @@ def _beside_transformers(loaded, fast, prompts, sizes, cases) -> Iterator[Row]:
       policy=policy,
     )
     help = lambda i: write(prompts[i % PROMPTS], sizes.steps, exit)
-    a, b = interleave([draft, help], seconds=sizes.seconds)
+    a, b = interleave([draft, help], seconds=sizes.seconds, least=3)
     ratio = [y / x for x, y in zip(a, b)]
     yield Row.of("assisted", "tokens/s", [sizes.steps / t for t in a])
     yield Row.of("assisted", "self-speculation / transformers'", ratio)

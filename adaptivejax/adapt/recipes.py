@@ -26,6 +26,7 @@ from adaptivejax.core.budget import solve_setting
 from adaptivejax.methods.attention import (
   Budgets,
   FlexPrefill,
+  Kinetics,
   MInference,
   Quest,
   XAttention,
@@ -265,7 +266,7 @@ def modules(bench: Bench) -> Iterator[Trial]:
   student = bench.teach(student, layerwise, {"learners": 2e-4}, 0.5)
   bench.say("ACM: training the gates")
   careful = functools.partial(gates, gain=math.inf, tolerance=0.1)
-  student = bench.teach(student, careful, {"mlp/gate": 3e-3}, 0.5)
+  student = bench.teach(student, careful, {"mlp/gate": 3e-3})
   bench.say("ACM: end to end, to 80 % of the learners")
   rates = {"mlp/gate": 3e-4, "learners|norm": 5e-5}
   student = bench.teach(student, at_budget(0.8, 0.3), rates)
@@ -333,8 +334,8 @@ def long(bench: Bench) -> Iterator[Trial]:
     ),
     (
       "XAttention",
-      "0.97 of the mass",
-      XAttention(0.97, **blocks),
+      "0.96 of the mass",
+      XAttention(0.96, **blocks),
       None,
       prompts,
     ),
@@ -347,6 +348,13 @@ def long(bench: Bench) -> Iterator[Trial]:
       (*decoding, *prompts),
     ),
     ("Quest", keys, Quest(max(few // 16, 1)), Quest(size), decoding),
+    (
+      "Kinetics, blocks",
+      keys,
+      Kinetics(max(few // 16 - 5, 1)),
+      Kinetics(size),
+      decoding,
+    ),
     ("SnapKV", keys, snap(few), snap(4 * size), decoding),
   )
   for name, setting, look, whole, regimes in looks:
