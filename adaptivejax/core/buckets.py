@@ -88,21 +88,25 @@ def bucketed(
   if cover is not None:
     _check_cover(cover, mask.size)
   layout = layout_of(mask.shape)
-  if layout.axes:
-    local = functools.partial(_local, f, keep, cover)
-    return on_each_device(local, (x, mask), operands, layout)
-  cover = cover or default_cover(mask.size)
-  call = _flatten(f, x, mask, operands, keep, cover.sizes)
-  run = _executor(call.f, cover, keep)
   try:
-    y, slots = run(call.theta, call.x, call.mask)
+    if layout.axes:
+      local = functools.partial(_local, f, keep, cover)
+      return on_each_device(local, (x, mask), operands, layout)
+    return _bucketed(f, x, mask, operands, keep, cover)
   except TypeError as error:
-    if "forward-mode" not in str(error):
+    if "forward-mode" not in str(error) and "unhashable" not in str(error):
       raise
     raise ValueError(
       "`bucketed` has no forward-mode derivative (`jvp`, `jacfwd`): use its"
       " dense twin `masked`, which takes the same arguments."
     ) from error
+
+
+def _bucketed(f, x, mask, operands, keep, cover):
+  cover = cover or default_cover(mask.size)
+  call = _flatten(f, x, mask, operands, keep, cover.sizes)
+  run = _executor(call.f, cover, keep)
+  y, slots = run(call.theta, call.x, call.mask)
   return call.unflatten(y), _price(call, slots)
 
 

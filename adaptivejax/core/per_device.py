@@ -11,9 +11,11 @@ rows.  Where there is an ambient mesh (`jax.set_mesh`) with axes of these names,
 
 adaptive operations run in a `jax.shard_map` of their own over the first four:
 predicates are local, a device with few selected items is done early, and what
-they cost is summed.  The compiler goes on to shard over `model`.  Nothing else
-changes: without a mesh, inside of a `shard_map` over these axes, or where they
-do not divide the batch, an operation runs as it is written.
+they cost is summed.  The compiler goes on to shard over `model`.  Without a
+mesh, and inside of a `shard_map`, an operation runs as it is written.  Axes
+that do not divide the batch are left out, the last first: then devices repeat
+one another's work, which no cost counts.  What a row-wise `f` closes over must
+be given as an operand, as inside of `shard_map`.
 
 Axis types must be `jax.sharding.AxisType.Auto`.
 """
@@ -31,8 +33,9 @@ from jaxtyping import Array
 EXPERT_AXIS = "expert"
 BATCH_AXES = "data", "fsdp", EXPERT_AXIS
 TOKEN_AXIS = "seq"
-WHOLE = P()
 WIDTH_AXIS = "model"
+OURS = *BATCH_AXES, TOKEN_AXIS, WIDTH_AXIS
+WHOLE = P()
 
 
 class Layout(NamedTuple):
@@ -54,7 +57,8 @@ class Layout(NamedTuple):
   @property
   def spec(self) -> P:
     """Of an array of items."""
-    return P(self.batch or None, self.tokens or None)
+    batch = self.batch or None
+    return P(batch, self.tokens) if self.tokens else P(batch)
 
 
 def layout_of(lead: Sequence[int]) -> Layout:
@@ -65,12 +69,25 @@ def layout_of(lead: Sequence[int]) -> Layout:
 
 
 def auto_axes() -> dict[str, int]:
-  """The ambient mesh: axes that the compiler shards over, and their sizes."""
+  """The ambient mesh: axes that the compiler shards over, and their sizes.
+
+  None inside of a `jax.shard_map`, whatever axes that is over.
+
+  Raises:
+    ValueError: an axis of our names is `Explicit`.
+  """
   mesh = jax.sharding.get_abstract_mesh()
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+  if AxisType.Manual in kinds.values():
+    return {}
+  explicit = [name for name in OURS if kinds.get(name) == AxisType.Explicit]
+  if explicit:
+    raise ValueError(
+      f"mesh axes {explicit} are Explicit, as `jax.make_mesh` makes them: give"
+      " it `axis_types=(jax.sharding.AxisType.Auto,) * n`."
+    )
   return {
-    name: mesh.shape[name]
-    for name, kind in zip(mesh.axis_names, mesh.axis_types)
-    if kind == AxisType.Auto
+    n: mesh.shape[n] for n, kind in kinds.items() if kind == AxisType.Auto
   }
 
 
@@ -101,11 +118,12 @@ def on_each_device(
     y, cost = f(items, shared)
     return y, jax.tree.map(lambda a: lax.psum(a, layout.axes), cost)
 
+  single = (name for name, size in auto_axes().items() if size == 1)
   return jax.shard_map(
     local,
     in_specs=(layout.spec, specs),
     out_specs=(layout.spec, P()),
-    axis_names={*layout.axes, *axes},
+    axis_names={*layout.axes, *axes, *single},
   )(items, shared)
 
 
@@ -119,7 +137,9 @@ def settled(x: Array) -> Array:
 
 
 def dividing(names: Sequence[str], size: int) -> tuple[str, ...]:
-  """Axes of the ambient mesh of these names; none if they do not divide."""
+  """Axes of the ambient mesh of these names: the first that divide `size`."""
   mesh = auto_axes()
   there = tuple(name for name in names if mesh.get(name, 1) > 1)
-  return there if size % math.prod(mesh[name] for name in there) == 0 else ()
+  while size % math.prod(mesh[name] for name in there):
+    there = there[:-1]
+  return there

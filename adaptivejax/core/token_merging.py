@@ -227,7 +227,8 @@ def settle_slots(
   total = _added(jnp.where(goes, weight, 0), jnp.where(goes, into, -1))
   of = lambda a: jnp.take_along_axis(a, jnp.maximum(into, 0), axis=1)
   place, total = jnp.where(goes, of(place), -1), of(total)
-  share = jnp.where(goes & (total != weight), weight / total, 1)
+  part = weight / jnp.where(total > 0, total, 1)
+  share = jnp.where(goes & (total != weight), part, 1)
   wide = jnp.where(goes[..., None], x, 0).astype(jnp.float32)
   mean = _added(wide * share[..., None], place, slots).astype(x.dtype)
   return mean, _added(jnp.where(goes, size, 0), place, slots), place

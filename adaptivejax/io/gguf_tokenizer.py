@@ -61,7 +61,8 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
   if isinstance(template, str):
     files["chat_template.jinja"] = template.encode("utf-8")
   said = {k.removeprefix("tokenizer.ggml."): v for k, v in metadata.items()}
-  if said.get("model") == "gpt2" and said.get("pre") in CUTS:
+  cut = said.get("pre")
+  if said.get("model") == "gpt2" and isinstance(cut, str) and cut in CUTS:
     text = json.dumps(_tokenizer(said), ensure_ascii=False, indent=2)
     files["tokenizer.json"] = text.encode("utf-8")
   return files

@@ -2,6 +2,7 @@
 """JSON from strangers: one meaning or a ValueError."""
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,7 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
       text.decode("utf-8"),
       object_pairs_hook=_object,
       parse_constant=_refuse,
+      parse_float=_finite,
     )
   except RecursionError:
     raise ValueError(f"{where} nests too deeply to be meant.") from None
@@ -40,6 +42,13 @@ def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
       raise ValueError(f"the key {key!r} is there twice")
     found[key] = value
   return found
+
+
+def _finite(text: str) -> float:
+  value = float(text)
+  if not math.isfinite(value):
+    _refuse(text)
+  return value
 
 
 def _refuse(name: str):

@@ -262,17 +262,23 @@ def look_over_mesh(
 ) -> tuple[Looked, Any]:
   """`run(items, shared)`: under an ambient mesh, of the rows of each device.
 
-  So what a look sorts and chooses stays on the device (`core.per_device`).
+  So what a look sorts and chooses stays on the device (`core.per_device`); but
+  not where the mesh splits heads or tokens besides, for an operation that is on
+  each device for itself holds no other.
 
   Args:
     run: returns what was found, and the cache or None.
     items: arrays whose first axis is B.
     shared: what serves all rows.
   """
+  mesh = auto_axes()
   layout = Layout(dividing(BATCH_AXES, items[0].shape[0]))
-  if not layout.axes:
+  split = {name for name, size in mesh.items() if size > 1}
+  if not layout.axes or split - {
+    *layout.axes
+  }:  # heads, tokens: `core.per_head`
     return run(items, shared)
-  devices = math.prod(auto_axes()[name] for name in layout.axes)
+  devices = math.prod(mesh[name] for name in layout.axes)
 
   def local(items, shared):
     found, cache = run(items, shared)

@@ -80,6 +80,16 @@ class Mlp(nnx.Module):
     return y, cost, Signals.none()
 
 
+def _check_linear(mlp: Mlp) -> None:
+  """Raises ValueError if kernels are not stored as [in, out]."""
+  for layer in (mlp.up, mlp.gate, mlp.down):
+    if layer is not None and not isinstance(layer, nnx.Linear):
+      raise ValueError(
+        f"layers of {type(layer).__name__} are not cut into parts or joined: do"
+        " it first, and store kernels otherwise (`out_major`) afterwards."
+      )
+
+
 def split_mlp(
   mlp: Mlp, parts: int, order: Int[Array | np.ndarray, " F"] | None = None
 ) -> Mlp:
@@ -96,6 +106,7 @@ def split_mlp(
   Raises:
     ValueError: a remainder, or not one place for each neuron.
   """
+  _check_linear(mlp)
   hidden = mlp.down.kernel.shape[0]
   if parts < 1 or hidden % parts:
     raise ValueError(f"{parts=} must divide the {hidden} hidden neurons.")
@@ -132,6 +143,7 @@ def split_mlp(
 
 def join_mlp(parts: Mlp) -> Mlp:
   """The layer that is the sum of its parts: undoes `split_mlp`."""
+  _check_linear(parts)
   whole = jax.tree.map(lambda a: a, parts)  # a copy
   for layer in (whole.up, whole.gate):
     if layer is not None:

@@ -65,7 +65,13 @@ def row_exit(
       f" stacks {type(layers).__name__}."
     )
   total, every = layer_count(layers), jnp.maximum(every, 1)
-  mean = lambda x: x.mean(1, dtype=jnp.float32).astype(x.dtype)
+  there = (positions >= 0)[..., None]
+  count = jnp.maximum(there.sum(1, dtype=jnp.float32), 1)
+
+  def mean(x):
+    total = jnp.where(there, x, 0).sum(1, dtype=jnp.float32)
+    return (total / count).astype(x.dtype)
+
   due = lambda l: (l + 1 >= min_depth) & ((l + 1) % every == 0)
 
   def layer(block, l, x, cost, live):

@@ -173,8 +173,14 @@ def layers_due(at: Sequence[int] | Bool[Array, " L"] | None, total: int):
   """Which layers are meant, bool[L]: their numbers from 0, a mask, or all."""
   if at is None:
     return jnp.ones(total, bool)
-  if hasattr(at, "dtype"):
-    return jnp.asarray(at)
+  if getattr(at, "dtype", None) == jnp.bool_:
+    mask = jnp.asarray(at)
+    if mask.shape != (total,):
+      raise ValueError(
+        f"a mask of layers must be bool[{total}]; got {mask.shape}."
+      )
+    return mask
+  at = [int(l) for l in at]
   bad = [l for l in at if not 0 <= l < total]
   if bad:
     raise ValueError(f"{at=} must name layers in 0..{total - 1}.")

@@ -34,12 +34,14 @@ def to_mixture_of_depths(
     seed: of the routers.
   """
   rngs, features = nnx.Rngs(seed), model.config.features
+  dtype = model.embedding.get_value().dtype
 
   def route(layer):
     routed = MixtureOfDepths(layer, features, capacity=capacity, rngs=rngs)
     last = routed.router.outer
     last.kernel.set_value(last.kernel.get_value() * TIES)
     last.bias = nnx.Param(jnp.ones(1))
+    routed.router = jax.tree.map(lambda a: a.astype(dtype), routed.router)
     return routed
 
   if every == 1:

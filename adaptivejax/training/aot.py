@@ -25,7 +25,13 @@ from adaptivejax.training.collectives import (
   kernels,
 )
 from adaptivejax.training.config import TrainConfig
-from adaptivejax.training.mesh import Placed, batch_spec, make_mesh, place
+from adaptivejax.training.mesh import (
+  Placed,
+  batch_spec,
+  check_batch,
+  make_mesh,
+  place,
+)
 from adaptivejax.training.optimizer import make_optimizer
 from adaptivejax.training.placement import abstract_start
 from adaptivejax.training.step import make_step
@@ -88,6 +94,7 @@ def compile_step(config: TrainConfig, topology: str) -> Compiled:
   chip, devices = devices_of(topology)
   began = time.perf_counter()
   mesh = make_mesh(config.mesh, devices)
+  check_batch(config.data.batch, mesh)
   optimizer = make_optimizer(config.optimizer, config.steps)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     where, join, state = abstract_start(config, optimizer, mesh)
@@ -108,6 +115,7 @@ def compile_step(config: TrainConfig, topology: str) -> Compiled:
 def places(config: TrainConfig, devices: Sequence[jax.Device]) -> list[Placed]:
   """Where each array of the state of `config` lies on these devices."""
   mesh = make_mesh(config.mesh, devices)
+  check_batch(config.data.batch, mesh)
   optimizer = make_optimizer(config.optimizer, config.steps)
   _, _, state = abstract_start(config, optimizer, mesh)
   return place(state, config.mesh, mesh)

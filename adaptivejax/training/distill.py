@@ -128,6 +128,18 @@ def by_path(
   Raises:
     ValueError: a pattern that finds no parameter.
   """
+  if not rates or "" in rates:
+    raise ValueError(
+      f"{rates=} must name at least one parameter, by expressions that are not"
+      " empty: what none finds does not move."
+    )
+  for pattern in rates:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(
+        f"{pattern!r} of `rates` is no regular expression: {error}."
+      ) from None
   labels = jax.tree_util.tree_map_with_path(
     lambda path, _: _rule(tuple(rates), [k.key for k in path]) or "", params
   )

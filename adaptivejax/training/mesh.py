@@ -79,7 +79,19 @@ class MeshConfig:
       if size < 1 and not (name == "data" and size == -1):
         raise ValueError(f"mesh.{name}={size} must be at least 1 device")
     for pattern, axes in self.rules:
-      unknown = {a for a in axes if a is not None} - set(AXES)
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise ValueError(
+          f"the rule {pattern!r} is no regular expression: {error}"
+        ) from None
+      named = [a for a in axes if a is not None]
+      if isinstance(axes, str) or len({*named}) < len(named):
+        raise ValueError(
+          f"the rule {pattern!r} must give a tuple of different mesh axes, or"
+          f" None, for the last axes of an array; got {axes!r}"
+        )
+      unknown = {*named} - set(AXES)
       if unknown:
         raise ValueError(
           f"the rule {pattern!r} names {sorted(unknown)}: mesh axes are {AXES}"
@@ -114,6 +126,16 @@ def make_mesh(
   return jax.make_mesh(
     tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices
   )
+
+
+def check_batch(rows: int, mesh: Mesh | AbstractMesh) -> None:
+  """Raises ValueError unless the mesh divides the rows of a batch."""
+  split = math.prod(mesh.shape[name] for name in BATCH_AXES)
+  if rows % split:
+    raise ValueError(
+      f"data.batch={rows} must be a multiple of {split}, the devices over which"
+      " the mesh splits it (data x fsdp x expert)"
+    )
 
 
 def batch_spec() -> P:

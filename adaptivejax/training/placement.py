@@ -25,6 +25,7 @@ from adaptivejax.training.config import TrainConfig
 from adaptivejax.training.mesh import (
   MeshConfig,
   batch_spec,
+  check_batch,
   make_mesh,
   shardings,
 )
@@ -72,6 +73,7 @@ def start(
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     return Placement(None, None), join, state
   mesh = make_mesh(config.mesh)
+  check_batch(config.data.batch, mesh)
   make = lambda: _first(config, optimizer)
   state, rest = jax.eval_shape(make)
   where = shardings(state, config.mesh, mesh)

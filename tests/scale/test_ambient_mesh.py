@@ -70,6 +70,26 @@ def test_each_device_computes_its_own_rows():
     )
     assert cost.capacity == slots
 
+    flat, row = x[..., 0].reshape(-1), mask.reshape(-1)  # of one axis
+    with jax.set_mesh(mesh):
+      found = jax.jit(lambda a, m: core.bucketed(jnp.tanh, a, m)[0])(flat, row)
+    close(found, core.masked(jnp.tanh, flat, row)[0])
+
+    user = jax.shard_map(  # over another axis only: as it is written
+      lambda *args: loss(core.bucketed)(*args)[1][0],
+      in_specs=P(), out_specs=P(), axis_names={"model"}, check_vma=False,
+    )
+    with jax.set_mesh(mesh):
+      close(jax.jit(user)(x, mask, w1, w2), slopes[0])
+
+    try:
+      with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+        core.bucketed(jnp.tanh, x, mask)
+    except ValueError as error:
+      assert "AxisType.Auto" in str(error), error
+    else:
+      raise AssertionError("explicit axes are not refused")
+
     alone = jax.jit(lambda x, mask: core.bucketed(jnp.tanh, x, mask)[0])
     with jax.set_mesh(mesh):  # three rows are not split over four devices
       close(alone(x[:3], mask[:3]), core.masked(jnp.tanh, x[:3], mask[:3])[0])
@@ -143,3 +163,36 @@ def test_experts_and_sparse_attention(axes):
       assert not any(wide in line for line in gathers), gathers
   """
   )
+
+
+def test_sparse_prefill_and_decoding():
+  """Gradients through lists that a look makes, and text from a cache."""
+  run("""
+    from adaptivejax import decode
+    from adaptivejax.core.losses import cross_entropy
+    from adaptivejax.methods.attention import Quest, XAttention
+    from adaptivejax.models import DecoderConfig, DecoderLM
+    from adaptivejax.nn import with_look
+
+    config = DecoderConfig(
+      vocab=13, layers=1, features=16, hidden=32, heads=4, kv_heads=4
+    )
+    model = DecoderLM(config, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(2), (8, 32), 0, 13)
+    look = XAttention(0.6, stride=2, block_q=8, block_kv=8)
+    sparse = with_look(model, look)
+
+    def loss(model, tokens):
+      logits = model(tokens).logits
+      return cross_entropy(logits, tokens).mean()
+
+    step = jax.jit(jax.value_and_grad(loss))
+    want = step(sparse, tokens)
+    paged = with_look(model, Quest(2, page=4, dense_layers=0))
+    text = decode.generate(paged, tokens[:, :9], steps=6).tokens
+    for axes in ({"data": 2, "model": 2, "seq": 2}, {"data": 4, "fsdp": 2}):
+      with jax.set_mesh(ambient(**axes)):
+        close(step(sparse, tokens), want)
+        got = decode.generate(paged, tokens[:, :9], steps=6).tokens
+      chex.assert_trees_all_equal(got, text)
+  """)
