@@ -143,7 +143,8 @@ def _equation_flops(eqn: jex.JaxprEqn) -> float:
     return max(jaxpr_flops(branch.jaxpr) for branch in params["branches"])
   rounds = params["length"] if name == "scan" else 1
   if name == "shard_map":  # its body is that of one device
-    rounds = math.prod(params["mesh"].shape[a] for a in params["manual_axes"])
+    sizes = params["mesh"].shape
+    rounds = math.prod(sizes[name] for name in params["newly_manual_axes"])
   return rounds * sum(jaxpr_flops(sub) for sub in subjaxprs(params))
 
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from adaptivejax import core
 from adaptivejax.core import Cost, Signals, flops
@@ -165,3 +167,17 @@ def test_flops_by_hand(f, args, want):
 def test_flops_need_only_shapes():
   shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in MATRIX]
   assert flops(jnp.matmul, *shapes) == MATMUL
+
+
+def test_flops_of_all_devices():
+  """The body of a `shard_map` is what one of them does."""
+  mesh = AbstractMesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+  f = jax.shard_map(
+    lambda x, w: x @ w,
+    mesh=mesh,
+    in_specs=(P("a"), P()),
+    out_specs=P("a"),
+    axis_names={"a"},
+  )
+  x, w = jnp.ones((8, 3)), jnp.ones((3, 5))
+  assert flops(f, x, w) == flops(jnp.matmul, x, w) == 2 * 8 * 3 * 5

@@ -21,6 +21,7 @@ from adaptivejax.core.token_merging import (
   restore,
   settle,
   settle_masked,
+  settle_slots,
 )
 
 B, N, D = 3, 11, 5
@@ -272,3 +273,15 @@ def test_rungs_that_do_not_fit_are_refused(rungs):
   x = jnp.ones((1, 8, 1))
   with pytest.raises(ValueError, match="ascend to the 8 slots"):
     on_rung(lambda x: (x, 0), x, jnp.asarray([3]), rungs=rungs)
+
+
+def test_a_slot_that_nobody_weighs_has_no_gradient():
+  """0 / 0 behind a `where` would be NaN in the derivative."""
+  into = jnp.array([[-1, 1, 2]])  # the first is given up
+  x, size = jnp.ones((1, 3, 2)), jnp.ones((1, 3))
+
+  def total(weight):
+    return settle_slots(x, size, into, weight)[0].sum()
+
+  slope = jax.grad(total)(jnp.array([[0.2, 0.3, 0.5]]))
+  assert np.isfinite(slope).all()

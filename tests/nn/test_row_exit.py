@@ -106,3 +106,20 @@ def test_what_does_not_fit_is_refused():
   stack = Partial(row_exit, rule=Partial(above, 0.0))
   with pytest.raises(ValueError, match="`EncoderLayer`"):
     decoder()(TOKENS % 13, stack=stack)
+
+
+def test_the_rule_does_not_see_padding():
+  """Two tokens more of it at the end of every row change nothing."""
+  lengths = jnp.minimum(jnp.asarray(LENGTHS), TOKENS.shape[1] - 2)
+
+  def keep(l, said, pooled, memory):
+    del said, memory
+    return jnp.zeros(B, bool), jnp.where(l == L - 1, pooled, 0)
+
+  def seen(tokens):
+    stack = Partial(row_exit, rule=Partial(keep), memory=jnp.zeros((B, D)))
+    return encoder()(tokens, lengths=lengths, stack=stack).notes
+
+  short, long = seen(TOKENS[:, :-2]), seen(TOKENS)
+  assert np.abs(short).max() > 0.1
+  np.testing.assert_allclose(short, long, atol=1e-5)

@@ -121,6 +121,17 @@ def test_joined_parts_are_the_layer_again(name):
   assert shapes(whole) == shapes(model())
 
 
+def test_half_precision():
+  half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), model())
+  routed = surgery.to_mixture_of_depths(half)
+  assert np.isfinite(np.asarray(routed(TOKENS).logits)).all()
+
+
+def test_kernels_stored_otherwise_are_not_cut():
+  with pytest.raises(ValueError, match="out_major"):
+    surgery.to_acm(out_major(model()), 2)
+
+
 def test_bad_input():
   with pytest.raises(ValueError, match="layer 0 is no ACM"):
     surgery.to_dense(model())

@@ -203,3 +203,12 @@ def test_bad_input():
   routed = surgery.to_mixture_of_depths(teacher())
   with pytest.raises(ValueError, match="Group"):
     d.layerwise(routed, teacher(), TOKENS, KEY)
+
+
+@pytest.mark.parametrize(
+  ("rates", "says"),
+  [({}, "at least one"), ({"": 1.0}, "not empty"), ({"(": 1.0}, "regular")],
+)
+def test_rates_that_say_nothing(rates, says):
+  with pytest.raises(ValueError, match=says):
+    d.by_path(rates, {"a": jnp.ones(2)})
