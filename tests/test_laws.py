@@ -107,14 +107,22 @@ def test_what_does_not_apply_is_said_in_words(case):
   assert all(len(reason.split()) > 2 for reason in case.unless.values())
 
 
+def oracle(f, case):
+  """What `f` makes of the case; compiled, unless it is written in NumPy."""
+  try:
+    return jax.jit(f)(*given(case))
+  except jax.errors.TracerArrayConversionError:
+    return f(*given(case))
+
+
 @law("full")
 def test_full_budget_is_dense(case):
-  close(result(case, "full")[0], jax.jit(case.dense)(*given(case)))
+  close(result(case, "full")[0], oracle(case.dense, case))
 
 
 @law("none")
 def test_no_budget_is_the_least(case):
-  close(result(case, "none")[0], jax.jit(case.least)(*given(case)))
+  close(result(case, "none")[0], oracle(case.least, case))
 
 
 @law("oracle")
