@@ -43,36 +43,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from adaptivejax.training.chips import H100
 from benchmarks.harness import Options, Row, main
 
 SMS = 132
 MACS_PER_CYCLE = 2048  # of one multiprocessor, 16-bit operands
-H100 = f"""
-gpu_device_info {{
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: {SMS}
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  cuda_compute_capability {{ major: 9 }}
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 7 }}
-runtime_version {{ major: 12 minor: 8 patch: 0 }}
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 @dataclasses.dataclass(frozen=True)

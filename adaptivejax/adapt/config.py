@@ -5,11 +5,12 @@ A config file is Python: `def config() -> AdaptConfig`.  The fields below can be
 set on the command line (`--steps 20`), the callables cannot.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from adaptivejax.training.config import run_config
 
 RECIPES = (
   "drafts",
@@ -95,23 +96,5 @@ class AdaptConfig:
 
 
 def load_config(path: Path) -> AdaptConfig:
-  """Runs a config file and returns what its `config()` returns.
-
-  Raises:
-    ValueError: no such file, or it has no function `config` that returns an
-      `AdaptConfig`, or it fails; the line names the place.
-  """
-  spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-  if not path.is_file() or spec is None or spec.loader is None:
-    raise ValueError(f"{path} is no config file: name a Python file")
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    config = module.config()
-  except Exception as error:
-    raise ValueError(
-      f"{path} fails: {type(error).__name__}: {error}"
-    ) from error
-  if not isinstance(config, AdaptConfig):
-    raise ValueError(f"{path}: `config()` must return an AdaptConfig")
-  return config
+  """What the function `config` of a file returns (`training.config`)."""
+  return run_config(path, AdaptConfig)

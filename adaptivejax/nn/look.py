@@ -267,7 +267,8 @@ def look_over_mesh(
   each device for itself holds no other.
 
   Args:
-    run: returns what was found, and the cache or None.
+    run: returns what was found, its penalty a mean over rows, and the cache or
+      None.
     items: arrays whose first axis is B.
     shared: what serves all rows.
   """

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flax import nnx
 
@@ -21,6 +21,7 @@ from adaptivejax.training.mesh import MeshConfig
 from adaptivejax.training.optimizer import OptimizerConfig
 from adaptivejax.training.schedules import Schedule
 
+C = TypeVar("C")
 CALLABLES = ("build", "loss", "budget")
 FREE = ("name", "steps", "eval_every", "eval_batches", "log_every")
 FREE += ("checkpoint_every", "keep")
@@ -101,11 +102,16 @@ class TrainConfig:
 
 
 def load_config(path: Path) -> TrainConfig:
+  """`run_config` of a training run."""
+  return run_config(path, TrainConfig)
+
+
+def run_config(path: Path, kind: type[C]) -> C:
   """Runs a config file and returns what its `config()` returns.
 
   Raises:
     ValueError: no such file, or it has no function `config` that returns a
-      `TrainConfig`, or it fails; the line names the place.
+      `kind`, or it fails; the line names the place.
   """
   spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
   if not path.is_file() or spec is None or spec.loader is None:
@@ -118,8 +124,11 @@ def load_config(path: Path) -> TrainConfig:
     raise ValueError(
       f"{path} fails: {type(error).__name__}: {error}"
     ) from error
-  if not isinstance(config, TrainConfig):
-    raise ValueError(f"{path}: `config()` must return a TrainConfig")
+  if not isinstance(config, kind):
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    raise ValueError(
+      f"{path}: `config()` must return {article} {kind.__name__}"
+    )
   return config
 
 
