@@ -85,7 +85,7 @@ def test_windows_of_the_two_splits_share_no_text():
 
 
 def test_digits_are_split_once():
-  pytest.importorskip("sklearn")
+  pytest.importorskip("sklearn", reason="its images: needs `.[demo]`")
   parts = beds.digits()
   assert [len(part.labels) for part in parts] == [1000, 397, 400]
   every = np.concatenate([part.pixels.reshape(-1, 64) for part in parts])

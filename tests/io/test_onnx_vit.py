@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from adaptivejax.io import load
 from adaptivejax.io.onnx_vit import onnx_to_folder
 
-onnx = pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx", reason="needs `.[vision]`, 20 MB")
 GOLDEN = Path(__file__).parents[1] / "goldens/encoders/dinov2"
 PLACES = "embeddings.position_embeddings"
 
