@@ -122,10 +122,10 @@ def test_trains_resumes_refuses_and_reports(here, capsys):
 
 
 def test_a_signal_is_the_exit_code(here, capsys, monkeypatch):
-  from adaptivejax.training import loop
+  from adaptivejax.training import progress
 
   monkeypatch.setattr(
-    loop.Display, "advance", lambda *_: signal.raise_signal(signal.SIGTERM)
+    progress.Display, "advance", lambda *_: signal.raise_signal(signal.SIGTERM)
   )
   assert cli.main(["train", "config.py"]) == 128 + signal.SIGTERM
   assert (

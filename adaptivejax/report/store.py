@@ -9,8 +9,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from adaptivejax.files import write_atomically
 from adaptivejax.report import data
-from adaptivejax.report.files import write_atomically
 from adaptivejax.report.page import page
 
 FORMAT = 1

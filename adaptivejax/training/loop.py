@@ -2,20 +2,16 @@
 """The training loop: resumes by default, stops gracefully, never clobbers.
 
 A run is a function of its config.  Its state after a step is the parameters,
-the optimizer's moments, the step and the place of the data iterator; noise is
-folded from the step.  So a run that was stopped and resumed equals one that was
-not.
+the optimizer's moments, the step, the place of the data iterator, and what was
+measured since the last line of the log; noise is folded from the step.  So a
+run that was stopped or killed, and resumed, equals one that was not.
 
 Axes: N batches, B batch, S context + 1, the bytes of a window.
 """
 
-import math
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int32, Key
@@ -23,12 +19,13 @@ from jaxtyping import Array, Int32, Key
 from adaptivejax.training import data, run
 from adaptivejax.training.checkpoint import Checkpoints, load_params
 from adaptivejax.training.config import FREE, TrainConfig, load_config, settings
+from adaptivejax.training.debug import first_bad_operation
 from adaptivejax.training.optimizer import make_optimizer
 from adaptivejax.training.placement import Placement, start
-from adaptivejax.training.progress import Display, Stop, stoppable
+from adaptivejax.training.progress import Stop, stoppable
+from adaptivejax.training.recorder import Recorder
 from adaptivejax.training.step import (
   Join,
-  Metrics,
   TrainState,
   evaluate,
   make_step,
@@ -52,6 +49,7 @@ def train(
   out: Path,
   progress: bool = True,
   source: Path | None = None,
+  debug_nans: bool = False,
 ) -> TrainResult:
   """Trains, or goes on with the run in `out`; a finished run is only loaded.
 
@@ -62,23 +60,34 @@ def train(
     out: its folder, such as runs/NAME.
     progress: whether to show a bar and the evaluations.
     source: the config file, kept with the run for `adaptivejax generate`.
+    debug_nans: stop at the first step that is not finite, and say where it
+      comes from; takes more memory.
 
   Raises:
     ValueError: before a step is compiled: no such corpus, or one too small; a
-      folder that is no run; a run of other settings or another architecture.
+      folder that is no run, or that another process writes in; a run of other
+      settings or another architecture.  Later: too many steps in a row whose
+      loss or gradient is not finite.
+    OSError: the disk is full; the same command goes on.
   """
   corpus = data.load_corpus(config.data)
-  run.claim(out)
-  parts, state = _prepare(config, corpus)
-  fixed = settings(config)
-  with Checkpoints(out / "checkpoints", fixed, keep=config.keep) as checkpoints:
-    if checkpoints.latest is not None:
-      state, place = checkpoints.restore(state)
-      parts.batches.set_state(place)
+  folder, fixed = out / "checkpoints", settings(config)
+  with run.claim(out), Checkpoints(folder, fixed, keep=config.keep) as saved:
+    parts, state = _prepare(config, corpus)
+    begun, place = saved.latest, None
+    if begun is not None:
+      state, places = saved.restore(state)
+      parts.batches.set_state(places["data"])
+      place = places["log"]
     run.describe(out, {n: getattr(config, n) for n in FREE} | fixed, source)
-    recorder = _Recorder(config, out, int(state.step), visible=progress)
+    step = int(state.step)
+    recorder = Recorder(config, out, step, place, visible=progress)
     with parts.placement.ambient(), stoppable() as stop, recorder.display:
-      state = _steps(config, parts, state, checkpoints, recorder, stop)
+      for text in saved.damaged:
+        recorder.note(step, "damaged", text)
+      if 0 < step < config.steps:
+        recorder.note(step, "resumed", "goes on from its checkpoint")
+      state = _steps(config, parts, state, saved, recorder, stop, debug_nans)
   step = int(state.step)
   return TrainResult(
     model=parts.join(state.params),
@@ -133,71 +142,38 @@ def _steps(
   config: TrainConfig,
   parts: _Parts,
   state: TrainState,
-  checkpoints: Checkpoints,
-  recorder: "_Recorder",
+  saved: Checkpoints,
+  recorder: Recorder,
   stop: Stop,
+  debug_nans: bool,
 ) -> TrainState:
   """The steps that are left, or those until a signal."""
   at = parts.placement
-  update = make_step(config, parts.join, parts.optimizer, at.shardings)
+  update = make_step(
+    config, parts.join, parts.optimizer, at.shardings, donate=not debug_nans
+  )
   for step in range(int(state.step) + 1, config.steps + 1):
     batch = at.batch(next(parts.batches))
+    before = state
     state, metrics = update(state, batch, parts.noise)
+    if debug_nans and metrics["skipped"]:
+      found = first_bad_operation(update, before, batch, parts.noise)
+      raise ValueError(f"step {step} is not finite: {found}")
     recorder.add(step, metrics)
     last = step == config.steps
     ends = last or stop.number != 0
-    if ends or step % config.log_every == 0:
+    if last or step % config.log_every == 0:
       recorder.write_training(step)
     if last or step % config.eval_every == 0:
       model = parts.join(state.params)
       held_out = map(at.batch, parts.held_out)
       recorder.write_validation(step, evaluate(model, held_out))
     if ends or step % config.checkpoint_every == 0:
-      checkpoints.save(state, parts.batches.get_state())
+      recorder.settle(step)
+      if last or not recorder.streak:  # else it would hold what makes no sense
+        recorder.sync()
+        data = parts.batches.get_state()
+        saved.save(state, {"data": data, "log": recorder.place})
     if ends:
       break
   return state
-
-
-class _Recorder:
-  """Times the run, and sends its metrics to the log and the display."""
-
-  def __init__(self, config: TrainConfig, out: Path, step: int, *, visible):
-    self.tokens = config.data.batch * config.data.context
-    self.log = run.MetricsLog(out, step)
-    self.display = Display(config.name, step, config.steps, visible=visible)
-    self.began = time.perf_counter() - self.log.seconds
-    self.mark = time.perf_counter()
-    self.waiting: list[Metrics] = []
-
-  def add(self, step: int, metrics: Metrics) -> None:
-    self.waiting.append(metrics)  # on the device: nothing waits for them yet
-    self.display.advance(step)
-
-  def write_training(self, step: int) -> None:
-    """Logs the mean since the last line.
-
-    Raises:
-      ValueError: the loss is not finite; the checkpoints so far stay.
-    """
-    found = jax.device_get(self.waiting)
-    now = time.perf_counter()
-    means = {
-      name: float(sum(metrics[name] for metrics in found) / len(found))
-      for name in found[0]
-    }
-    if not math.isfinite(means["loss"]):
-      raise ValueError(
-        f"the loss is {means['loss']} at step {step}: lower"
-        " optimizer.learning_rate or optimizer.clip; older checkpoints are kept"
-      )
-    means["tokens_per_second"] = self.tokens * len(found) / (now - self.mark)
-    self.log.write(step, "train", now - self.began, means)
-    self.display.figures(means)
-    self.waiting, self.mark = [], now
-
-  def write_validation(self, step: int, metrics: Mapping[str, float]) -> None:
-    now = time.perf_counter()
-    self.log.write(step, "validation", now - self.began, metrics)
-    self.display.line(step, metrics)
-    self.mark = now

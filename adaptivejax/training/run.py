@@ -5,50 +5,98 @@ runs/NAME/run.json        the plain fields of its config, by dotted name
 runs/NAME/config.py       the config file, when the run came from one
 runs/NAME/metrics.jsonl   {"step", "split": "train" | "validation",
                            "seconds": since the start, metric: number ...}
+runs/NAME/events.jsonl    {"step", "event", "text"}: what was out of the
+                           ordinary (`training.watch`)
 runs/NAME/checkpoints/    the newest checkpoints (`training.checkpoint`)
+runs/NAME/lock            held by the process that writes here
 """
 
+import contextlib
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from adaptivejax.files import to_disk, write_atomically
+from adaptivejax.training import lock
 
-def claim(out: Path) -> None:
-  """Makes the folder; refuses one that holds something other than a run."""
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+RECORD, CONFIG = "run.json", "config.py"
+
+
+@contextlib.contextmanager
+def claim(out: Path) -> Iterator[None]:
+  """Makes the folder and holds it; nobody else writes in it meanwhile.
+
+  Raises:
+    ValueError: it holds something other than a run, or another process that
+      lives has it.
+  """
   if out.exists() and not out.is_dir():
     raise ValueError(f"{out} is a file: give the run another name")
-  record = out / "run.json"
-  if out.is_dir() and any(out.iterdir()) and not record.exists():
+  names = {path.name for path in out.iterdir()} if out.exists() else set()
+  if RECORD not in names and names - {lock.NAME}:
     raise ValueError(
       f"{out} holds something else than a run: give the run another name"
     )
   out.mkdir(parents=True, exist_ok=True)
-  record.touch()
+  with lock.locked(out):
+    (out / RECORD).touch()
+    for name in (RECORD, CONFIG, METRICS, EVENTS):
+      for draft in out.glob(f".{name}.*.part"):  # of a process that was killed
+        draft.unlink()
+    yield
 
 
 def describe(out: Path, fields: Mapping[str, Any], source: Path | None) -> None:
   """Writes the plain fields of the config, and a copy of its file, `source`."""
-  (out / "run.json").write_text(json.dumps(fields, indent=2) + "\n")
-  copy = out / "config.py"
+  files: dict[Path, str | bytes] = {
+    out / RECORD: json.dumps(fields, indent=2) + "\n"
+  }
+  copy = out / CONFIG
   if source is not None and source.resolve() != copy.resolve():
-    shutil.copyfile(source, copy)
+    files[copy] = source.read_bytes()
+  write_atomically(files)
 
 
-class MetricsLog:
-  """Appends to metrics.jsonl.
+class Lines:
+  """Appends to a file of JSON objects, a line each, each with its `step`.
 
   Opened at `step`, it drops the lines of later steps, which a run that was
   killed after its newest checkpoint leaves behind and is about to repeat.
   """
 
+  def __init__(self, path: Path, step: int):
+    self.path = path
+    self.lines = [line for line in read_lines(path) if line["step"] <= step]
+    write_atomically({path: "".join(map(_line, self.lines))})
+
+  def add(self, line: dict[str, Any]) -> None:
+    """Appends a line; a crash may cut it short, which no reader minds.
+
+    Raises:
+      OSError: there is no room for it, with what to do.
+    """
+    self.lines.append(line)
+    try:
+      with self.path.open("a") as file:
+        file.write(_line(line))
+    except OSError as error:
+      raise OSError(
+        f"{self.path} cannot be written ({error.strerror}): make room; the same"
+        " command goes on from the newest checkpoint"
+      ) from None
+
+  def sync(self) -> None:
+    """Waits until all lines would outlive a crash."""
+    to_disk(self.path)
+
+
+class MetricsLog(Lines):
+  """metrics.jsonl of a run, opened at a step."""
+
   def __init__(self, out: Path, step: int):
-    self.path = out / "metrics.jsonl"
-    self.lines = [line for line in read_metrics(out) if line["step"] <= step]
-    draft = self.path.with_suffix(".draft")
-    draft.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-    draft.replace(self.path)
+    super().__init__(out / METRICS, step)
 
   @property
   def seconds(self) -> float:
@@ -70,18 +118,40 @@ class MetricsLog:
   ) -> None:
     """Adds a line."""
     line = {"step": step, "split": split, "seconds": round(seconds, 3)}
-    self.lines.append(line | dict(metrics))
-    with self.path.open("a") as file:
-      file.write(json.dumps(self.lines[-1]) + "\n")
+    self.add(line | dict(metrics))
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-  """The lines of metrics.jsonl; a last line cut short by a crash is dropped."""
-  path = out / "metrics.jsonl"
+  """The lines of metrics.jsonl."""
+  return read_lines(out / METRICS)
+
+
+def read_events(out: Path) -> list[dict[str, Any]]:
+  """The lines of events.jsonl."""
+  return read_lines(out / EVENTS)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+  """Its objects; a last line cut short, by a crash or as yet, is left out.
+
+  Raises:
+    ValueError: a line is not of a run.
+  """
   if not path.exists():
     return []
-  return [
-    json.loads(line)
-    for line in path.read_text().splitlines(keepends=True)
-    if line.endswith("\n")
-  ]
+  text = path.read_bytes().decode("utf-8", errors="replace")
+  lines = []
+  for number, line in enumerate(text.split("\n")[:-1], 1):
+    try:
+      lines.append(json.loads(line))
+      lines[-1]["step"] + 0
+    except (ValueError, TypeError, KeyError):
+      raise ValueError(
+        f"line {number} of {path} is not of a run: the file is damaged; move it"
+        " away, or take that line out of it"
+      ) from None
+  return lines
+
+
+def _line(values: Mapping[str, Any]) -> str:
+  return json.dumps(values) + "\n"

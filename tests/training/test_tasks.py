@@ -28,7 +28,9 @@ BATCH = jnp.asarray(np.random.default_rng(0).integers(0, 13, (3, 9)))
 
 
 def said(*loads, dropped=0.0):
-  signals = Signals.none()._replace(load=tuple(map(jnp.float32, loads)))
+  each = tuple(jnp.ones((len(load), 1, 1)) for load in loads)
+  load = tuple(map(jnp.float32, loads))
+  signals = Signals.none()._replace(load=load, choices=each)
   cost = Cost.zero()._replace(dropped=jnp.float32(dropped))
   return types.SimpleNamespace(signals=signals, cost=cost)
 
