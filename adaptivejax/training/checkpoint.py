@@ -17,6 +17,7 @@ A name is given and taken by a rename, so STEP is whole whenever it is there.
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,7 @@ from jaxtyping import PyTree
 
 from adaptivejax.files import to_disk
 from adaptivejax.training import manifest
+from adaptivejax.training.quiet import no_traces
 from adaptivejax.training.step import TrainState
 
 PART, OLD, DAMAGED = ".part", ".old", ".damaged"
@@ -60,8 +62,11 @@ class Checkpoints:
     self.orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     self.worker = ThreadPoolExecutor(1, "checkpoint")
     self.pending: Future | None = None
+    self.failed = False
 
   def __enter__(self):
+    self.quiet = no_traces()
+    self.quiet.__enter__()
     return self
 
   def __exit__(self, *error):
@@ -70,6 +75,8 @@ class Checkpoints:
     finally:
       self.worker.shutdown()
       self.orbax.close()
+      if not self.failed:
+        self.quiet.__exit__(None, None, None)
 
   def save(self, state: TrainState, place: Any) -> None:
     """Copies `state` and returns; it is written in the background.
@@ -151,13 +158,20 @@ class Checkpoints:
     try:
       yield
     except Exception as error:
-      _clear(self.folder)
-      reason = str(error).strip().splitlines() or [type(error).__name__]
+      self.failed = True
+      _clear(self.folder, ignore_errors=True)  # other writes may still run
       raise OSError(
         f"the checkpoint of step {step} could not be written to {self.folder}"
-        f" ({reason[0]}): make room; the same command goes on from the newest"
-        " one that is there"
+        f" ({_reason(error)}): make room; the same command goes on from the"
+        " newest one that is there"
       ) from None
+
+
+def _reason(error: Exception) -> str:
+  """What the system said, or the beginning of what orbax did."""
+  text = str(error).strip() or type(error).__name__
+  code = re.search(r"os_error_code='(\d+)'", text)
+  return os.strerror(int(code[1])) if code else text.splitlines()[0][:200]
 
 
 def steps(folder: Path) -> list[int]:
@@ -262,12 +276,12 @@ def _is_step(name: str) -> bool:
   return name.isascii() and name.isdigit() and str(int(name)) == name
 
 
-def _clear(folder: Path) -> None:
+def _clear(folder: Path, *, ignore_errors: bool = False) -> None:
   """Deletes what was not finished, and what was to be deleted."""
   for path in folder.iterdir():
     step = path.name.partition(".")[0]
     if _is_step(step) and path.name.startswith((step + PART, step + OLD)):
-      shutil.rmtree(path)
+      shutil.rmtree(path, ignore_errors)
 
 
 def _aside(folder: Path, step: int, fault: str) -> str:

@@ -39,7 +39,9 @@ def fault(folder: Path) -> str | None:
   seal = folder / NAME
   if not seal.is_file() or seal.stat().st_size > LARGEST:
     return f"it has no {NAME}: it is of an older version, or was not finished"
-  lines = seal.read_bytes().decode("utf-8", errors="replace").splitlines()
+  *lines, end = seal.read_bytes().decode(errors="replace").split("\n")
+  if end:
+    return f"its {NAME} is cut short"
   listed = {line[66:]: line[:66] for line in lines}
   found = set(_names(folder))
   for name in sorted(found | listed.keys()):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +126,7 @@ def test_a_report_made_while_training_writes_has_whole_lines(tmp_path):
         run.MetricsLog(out, i + 1)
 
     with during(work):
-      for _ in range(15):
+      for _ in range(4):
         report.rebuild(out)
         (curve,) = json.loads((out / "report.json").read_text())["curves"]
         assert curve["loss"] == [float(step) for step in curve["steps"]]
@@ -142,9 +143,9 @@ def test_a_reader_gets_one_checkpoint_whole_while_they_come_and_go(tmp_path):
     checkpoints.save(state(1), None)
     checkpoints.wait()
     with during(lambda i: checkpoints.save(state(i + 1), None)):
-      seen = []
-      for _ in range(6):
+      seen, deadline = [], time.monotonic() + 60
+      while len({*seen}) < 4 and time.monotonic() < deadline:
         leaves = jax.tree.leaves(checkpoint.load_params(folder, like))
         (value,) = {float(x) for leaf in leaves for x in np.ravel(leaf)}
         seen.append(value)
-  assert seen == sorted(seen) and seen[-1] > seen[0]
+  assert seen == sorted(seen) and len({*seen}) == 4
