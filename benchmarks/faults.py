@@ -3,10 +3,11 @@
 python -m benchmarks.faults [--kills 50] [--quick] [--json FILE]
 
 A small decoder is trained in a process that gets SIGKILL at a random time, then
-in another one that goes on, and so on until it is done; then the next run, until
-there were so many kills, spread evenly over the time that a run takes.  Each process is a fork of one that has imported
-everything, so the times are over what a run does itself: reading text, building,
-compiling (from a cache), training, evaluating, writing checkpoints.
+in another one that goes on, and so on until it is done; then the next run, till
+there were enough kills, spread evenly over the time that a run takes.  Each
+process is a fork of one that has imported everything, so that is the time of
+what a run does itself: reading text, building, compiling (from a cache),
+training, evaluating, writing checkpoints.
 
     survived           kills after which the same command went on
     identical runs     share of the finished runs whose lines of metrics.jsonl,
@@ -21,13 +22,10 @@ compiling (from a cache), training, evaluating, writing checkpoints.
 import argparse
 import functools
 import hashlib
-import json
 import mmap
 import os
 import random
-import shutil
 import signal
-import statistics
 import struct
 import tempfile
 import time
@@ -76,7 +74,8 @@ def config(corpus: Path, quick: bool) -> TrainConfig:
 
 class Process:
   """A fork that trains; `first` and `last` are the steps it has begun with and
-  come to, 0 before."""
+  come to, 0 before.
+  """
 
   def __init__(self, config: TrainConfig, out: Path):
     self.shared = mmap.mmap(-1, 16)
@@ -136,55 +135,74 @@ def outcome(out: Path) -> tuple[list[dict[str, Any]], str]:
   return lines, (out / "digest").read_text()
 
 
+class Kills:
+  """What was found: kills, runs that ended the same, and steps taken again."""
+
+  def __init__(self):
+    self.count = 0
+    self.same: list[bool] = []
+    self.redone: list[int] = []
+    self.beyond: list[int] = []
+
+  def run(self, start, out: Path, moments: Iterator[float]) -> None:
+    """Trains one run to its end, killing it at those moments."""
+    reached = on_disk = 0
+    done = False
+    while not done:
+      process = start(out)
+      moment = next(moments, None)
+      done = process.wait(moment)
+      if reached and process.first:
+        self.redone.append(reached - process.first + 1)
+        self.beyond.append(max(0, on_disk - process.first + 1))
+        reached = 0
+      if not done:
+        self.count += 1
+        reached = process.last or reached
+        on_disk = max(steps(out / "checkpoints"), default=0)
+
+
 def rows(options: Options, kills: int) -> Iterator[Row]:
   """Kills and compares."""
-  draw = random.Random(0)
-  with tempfile.TemporaryDirectory() as folder:
-    corpus = Path(folder) / "corpus"
-    corpus.mkdir()
-    for i in range(40):
-      words = (
-        draw.choice("of the a step run line".split()) for _ in range(200)
-      )
-      (corpus / f"{i}.txt").write_text(" ".join(words))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(folder) / "cache")
+  draw, found = random.Random(0), Kills()
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    what = config(corpus, options.quick)
-    for name in ("cold", "whole"):
-      process = Process(what, Path(folder) / name)
+    start = functools.partial(
+      Process, config(write_text(folder / "corpus", draw), options.quick)
+    )
+    for run in ("cold", "warm"):
+      process = start(folder / run)
       process.wait()
     duration = time.perf_counter() - process.began
-    whole = outcome(Path(folder) / "whole")
-    at = [duration * (i + draw.random()) / kills for i in range(kills)]
-    draw.shuffle(at)
-    killed, same, redone, beyond = 0, [], [], []
-    out = Path(folder) / "run"
-    reached = on_disk = None
-    while killed < kills or out.exists():
-      process = Process(what, out)
-      limit = at[killed] if killed < kills else None
-      done = process.wait(limit)
-      if reached is not None and process.first:
-        redone.append(reached - process.first + 1)
-        beyond.append(max(0, on_disk - process.first + 1))
-        reached = None
-      if done:
-        same.append(outcome(out) == whole)
-        shutil.rmtree(out)
-        reached = on_disk = None
-        continue
-      killed += 1
-      reached = max(process.last, reached or 0)
-      on_disk = max(steps(out / "checkpoints"), default=0)
-  case = f"{killed} kills"
-  exact = functools.partial(_row, case)
-  yield exact("survived", killed, target=kills)
-  yield exact("finished runs", len(same))
-  yield exact("identical runs", sum(same) / len(same), target=1)
-  yield exact("before checkpoint", max(beyond, default=0), lower=True, target=0)
-  yield Row.of(case, "steps redone", redone or [0], better="lower")
-  most = 2 * EVERY
-  yield exact("most redone", max(redone, default=0), lower=True, target=most)
+    moments = [duration * (i + draw.random()) / kills for i in range(kills)]
+    draw.shuffle(moments)
+    left = iter(moments)
+    while found.count < kills:
+      out = folder / f"run{len(found.same)}"
+      found.run(start, out, left)
+      found.same.append(outcome(out) == outcome(folder / "warm"))
+  exact = functools.partial(_row, f"{kills} kills")
+  yield exact("survived", found.count, target=kills)
+  yield exact("finished runs", len(found.same))
+  identical = sum(found.same) / len(found.same)
+  yield exact("identical runs", identical, target=1)
+  beyond, redone = max(found.beyond, default=0), max(found.redone, default=0)
+  yield exact("before checkpoint", beyond, lower=True, target=0)
+  yield exact("most redone", redone, lower=True, target=2 * EVERY)
+  yield Row.of(
+    f"{kills} kills", "steps redone", found.redone or [0], better="lower"
+  )
+
+
+def write_text(folder: Path, draw: random.Random) -> Path:
+  """A corpus of a few files."""
+  folder.mkdir()
+  for i in range(40):
+    words = draw.choices(["of", "the", "a", "step", "run", "line"], k=200)
+    (folder / f"{i}.txt").write_text(" ".join(words))
+  return folder
 
 
 def _row(case, metric, value, *, target=None, lower=False) -> Row:

@@ -2,9 +2,9 @@
 """The first bad operation of a step that is not finite.
 
 The step is traced and its operations run one by one, into loops, branches and
-the calls of adaptive operations, until one makes NaN out of none.
-`jax_debug_nans` and `checkify` stop at the rim of these calls (`custom_vmap`),
-and see no infinity; a compiled step may also hide an operation in a fusion.
+adaptive operations, until one makes NaN out of none.  `jax_debug_nans` names a
+loop as a whole, and not what is in it; `checkify` does not enter the library's
+own operations (`core.batching`); neither sees what overflows.
 
 An operation may make NaN that a mask throws away later: the first is where to
 look first.
@@ -28,6 +28,7 @@ CALLS = {
   "custom_jvp_call": "call_jaxpr",
   "custom_vjp_call": "call_jaxpr",
   "custom_vmap_call": "call",
+  "with_rule": "jaxpr",  # `core.batching`
 }
 """Operations that run one program once, and which of their settings it is."""
 

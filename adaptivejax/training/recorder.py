@@ -131,14 +131,11 @@ def _finite(value: float) -> float | None:
 
 def _means(steps: list[dict[str, float | None]]) -> dict[str, float]:
   """The mean of each metric where it is finite, and the `skipped`, if any."""
-  skipped = sum(1 for metrics in steps if metrics["skipped"])
+  learned = [metrics for metrics in steps if not metrics["skipped"]]
+  skipped = len(steps) - len(learned)
   means: dict[str, float] = {"skipped": skipped} if skipped else {}
   for name in steps[0]:
-    found = [
-      metrics[name]
-      for metrics in steps
-      if not metrics["skipped"] and metrics[name] is not None
-    ]
+    found = [x for metrics in learned if (x := metrics[name]) is not None]
     if found and name != "skipped":
       means[name] = math.fsum(found) / len(found)
   return means
