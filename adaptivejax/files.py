@@ -19,8 +19,11 @@ def write_atomically(files: Mapping[Path, str | bytes]) -> None:
       waiting.append((draft, path))
       if isinstance(content, str):
         content = content.encode("utf-8")
-      draft.write_bytes(content)
-      to_disk(draft)
+      draft.unlink(missing_ok=True)
+      with draft.open("xb") as file:  # follows no link
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     for draft, path in waiting:
       draft.replace(path)
     for folder in {path.parent for path in files}:

@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jaxtyping import PyTree
 
 from adaptivejax.files import to_disk
@@ -42,23 +44,37 @@ class Checkpoints:
   """The checkpoints of one run: a context that ends when all are on disk.
 
   Opening it clears away what a crash left half done, and puts damaged
-  checkpoints aside: `damaged` says of each what is wrong.  Only the process
-  that holds the folder of the run may (`run.claim`).
+  checkpoints aside: `damaged` says of each what is wrong.  Of several processes
+  all open it, save and restore alike, and the one that holds the folder of the
+  run (`run.claim`) does what is not of arrays.
 
   Args:
     folder: of the checkpoints.
     settings: those that may not change.
     keep: how many of the newest stay.
+    write: whether this is the process that holds the folder.
   """
 
-  def __init__(self, folder: Path, settings: dict[str, Any], *, keep: int):
+  def __init__(
+    self,
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    keep: int,
+    write: bool = True,
+  ):
     self.folder = folder.absolute()
     self.settings = settings
     self.keep = keep
-    self.folder.mkdir(parents=True, exist_ok=True)
-    _clear(self.folder)
-    self.latest, faults = newest(self.folder)
-    self.damaged = [_aside(self.folder, *fault) for fault in faults.items()]
+    self.write = write
+    self.damaged: list[str] = []
+    found = None
+    if write:
+      self.folder.mkdir(parents=True, exist_ok=True)
+      _clear(self.folder)
+      found, faults = newest(self.folder)
+      self.damaged = [_aside(self.folder, *fault) for fault in faults.items()]
+    self.latest = _told_by_the_first(found)
     self.orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     self.worker = ThreadPoolExecutor(1, "checkpoint")
     self.pending: Future | None = None
@@ -145,6 +161,8 @@ class Checkpoints:
     part = self.folder / f"{step}{PART}"
     with self._writing(step):
       self.orbax.wait_until_finished()
+      if not self.write:
+        return
       manifest.seal(part)
       part.rename(self.folder / str(step))
       to_disk(self.folder)
@@ -159,7 +177,8 @@ class Checkpoints:
       yield
     except Exception as error:
       self.failed = True
-      _clear(self.folder, ignore_errors=True)  # other writes may still run
+      if self.write:
+        _clear(self.folder, ignore_errors=True)  # other writes may still run
       raise OSError(
         f"the checkpoint of step {step} could not be written to {self.folder}"
         f" ({_reason(error)}): make room; the same command goes on from the"
@@ -270,6 +289,14 @@ def _meta(orbax, folder: Path, params: PyTree) -> dict[str, Any]:
         f" {ours.get(name, 'absent')} in this model"
       )
   return meta
+
+
+def _told_by_the_first(step: int | None) -> int | None:
+  """What the first process found, on all of them, once it has."""
+  if jax.process_count() == 1:
+    return step
+  told = broadcast_one_to_all(np.int32(-1 if step is None else step))
+  return None if told < 0 else int(told)
 
 
 def _is_step(name: str) -> bool:

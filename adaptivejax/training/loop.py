@@ -81,7 +81,7 @@ def train(
       place = places["log"]
     run.describe(out, {n: getattr(config, n) for n in FREE} | fixed, source)
     step = int(state.step)
-    recorder = Recorder(config, out, step, place, visible=progress)
+    recorder = Recorder(config, out, step, place, show=progress)
     with parts.placement.ambient(), stoppable() as stop, recorder.display:
       for text in saved.damaged:
         recorder.note(step, "damaged", text)

@@ -28,7 +28,8 @@ class Recorder:
     out: its folder.
     step: after which it goes on.
     place: of a recorder after that step, from a checkpoint; None at the start.
-    visible: whether there is a display.
+    show: whether there is a display.
+    write: whether this process writes.
   """
 
   def __init__(
@@ -38,15 +39,16 @@ class Recorder:
     step: int,
     place: Mapping[str, Any] | None,
     *,
-    visible: bool,
+    show: bool,
+    write: bool = True,
   ):
     place = place or {"waiting": [], "streak": 0}
     self.tokens = config.data.batch * config.data.context
     self.limit = config.max_skips
-    self.log = run.MetricsLog(out, step)
-    self.events = run.Lines(out / run.EVENTS, step)
+    self.log = run.MetricsLog(out, step, write=write)
+    self.events = run.Lines(out / run.EVENTS, step, write=write)
     self.watch = Watch(self.log.lines)
-    self.display = Display(config.name, step, config.steps, visible=visible)
+    self.display = Display(config.name, step, config.steps, visible=show)
     self.began = time.perf_counter() - self.log.seconds
     self.mark, self.since = time.perf_counter(), 0  # of tokens per second
     self.fresh: list[Metrics] = []  # on the device: nothing waits for them

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run: who owns it, and what was measured on the way.
 
+Of the processes of a run one writes; the others are told not to.
+
 runs/NAME/run.json        the plain fields of its config, by dotted name
 runs/NAME/config.py       the config file, when the run came from one
 runs/NAME/metrics.jsonl   {"step", "split": "train" | "validation",
@@ -25,8 +27,10 @@ RECORD, CONFIG = "run.json", "config.py"
 
 
 @contextlib.contextmanager
-def claim(out: Path) -> Iterator[None]:
+def claim(out: Path, *, write: bool = True) -> Iterator[None]:
   """Makes the folder and holds it; nobody else writes in it meanwhile.
+
+  Without `write` it only looks.
 
   Raises:
     ValueError: it holds something other than a run, or another process that
@@ -39,6 +43,9 @@ def claim(out: Path) -> Iterator[None]:
     raise ValueError(
       f"{out} holds something else than a run: give the run another name"
     )
+  if not write:
+    yield
+    return
   out.mkdir(parents=True, exist_ok=True)
   with lock.locked(out):
     (out / RECORD).touch()
@@ -63,13 +70,16 @@ class Lines:
   """Appends to a file of JSON objects, a line each, each with its `step`.
 
   Opened at `step`, it drops the lines of later steps, which a run that was
-  killed after its newest checkpoint leaves behind and is about to repeat.
+  killed after its newest checkpoint leaves behind and is about to repeat.  With
+  `write` false it only remembers.
   """
 
-  def __init__(self, path: Path, step: int):
+  def __init__(self, path: Path, step: int, *, write: bool = True):
     self.path = path
+    self.writes = write
     self.lines = [line for line in read_lines(path) if line["step"] <= step]
-    write_atomically({path: "".join(map(_line, self.lines))})
+    if write:
+      write_atomically({path: "".join(map(_line, self.lines))})
 
   def add(self, line: dict[str, Any]) -> None:
     """Appends a line; a crash may cut it short, which no reader minds.
@@ -78,6 +88,8 @@ class Lines:
       OSError: there is no room for it, with what to do.
     """
     self.lines.append(line)
+    if not self.writes:
+      return
     try:
       with self.path.open("a") as file:
         file.write(_line(line))
@@ -89,14 +101,15 @@ class Lines:
 
   def sync(self) -> None:
     """Waits until all lines would outlive a crash."""
-    to_disk(self.path)
+    if self.writes:
+      to_disk(self.path)
 
 
 class MetricsLog(Lines):
   """metrics.jsonl of a run, opened at a step."""
 
-  def __init__(self, out: Path, step: int):
-    super().__init__(out / METRICS, step)
+  def __init__(self, out: Path, step: int, *, write: bool = True):
+    super().__init__(out / METRICS, step, write=write)
 
   @property
   def seconds(self) -> float:
