@@ -88,8 +88,8 @@ def mixture(x, params, chosen, *, kernel: bool):
   together = lambda rows, p, product: product(
     jax.nn.gelu(product(rows, p[0])), p[1]
   )
-  how = {"together": together} if kernel else {}
-  return expert_apply(f, x, plan, tuple(rest), **how)[0]
+  whole = together if kernel else None
+  return expert_apply(f, x, plan, tuple(rest), together=whole)[0]
 
 
 def gradient(f: Callable[..., Any]) -> Callable[..., Any]:

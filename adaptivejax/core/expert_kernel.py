@@ -59,7 +59,7 @@ def kernels(
   """Platform -> executor as `kernel_executor` makes it, where a kernel fits."""
   if not fits(x, theta, plan):
     return {}
-  products = {"tpu": grouped_matmul}
+  products: dict[str, Callable] = {"tpu": grouped_matmul}
   if on_hopper() and not varying_axes(x):
     products["cuda"] = gpu.grouped_matmul
   make = functools.partial(kernel_executor, together, f, tree, chunks)
