@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law: what goes wrong for `PATIENCE` lines is said once, and its end too."""
 
+import signal
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adaptivejax.training import train
+from adaptivejax.training.run import read_events
 from adaptivejax.training.watch import PATIENCE, Watch
+from tests.training import tiny
+from tests.training.test_loop import signal_after
 
 WRONG = {
   "router collapse": {"collapse": 0.95},
@@ -77,3 +84,22 @@ def test_exits_that_do_not_collapse():
 
 def test_lines_without_a_mean_are_passed_over():
   assert not any(events([{"skipped": 3}] * 9))
+
+
+def test_a_run_says_it_in_its_events_and_once(tmp_path, monkeypatch):
+  """Also where it is stopped between."""
+
+  def loss(model, batch, key):
+    value, metrics = tiny.loss(model, batch, key)
+    return value, metrics | {"dead": jnp.float32(0.5)}
+
+  corpus = tiny.write_corpus(tmp_path / "corpus")
+  config = tiny.config(corpus, loss=loss)
+  with monkeypatch.context() as patch:
+    signal_after(patch, signal.SIGTERM, at=2)
+    train(config, out=tmp_path / "run", progress=False)
+  train(config, out=tmp_path / "run", progress=False)
+  resumed, dead = read_events(tmp_path / "run")
+  assert (resumed["step"], resumed["event"]) == (2, "resumed")
+  assert (dead["step"], dead["event"]) == (PATIENCE, "dead experts")
+  assert "50% of them get next to no items" in dead["text"]
