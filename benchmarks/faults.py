@@ -29,6 +29,7 @@ import signal
 import struct
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ class Process:
   def __init__(self, config: TrainConfig, out: Path):
     self.shared = mmap.mmap(-1, 16)
     self.began = time.perf_counter()
-    self.pid = os.fork()
+    with warnings.catch_warnings(action="ignore"):  # threads wait for work
+      self.pid = os.fork()
     if self.pid == 0:
       try:
         self._live(config, out)

@@ -111,7 +111,7 @@ class _Walk:
     if name == "while":
       return self._while(params, args, where)
     if name == "scan":
-      return self._scan(params, args, where)
+      return self._scan(eqn, args, where)
     with eqn.ctx.manager:
       bound = eqn.primitive.get_bind_params(params)
       made = eqn.primitive.bind(*args, **bound)
@@ -137,24 +137,31 @@ class _Walk:
       turn += 1
     return list(carry)
 
-  def _scan(self, params, args: list[Any], where: Where) -> list[Any]:
-    fixed, carried = params["num_consts"], params["num_carry"]
-    consts, xs = args[:fixed], args[fixed + carried :]
-    carry = args[fixed : fixed + carried]
-    length, body = params["length"], params["jaxpr"]
-    turns = range(length)
-    rows = []
-    for i in reversed(turns) if params["reverse"] else turns:
+  def _scan(self, eqn: JaxprEqn, args: list[Any], where: Where) -> list[Any]:
+    body, length = eqn.params["jaxpr"], eqn.params["length"]
+    jaxpr, reverse = _open(body)[0], eqn.params["reverse"]
+    rows = _longer(eqn.invars, jaxpr.invars)  # what a round gets a row of
+    kept = len(jaxpr.outvars) - _longer(eqn.outvars, jaxpr.outvars)
+    fixed = len(args) - rows - kept
+    consts, carry, xs = args[:fixed], args[fixed : -rows or None], args[-rows:]
+    xs, found = xs if rows else [], []
+    for i in reversed(range(length)) if reverse else range(length):
       inside = (*where, f"round {i} of a scan of {length}")
       made = self.run(body, [*consts, *carry, *(x[i] for x in xs)], inside)
-      carry, row = made[:carried], made[carried:]
-      rows.append(row)
-    if params["reverse"]:
-      rows.reverse()
-    if not rows:
-      avals = [v.aval for v in body.jaxpr.outvars[carried:]]
-      return [*carry, *(jnp.zeros((0, *a.shape), a.dtype) for a in avals)]
-    return [*carry, *(jnp.stack(column) for column in zip(*rows))]
+      carry = made[:kept]
+      found.append(made[kept:])
+    if not found:
+      empty = [v.aval for v in eqn.outvars[kept:]]
+      return [*carry, *(jnp.zeros(a.shape, a.dtype) for a in empty)]
+    if reverse:
+      found.reverse()
+    return [*carry, *(jnp.stack(column) for column in zip(*found))]
+
+
+def _longer(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+  """Variables that have one axis more outside of a scan: the last ones."""
+  rank = lambda variable: len(variable.aval.shape)
+  return sum(rank(a) > rank(b) for a, b in zip(outer, inner, strict=True))
 
 
 def _open(program: Any) -> tuple[Jaxpr, Sequence[Any]]:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 import jax
@@ -132,7 +133,8 @@ def main(folder, corpus, points):
   for point in points:
     out = Path(folder) / point
     said, says = os.pipe()
-    pid = os.fork()
+    with warnings.catch_warnings(action="ignore"):  # threads wait for work
+      pid = os.fork()
     if pid == 0:
       os.dup2(says, 1)
       os.dup2(says, 2)

@@ -3,13 +3,14 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
 from adaptivejax.core.buckets import bucketed
-from adaptivejax.training import train
+from adaptivejax.training import debug, train
 from adaptivejax.training.debug import first_bad_operation
 from tests.training import tiny
 
@@ -68,6 +69,28 @@ def test_the_first_bad_operation(step):
   found = first_bad_operation(jax.jit(step), jnp.float32([2, 3, 3.5]))
   pattern = CASES[step].replace("[3]", r"\[3\]").replace("[]", r"\[\]")
   assert re.search(pattern, found), found
+
+
+@pytest.mark.parametrize("length", [0, 3])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_one_by_one_gives_what_the_step_gives(length, reverse):
+  def step(x, scale, rows):
+    def body(carry, row):
+      carry = jax.checkpoint(jnp.tanh)(carry * scale) + row["a"]
+      return carry, (carry[:2], row["a"] - row["b"].sum())
+
+    carry, out = lax.scan(body, x, rows, reverse=reverse)
+    many = lax.while_loop(lambda c: c.sum() < 50, lambda c: c * scale, x)
+    some = lax.cond(x[0] > 1, jax.nn.relu, jnp.cos, x)
+    fed = bucketed(lambda r: jnp.exp(r), x[:, None], x > 2)[0]
+    return carry, out, many, some, fed
+
+  key = jax.random.key(0)
+  rows = {"a": jax.random.normal(key, (length,)), "b": jnp.ones((length, 2))}
+  args = jnp.float32([2, 3, 3.5]), jnp.float32(1.5), rows
+  closed = jax.make_jaxpr(jax.jit(step))(*args)
+  found = debug._Walk().run(closed, jax.tree.leaves(args), ())
+  chex.assert_trees_all_close(found, jax.tree.leaves(step(*args)), rtol=1e-6)
 
 
 def test_an_overflow_alone():
