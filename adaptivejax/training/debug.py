@@ -72,10 +72,10 @@ def first_bad_operation(
   try:
     walk.run(closed, jax.tree.leaves((state, *args)), ())
   except _Found as found:
-    after = f", after {walk.overflow} overflows" if walk.overflow else ""
-    return f"{found} makes NaN{after}"
+    after = f"; before it, infinity from {walk.overflow}"
+    return f"NaN first from {found}{after if walk.overflow else ''}"
   if walk.overflow:
-    return f"{walk.overflow} overflows to infinity, and nothing makes NaN"
+    return f"infinity first from {walk.overflow}; nothing makes NaN"
   return (
     "its operations are finite when they run one by one; the compiled step"
     " rounds differently. Lower optimizer.learning_rate"
