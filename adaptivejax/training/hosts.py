@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many hosts, one run: how its processes meet, and what they agree on.
+
+Every process runs the same program over all devices and holds a part of each
+array.  Arrays agree by themselves.  What a process learns alone does not: which
+files it finds, and that it was told to stop.  Process 0 alone writes.
+
+Axes: P processes, N devices.
+"""
+
+import os
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+class Peers(NamedTuple):
+  """Where the processes of a run meet; JAX finds out what is None.
+
+  Attributes:
+    coordinator: `host:port` of process 0, a free port there.
+    processes: how many.
+    process: which of them this is.
+  """
+
+  coordinator: str | None = None
+  processes: int | None = None
+  process: int | None = None
+
+
+VARIABLES = {
+  "coordinator": "JAX_COORDINATOR_ADDRESS",
+  "processes": "JAX_NUM_PROCESSES",
+  "process": "JAX_PROCESS_ID",
+}
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+UNSAID = Peers()
+
+
+def start(given: Peers = UNSAID) -> None:
+  """Joins the processes of a run; call it before anything else uses JAX.
+
+  What is not given is taken from the environment (`VARIABLES`).  If nothing is
+  said there either, JAX asks the metadata of a TPU VM, or Slurm inside `srun`;
+  elsewhere the process is alone.  Waits up to five minutes for the others.
+
+  Raises:
+    ValueError: what is given does not make up a meeting, or JAX is in use.
+  """
+  found = peers(given, os.environ, on_tpu="tpu" in _platforms())
+  if found is None or jax.distributed.is_initialized():
+    return
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  # Signals are Python's here, and agreed on after each step (`Agreement`).
+  jax.config.update("jax_enable_preemption_service", False)
+  method = None if None in found else "deactivate"
+  try:
+    jax.distributed.initialize(*found, cluster_detection_method=method)
+  except RuntimeError as error:
+    raise ValueError(
+      f"the processes of the run did not meet: {error}"
+    ) from error
+
+
+def peers(
+  given: Peers, environment: Mapping[str, str], *, on_tpu: bool
+) -> Peers | None:
+  """Where to meet; None for a process that is alone.
+
+  Raises:
+    ValueError: a part is missing or makes no sense.
+  """
+  said = Peers(*(_said(n, v, environment) for n, v in given._asdict().items()))
+  if said.processes == 1 and said.process in (None, 0):
+    return None
+  if said.processes is not None and said.processes < 1:
+    raise ValueError(f"--processes {said.processes} must be at least 1")
+  if said.process is not None and said.processes is not None:
+    if not 0 <= said.process < said.processes:
+      raise ValueError(
+        f"--process {said.process} must be one of 0 to {said.processes - 1}, as"
+        f" --processes is {said.processes}"
+      )
+  if said.coordinator is not None:
+    host, _, port = said.coordinator.rpartition(":")
+    if not host or not port.isdigit():
+      raise ValueError(
+        f"--coordinator {said.coordinator!r} must be HOST:PORT of process 0,"
+        " such as 10.0.0.2:8476"
+      )
+  in_slurm = all(name in environment for name in SLURM)
+  tasks = environment.get("SLURM_NTASKS", "1")
+  if on_tpu or (in_slurm and tasks != "1"):
+    return said
+  missing = [name for name, value in said._asdict().items() if value is None]
+  if len(missing) == len(said):
+    return None
+  if missing:
+    flags = " and ".join(f"--{n} (or {VARIABLES[n]})" for n in missing)
+    raise ValueError(
+      f"the processes of a run meet by --coordinator, --processes and"
+      f" --process: give {flags} too"
+    )
+  return said
+
+
+def _platforms() -> str:
+  """Those JAX will try; it names TPUs by itself where it finds any."""
+  return jax.config.jax_platforms or ""
+
+
+def _said(name: str, value: Any, environment: Mapping[str, str]) -> Any:
+  text = environment.get(VARIABLES[name]) if value is None else None
+  if text is None or name == "coordinator":
+    return value if text is None else text
+  if not text.isdigit():
+    raise ValueError(f"{VARIABLES[name]}={text!r} must be a whole number")
+  return int(text)
+
+
+def is_writer() -> bool:
+  """Whether this process writes files, and talks to the person: process 0."""
+  return jax.process_index() == 0
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+  """Waits for all processes, and compares what they take for granted.
+
+  Raises:
+    ValueError: on all of them, if a fact differs; it must print what it is.
+  """
+  if jax.process_count() == 1:
+    return
+  digests = [zlib.crc32(repr(fact).encode()) for fact in facts.values()]
+  ours = np.array(digests, np.uint32)
+  everyone = multihost_utils.process_allgather(ours)  # u32[P, facts]
+  for name, column in zip(facts, everyone.T):
+    others = np.flatnonzero(column != column[0])
+    if len(others):
+      raise ValueError(
+        f"{name} of process {others[0]} is not that of process 0: the processes"
+        " of a run need the same command, the same files, and storage that all"
+        " of them mount for its folder"
+      )
+
+
+class Agreement:
+  """What any process was told, known to all of them after the same step.
+
+  A signal reaches one process, and a process that left alone would leave the
+  others waiting.  So each step the largest number of all is asked for, by a
+  collective on a scalar, and that of the step before is read: the device is
+  never waited for, and all stop one step later.
+  """
+
+  def __init__(self, mesh: Mesh | None):
+    self.mesh = mesh
+    self.largest = None
+    if mesh is not None and jax.process_count() > 1:
+      whole = NamedSharding(mesh, P())
+      self.largest = jax.jit(jnp.max, out_shardings=whole)
+    self.asked = None
+
+  def __call__(self, number: int) -> int:
+    """The largest `number` of the step before; alone, `number` itself."""
+    if self.mesh is None or self.largest is None:
+      return number
+    where = NamedSharding(self.mesh, P(self.mesh.axis_names))
+    ours = lambda _: np.array([number], np.int32)
+    numbers = jax.make_array_from_callback((self.mesh.size,), where, ours)
+    before, self.asked = self.asked, self.largest(numbers)  # i32[N] -> i32[]
+    return 0 if before is None else int(before)
