@@ -20,9 +20,9 @@ Example:
 
 `adaptivejax train CONFIG.py --help` lists the fields of that config.
 
-On several hosts, run the same command on each at once, with --mesh.data -1 or
+On many hosts, run the same command on each at once, with --mesh.data -1 or
 another mesh of all their devices, and runs/ on storage that all of them mount.
-Process 0 writes; a signal to any of them stops all.  On a TPU VM, and in Slurm's
+Process 0 writes; a signal to any of them stops all.  On TPU VMs, and in Slurm's
 srun, they find each other.  Elsewhere, and on CPUs, say where they meet:
 
   --coordinator HOST:PORT  a free port of process 0 (JAX_COORDINATOR_ADDRESS)
@@ -32,7 +32,7 @@ srun, they find each other.  Elsewhere, and on CPUs, say where they meet:
   adaptivejax train configs/NAME.py --mesh.data -1 \\
     --coordinator 10.0.0.2:8476 --processes 2 --process 1
 
-Where does the time go?  COUNT steps from STEP on, traced into runs/NAME/profile:
+Where does the time go?  This traces five steps into runs/NAME/profile:
 
   adaptivejax train configs/NAME.py --profile 100:5
   xprof --logdir runs/NAME/profile      (pip install xprof)

@@ -63,8 +63,8 @@ class DataConfig:
 class Batch:
   """Windows of a text, read where they are asked for.
 
-  `batch[rows, bytes]` reads a part, `np.asarray(batch)` all of it: on many
-  hosts each reads the rows of its own devices.
+  `np.asarray(batch)` reads all of it; of many hosts each reads the rows of its
+  own devices.
   """
 
   cut: UInt8[np.ndarray, "N S"]
@@ -78,12 +78,13 @@ class Batch:
     """Of the whole batch, `(B, S)`."""
     return len(self.numbers), self.cut.shape[1]
 
-  def __getitem__(self, index: tuple[Any, Any]) -> Int32[np.ndarray, "b s"]:
-    rows, part = index
-    return self.cut[self.numbers[rows], :][:, part].astype(np.int32)
+  def read(self, part: Any) -> Int32[np.ndarray, "b s"]:
+    """A part, given as an index of the whole: a slice for each axis."""
+    rows, bytes_ = part
+    return self.cut[self.numbers[rows], :][:, bytes_].astype(np.int32)
 
   def __array__(self, dtype=None, copy=None) -> Int[np.ndarray, "B S"]:
-    return self[:, :].astype(dtype or np.int32, copy=False)
+    return self.read((slice(None), slice(None))).astype(dtype or np.int32)
 
 
 class Corpus(NamedTuple):

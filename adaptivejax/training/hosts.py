@@ -8,7 +8,9 @@ files it finds, and that it was told to stop.  Process 0 alone writes.
 Axes: P processes, N devices.
 """
 
+import math
 import os
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -44,6 +46,7 @@ SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 UNSAID = Peers()
+LEAVING = 60  # seconds that a process which fails alone is waited for
 
 
 def start(given: Peers = UNSAID) -> None:
@@ -52,6 +55,9 @@ def start(given: Peers = UNSAID) -> None:
   What is not given is taken from the environment (`VARIABLES`).  If nothing is
   said there either, JAX asks the metadata of a TPU VM, or Slurm inside `srun`;
   elsewhere the process is alone.  Waits up to five minutes for the others.
+
+  A process that dies, or fails alone, ends the others: at once if it is process
+  0, else within two minutes.
 
   Raises:
     ValueError: what is given does not make up a meeting, or JAX is in use.
@@ -64,7 +70,11 @@ def start(given: Peers = UNSAID) -> None:
   jax.config.update("jax_enable_preemption_service", False)
   method = None if None in found else "deactivate"
   try:
-    jax.distributed.initialize(*found, cluster_detection_method=method)
+    jax.distributed.initialize(
+      *found,
+      cluster_detection_method=method,
+      shutdown_timeout_seconds=LEAVING,
+    )
   except RuntimeError as error:
     raise ValueError(
       f"the processes of the run did not meet: {error}"
@@ -80,23 +90,22 @@ def peers(
     ValueError: a part is missing or makes no sense.
   """
   said = Peers(*(_said(n, v, environment) for n, v in given._asdict().items()))
-  if said.processes == 1 and said.process in (None, 0):
+  coordinator, processes, process = said
+  if processes == 1 and process in (None, 0):
     return None
-  if said.processes is not None and said.processes < 1:
-    raise ValueError(f"--processes {said.processes} must be at least 1")
-  if said.process is not None and said.processes is not None:
-    if not 0 <= said.process < said.processes:
-      raise ValueError(
-        f"--process {said.process} must be one of 0 to {said.processes - 1}, as"
-        f" --processes is {said.processes}"
-      )
-  if said.coordinator is not None:
-    host, _, port = said.coordinator.rpartition(":")
-    if not host or not port.isdigit():
-      raise ValueError(
-        f"--coordinator {said.coordinator!r} must be HOST:PORT of process 0,"
-        " such as 10.0.0.2:8476"
-      )
+  if processes is not None and processes < 1:
+    raise ValueError(f"--processes {processes} must be at least 1")
+  top = (processes or math.inf) - 1
+  if process is not None and not 0 <= process <= top:
+    raise ValueError(
+      f"--process {process} must be one of 0 to {top}: --processes is"
+      f" {processes}"
+    )
+  if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+    raise ValueError(
+      f"--coordinator {coordinator!r} must be HOST:PORT of process 0, such as"
+      " 10.0.0.2:8476"
+    )
   in_slurm = all(name in environment for name in SLURM)
   tasks = environment.get("SLURM_NTASKS", "1")
   if on_tpu or (in_slurm and tasks != "1"):
@@ -115,7 +124,7 @@ def peers(
 
 def _platforms() -> str:
   """Those JAX will try; it names TPUs by itself where it finds any."""
-  return jax.config.jax_platforms or ""
+  return getattr(jax.config, "jax_platforms", None) or ""
 
 
 def _said(name: str, value: Any, environment: Mapping[str, str]) -> Any:

@@ -78,7 +78,7 @@ def train(
   free = {name: getattr(config, name) for name in FREE}
   hosts.check_same(
     {
-      "the text": [zlib.crc32(data.stream(part)) for part in corpus],
+      "the text": [zlib.crc32(data.stream(part).data) for part in corpus],
       "the config": (fixed, free, config.mesh, source and source.read_text()),
     }
   )
@@ -187,9 +187,7 @@ def _steps(
 class _Recorder:
   """Times the run, and sends its metrics to the log and the display."""
 
-  def __init__(
-    self, config: TrainConfig, out: Path, step: int, *, show, write
-  ):
+  def __init__(self, config: TrainConfig, out: Path, step: int, *, show, write):
     self.tokens = config.data.batch * config.data.context
     self.log = run.MetricsLog(out, step, write=write)
     self.display = Display(config.name, step, config.steps, visible=show)

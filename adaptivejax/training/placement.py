@@ -55,7 +55,7 @@ class Placement(NamedTuple):
     if self.mesh is None:
       return np.asarray(rows)
     where = NamedSharding(self.mesh, batch_spec())
-    return jax.make_array_from_callback(rows.shape, where, rows.__getitem__)
+    return jax.make_array_from_callback(rows.shape, where, rows.read)
 
 
 def start(

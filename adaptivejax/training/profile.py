@@ -38,8 +38,8 @@ def parse(text: str) -> Window:
   first, _, count = text.partition(":")
   if not (first.isdigit() and count.isdigit() and int(first) and int(count)):
     raise ValueError(
-      f"--profile {text!r} must be STEP:COUNT, such as 100:5 for five steps from"
-      " step 100 on"
+      f"--profile {text!r} must be STEP:COUNT, such as 100:5 for five steps"
+      " from step 100 on"
     )
   return Window(int(first), int(count))
 

@@ -62,6 +62,6 @@ def test_only_commands_that_exist():
   assert {*found} <= {*cli.COMMANDS}
 
 
-@pytest.mark.parametrize("path", FOLDER.glob("*.sh"), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [*FOLDER.glob("*.sh")], ids=lambda p: p.name)
 def test_scripts_are_shell(path):
   subprocess.run(["bash", "-n", path], check=True)

@@ -40,7 +40,11 @@ def test_who_meets_where(given, environment, on_tpu, found):
 @pytest.mark.parametrize(
   ("given", "environment", "said"),
   [
-    (Peers(ADDRESS), {}, r"give --processes \(or JAX_NUM_PROCESSES\) and --pro"),
+    (
+      Peers(ADDRESS),
+      {},
+      r"give --processes \(or JAX_NUM_PROCESSES\) and --pro",
+    ),
     (Peers(ADDRESS, 2), {}, r"give --process \(or JAX_PROCESS_ID\) too"),
     (Peers(None, 2, 1), {}, "give --coordinator"),
     (Peers(ADDRESS, 2, 2), {}, "--process 2 must be one of 0 to 1"),
