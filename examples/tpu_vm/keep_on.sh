@@ -7,6 +7,7 @@ cd "$(dirname "$0")/../.."
 . examples/tpu_vm/settings.sh
 
 until bash examples/tpu_vm/train.sh "$@"; do
+  sleep 120 # processes hear of a preemption before it is listed
   state=$(gcloud compute tpus tpu-vm describe "$TPU" --zone "$ZONE" \
     --format 'value(state)' 2>/dev/null)
   if [ "$state" = READY ]; then

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law: processes meet where they are told to, or are told what is missing."""
 
+import numpy as np
 import pytest
 
 from adaptivejax.training import hosts
@@ -67,6 +68,20 @@ def test_too_late_is_said(monkeypatch):
   hosts.jax.devices()
   with pytest.raises(ValueError, match="did not meet.*before"):
     hosts.start(FLAGS)
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_a_fact_that_differs_is_named(monkeypatch, column):
+  def gather(ours):
+    other = ours.copy()
+    other[column] += 1
+    return np.stack([ours, ours, other])
+
+  monkeypatch.setattr(hosts.jax, "process_count", lambda: 3)
+  monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
+  named = ["the text", "the config"][column]
+  with pytest.raises(ValueError, match=f"{named} of process 2 is not that of"):
+    hosts.check_same({"the text": b"abc", "the config": {"steps": 3}})
 
 
 def test_alone_nothing_is_asked():
