@@ -112,7 +112,7 @@ def _whole(name: str, text: str | None) -> int | None:
 
 
 def _say(text: str) -> None:
-  from adaptivejax.training import hosts
+  from adaptivejax.training import agreement
 
-  if hosts.is_writer():
+  if agreement.is_writer():
     print(text)

@@ -1,26 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many hosts, one run: how its processes meet, and what they agree on.
+"""Many hosts, one run: how its processes meet.
 
-Every process runs the same program over all devices and holds a part of each
-array.  Arrays agree by themselves.  What a process learns alone does not: which
-files it finds, and that it was told to stop.  Process 0 alone writes.
-
-Axes: P processes, N devices.
+Each runs the same program over the devices of all, and holds a part of every
+array (`training.placement`); what else they share is in `training.agreement`.
 """
 
 import math
 import os
 import re
-import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 
 class Peers(NamedTuple):
@@ -43,8 +34,6 @@ VARIABLES = {
   "process": "JAX_PROCESS_ID",
 }
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
-
-
 UNSAID = Peers()
 LEAVING = 60  # seconds that a process which fails alone is waited for
 
@@ -66,7 +55,7 @@ def start(given: Peers = UNSAID) -> None:
   if found is None or jax.distributed.is_initialized():
     return
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  # Signals are Python's here, and agreed on after each step (`Agreement`).
+  # Signals are Python's here, and agreed on by `training.agreement`.
   jax.config.update("jax_enable_preemption_service", False)
   method = None if None in found else "deactivate"
   try:
@@ -128,63 +117,11 @@ def _platforms() -> str:
 
 
 def _said(name: str, value: Any, environment: Mapping[str, str]) -> Any:
-  text = environment.get(VARIABLES[name]) if value is None else None
-  if text is None or name == "coordinator":
-    return value if text is None else text
+  text = environment.get(VARIABLES[name])
+  if value is not None or text is None:
+    return value
+  if name == "coordinator":
+    return text
   if not text.isdigit():
     raise ValueError(f"{VARIABLES[name]}={text!r} must be a whole number")
   return int(text)
-
-
-def is_writer() -> bool:
-  """Whether this process writes files, and talks to the person: process 0."""
-  return jax.process_index() == 0
-
-
-def check_same(facts: Mapping[str, Any]) -> None:
-  """Waits for all processes, and compares what they take for granted.
-
-  Raises:
-    ValueError: on all of them, if a fact differs; it must print what it is.
-  """
-  if jax.process_count() == 1:
-    return
-  digests = [zlib.crc32(repr(fact).encode()) for fact in facts.values()]
-  ours = np.array(digests, np.uint32)
-  everyone = multihost_utils.process_allgather(ours)  # u32[P, facts]
-  for name, column in zip(facts, everyone.T):
-    others = np.flatnonzero(column != column[0])
-    if len(others):
-      raise ValueError(
-        f"{name} of process {others[0]} is not that of process 0: the processes"
-        " of a run need the same command, the same files, and storage that all"
-        " of them mount for its folder"
-      )
-
-
-class Agreement:
-  """What any process was told, known to all of them after the same step.
-
-  A signal reaches one process, and a process that left alone would leave the
-  others waiting.  So each step the largest number of all is asked for, by a
-  collective on a scalar, and that of the step before is read: the device is
-  never waited for, and all stop one step later.
-  """
-
-  def __init__(self, mesh: Mesh | None):
-    self.mesh = mesh
-    self.largest = None
-    if mesh is not None and jax.process_count() > 1:
-      whole = NamedSharding(mesh, P())
-      self.largest = jax.jit(jnp.max, out_shardings=whole)
-    self.asked = None
-
-  def __call__(self, number: int) -> int:
-    """The largest `number` of the step before; alone, `number` itself."""
-    if self.mesh is None or self.largest is None:
-      return number
-    where = NamedSharding(self.mesh, P(self.mesh.axis_names))
-    ours = lambda _: np.array([number], np.int32)
-    numbers = jax.make_array_from_callback((self.mesh.size,), where, ours)
-    before, self.asked = self.asked, self.largest(numbers)  # i32[N] -> i32[]
-    return 0 if before is None else int(before)

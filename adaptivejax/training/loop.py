@@ -20,7 +20,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from adaptivejax.training import data, hosts, profile, run
+from adaptivejax.training import agreement, data, profile, run
 from adaptivejax.training.checkpoint import Checkpoints, load_params
 from adaptivejax.training.config import FREE, TrainConfig, load_config, settings
 from adaptivejax.training.optimizer import make_optimizer
@@ -73,16 +73,16 @@ def train(
       window outside of the steps that are left; hosts that do not agree.
   """
   corpus = data.load_corpus(config.data)
-  writer, fixed = hosts.is_writer(), settings(config)
-  run.claim(out, write=writer)
+  writer, fixed = agreement.is_writer(), settings(config)
   free = {name: getattr(config, name) for name in FREE}
-  hosts.check_same(
+  agreement.check_same(
     {
       "the text": [zlib.crc32(data.stream(part).data) for part in corpus],
       "the config": (fixed, free, config.mesh, source and source.read_text()),
     }
   )
-  hosts.check_same({f"the content of {out}": run.content(out)})
+  agreement.by_writer(lambda: run.claim(out))
+  agreement.check_same({f"the content of {out}": run.content(out)})
   parts, state = _prepare(config, corpus)
   with Checkpoints(out / "checkpoints", fixed, keep=config.keep) as checkpoints:
     if checkpoints.latest is not None:
@@ -160,7 +160,7 @@ def _steps(
 ) -> TrainState:
   """The steps that are left, or those until a signal."""
   at = parts.placement
-  agreed = hosts.Agreement(at.mesh)
+  agreed = agreement.Agreement(at.mesh)
   update = make_step(config, parts.join, parts.optimizer, at.shardings)
   for step in range(int(state.step) + 1, config.steps + 1):
     batch = at.batch(next(parts.batches))

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run: who owns it, and what was measured on the way.
 
-Of the processes of a run one writes; the others are told not to.
-
 runs/NAME/run.json        the plain fields of its config, by dotted name
 runs/NAME/config.py       the config file, when the run came from one
 runs/NAME/metrics.jsonl   {"step", "split": "train" | "validation",
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 
-def claim(out: Path, *, write: bool = True) -> None:
+def claim(out: Path) -> None:
   """Makes the folder; refuses one that holds something other than a run."""
   if out.exists() and not out.is_dir():
     raise ValueError(f"{out} is a file: give the run another name")
@@ -27,9 +25,8 @@ def claim(out: Path, *, write: bool = True) -> None:
     raise ValueError(
       f"{out} holds something else than a run: give the run another name"
     )
-  if write:
-    out.mkdir(parents=True, exist_ok=True)
-    record.touch()
+  out.mkdir(parents=True, exist_ok=True)
+  record.touch()
 
 
 def content(out: Path) -> list[str]:
