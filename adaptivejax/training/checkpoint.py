@@ -27,11 +27,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental.multihost_utils import broadcast_one_to_all
 from jaxtyping import PyTree
 
 from adaptivejax.files import to_disk
-from adaptivejax.training import manifest
+from adaptivejax.training import agreement, manifest
 from adaptivejax.training.quiet import no_traces
 from adaptivejax.training.step import TrainState
 
@@ -52,29 +51,18 @@ class Checkpoints:
     folder: of the checkpoints.
     settings: those that may not change.
     keep: how many of the newest stay.
-    write: whether this is the process that holds the folder.
   """
 
-  def __init__(
-    self,
-    folder: Path,
-    settings: dict[str, Any],
-    *,
-    keep: int,
-    write: bool = True,
-  ):
+  def __init__(self, folder: Path, settings: dict[str, Any], *, keep: int):
     self.folder = folder.absolute()
     self.settings = settings
     self.keep = keep
-    self.write = write
     self.damaged: list[str] = []
-    found = None
-    if write:
-      self.folder.mkdir(parents=True, exist_ok=True)
-      _clear(self.folder)
-      found, faults = newest(self.folder)
-      self.damaged = [_aside(self.folder, *fault) for fault in faults.items()]
-    self.latest = _told_by_the_first(found)
+    self.latest: int | None = None
+    agreement.by_writer(self._open)
+    ours = np.array(-1 if self.latest is None else self.latest)
+    theirs = int(agreement.everyone(ours)[0])
+    self.latest = None if theirs < 0 else theirs
     self.orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     self.worker = ThreadPoolExecutor(1, "checkpoint")
     self.pending: Future | None = None
@@ -115,6 +103,7 @@ class Checkpoints:
       state=ocp.args.StandardSave(_beside_params(state)),
       meta=ocp.args.JsonSave(meta),
     )
+    agreement.by_writer(self.wait)  # if it failed, all stop
     self.wait()
     with self._writing(step):
       self.orbax.save(self.folder / f"{step}{PART}", args=args)
@@ -156,12 +145,19 @@ class Checkpoints:
     )
     return TrainState(params=found["params"], **found["state"]), meta["place"]
 
+  def _open(self) -> None:
+    """Clears away, puts aside, and finds the newest."""
+    self.folder.mkdir(parents=True, exist_ok=True)
+    _clear(self.folder)
+    self.latest, faults = newest(self.folder)
+    self.damaged = [_aside(self.folder, *fault) for fault in faults.items()]
+
   def _finish(self, step: int) -> None:
     """In the background: seals a checkpoint, names it, deletes old ones."""
     part = self.folder / f"{step}{PART}"
     with self._writing(step):
       self.orbax.wait_until_finished()
-      if not self.write:
+      if not agreement.is_writer():
         return
       manifest.seal(part)
       part.rename(self.folder / str(step))
@@ -177,7 +173,7 @@ class Checkpoints:
       yield
     except Exception as error:
       self.failed = True
-      if self.write:
+      if agreement.is_writer():
         _clear(self.folder, ignore_errors=True)  # other writes may still run
       raise OSError(
         f"the checkpoint of step {step} could not be written to {self.folder}"
@@ -289,14 +285,6 @@ def _meta(orbax, folder: Path, params: PyTree) -> dict[str, Any]:
         f" {ours.get(name, 'absent')} in this model"
       )
   return meta
-
-
-def _told_by_the_first(step: int | None) -> int | None:
-  """What the first process found, on all of them, once it has."""
-  if jax.process_count() == 1:
-    return step
-  told = broadcast_one_to_all(np.int32(-1 if step is None else step))
-  return None if told < 0 else int(told)
 
 
 def _is_step(name: str) -> bool:

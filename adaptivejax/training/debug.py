@@ -151,7 +151,7 @@ class _Walk:
       carry = made[:kept]
       found.append(made[kept:])
     if not found:
-      empty = [v.aval for v in eqn.outvars[kept:]]
+      empty: list[Any] = [v.aval for v in eqn.outvars[kept:]]
       return [*carry, *(jnp.zeros(a.shape, a.dtype) for a in empty)]
     if reverse:
       found.reverse()

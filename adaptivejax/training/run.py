@@ -11,6 +11,7 @@ runs/NAME/events.jsonl    {"step", "event", "text"}: what was out of the
                            ordinary (`training.watch`)
 runs/NAME/checkpoints/    the newest checkpoints (`training.checkpoint`)
 runs/NAME/lock            held by the process that writes here
+runs/NAME/profile/        a window of steps, if asked for (`training.profile`)
 """
 
 import contextlib
@@ -27,10 +28,8 @@ RECORD, CONFIG = "run.json", "config.py"
 
 
 @contextlib.contextmanager
-def claim(out: Path, *, write: bool = True) -> Iterator[None]:
+def claim(out: Path) -> Iterator[None]:
   """Makes the folder and holds it; nobody else writes in it meanwhile.
-
-  Without `write` it only looks.
 
   Raises:
     ValueError: it holds something other than a run, or another process that
@@ -43,9 +42,6 @@ def claim(out: Path, *, write: bool = True) -> Iterator[None]:
     raise ValueError(
       f"{out} holds something else than a run: give the run another name"
     )
-  if not write:
-    yield
-    return
   out.mkdir(parents=True, exist_ok=True)
   with lock.locked(out):
     (out / RECORD).touch()
@@ -53,6 +49,12 @@ def claim(out: Path, *, write: bool = True) -> Iterator[None]:
       for draft in out.glob(f".{name}.*.part"):  # of a process that was killed
         draft.unlink()
     yield
+
+
+def content(out: Path) -> list[str]:
+  """What is in the folder of a run, and which checkpoints."""
+  found = (*out.glob("*"), *out.glob("checkpoints/*"))
+  return sorted(path.relative_to(out).as_posix() for path in found)
 
 
 def describe(out: Path, fields: Mapping[str, Any], source: Path | None) -> None:
