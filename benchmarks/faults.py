@@ -141,25 +141,30 @@ class Kills:
   """What was found: kills, runs that ended the same, and steps taken again."""
 
   def __init__(self):
-    self.count = 0
+    self.count = self.failed = 0
     self.same: list[bool] = []
     self.redone: list[int] = []
     self.beyond: list[int] = []
 
-  def run(self, start, out: Path, moments: Iterator[float]) -> None:
-    """Trains one run to its end, killing it at those moments."""
+  def run(self, start, out: Path, moments: list[float]) -> None:
+    """Trains one run to its end, killing it at those moments, the last first.
+
+    A moment is taken when it has come; one that is too late comes earlier.
+    """
     reached = on_disk = 0
     done = False
     while not done:
       process = start(out)
-      moment = next(moments, None)
-      done = process.wait(moment)
+      done = process.wait(moments[-1] if moments else None)
       if reached and process.first:
         self.redone.append(reached - process.first + 1)
         self.beyond.append(max(0, on_disk - process.first + 1))
         reached = 0
-      if not done:
+      if moments and done:
+        moments[-1] *= 0.8
+      elif not done:
         self.count += 1
+        moments.pop()
         reached = process.last or reached
         on_disk = max(steps(out / "checkpoints"), default=0)
 
@@ -180,15 +185,18 @@ def rows(options: Options, kills: int) -> Iterator[Row]:
     duration = time.perf_counter() - process.began
     moments = [duration * (i + draw.random()) / kills for i in range(kills)]
     draw.shuffle(moments)
-    left = iter(moments)
-    while found.count < kills:
-      out = folder / f"run{len(found.same)}"
-      found.run(start, out, left)
-      found.same.append(outcome(out) == outcome(folder / "warm"))
+    while moments:
+      out = folder / f"run{found.failed + len(found.same)}"
+      try:
+        found.run(start, out, moments)
+      except RuntimeError:
+        found.failed += 1
+      else:
+        found.same.append(outcome(out) == outcome(folder / "warm"))
   exact = functools.partial(_row, f"{kills} kills")
-  yield exact("survived", found.count, target=kills)
+  yield exact("survived", found.count - found.failed, target=kills)
   yield exact("finished runs", len(found.same))
-  identical = sum(found.same) / len(found.same)
+  identical = sum(found.same) / max(len(found.same), 1)
   yield exact("identical runs", identical, target=1)
   beyond, redone = max(found.beyond, default=0), max(found.redone, default=0)
   yield exact("before checkpoint", beyond, lower=True, target=0)
