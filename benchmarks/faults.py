@@ -191,6 +191,7 @@ def rows(options: Options, kills: int) -> Iterator[Row]:
         found.run(start, out, moments)
       except RuntimeError:
         found.failed += 1
+        moments[-1:] = []
       else:
         found.same.append(outcome(out) == outcome(folder / "warm"))
   exact = functools.partial(_row, f"{kills} kills")
