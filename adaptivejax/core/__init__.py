@@ -132,6 +132,7 @@ from adaptivejax.core.plans import (
   specialize,
 )
 from adaptivejax.core.quantise import dequantise, quantise
+from adaptivejax.core.ring import in_order, ring_attention, striped
 from adaptivejax.core.risk import hoeffding, hoeffding_bentkus, learn_then_test
 from adaptivejax.core.rope import Ramp, Rope
 from adaptivejax.core.rungs import on_rung
@@ -254,6 +255,7 @@ __all__ = [
   "gumbel_softmax",
   "hoeffding",
   "hoeffding_bentkus",
+  "in_order",
   "jensen_shannon",
   "keep_all",
   "keep_only",
@@ -292,6 +294,7 @@ __all__ = [
   "quantise",
   "replace_victim",
   "restore",
+  "ring_attention",
   "rotary",
   "run_anyway",
   "run_if",
@@ -310,6 +313,7 @@ __all__ = [
   "specialize",
   "staged_while",
   "straight_through",
+  "striped",
   "threshold",
   "tiles",
   "top_k",
