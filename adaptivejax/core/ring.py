@@ -119,10 +119,8 @@ def ring_attention(
   visitor = Visitor(k, v, marks.kv_pos, marks.kv_segment, marks.kv_bias)
   axes = varying_axes(lax.axis_index(axis), q, host, visitor)
   out, lse = _ring((rule, axis), *vary((q, visitor, host), axes))
-  if marks.sinks is not None:  # a key of value 0 that everyone sees
-    sinks = marks.sinks.astype(jnp.float32)[:, None]
-    lses = jnp.stack([lse, jnp.broadcast_to(sinks, lse.shape)])
-    out, lse = merge_lse(jnp.stack([out, jnp.zeros_like(out)]), lses)
+  if marks.sinks is not None:
+    out, lse = _with_sinks(out, lse, marks.sinks)
   return Attended(out, lse)
 
 
@@ -246,6 +244,17 @@ def _if_seen(rule, visitor, host, source, attend, state) -> Any:
     lists = lists_within(host.lists, source * blocks, blocks)
   wanted = seen.any() & (lists.count > 0).any()
   return lax.cond(wanted, attend, lambda _: state, lists)
+
+
+def _with_sinks(out, lse, sinks):
+  """A sink is a key of value 0; a row that is NaN gives it no gradient."""
+  broken = jnp.isnan(lse)
+  out, lse = jnp.where(broken[..., None], 0, out), jnp.where(broken, 0, lse)
+  sinks = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None], lse.shape)
+  parts = jnp.stack([out, jnp.zeros_like(out)]), jnp.stack([lse, sinks])
+  out, lse = merge_lse(*parts)
+  nan = jnp.nan
+  return jnp.where(broken[..., None], nan, out), jnp.where(broken, nan, lse)
 
 
 def _marks(visitor: Visitor, host: Host) -> Marks:

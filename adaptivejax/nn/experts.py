@@ -218,7 +218,8 @@ def _over_mesh(
   axis = EXPERT_AXIS if EXPERT_AXIS in layout.batch else None
   if axis is not None and count % mesh[axis]:
     axis = None
-  width = WIDTH_AXIS if dividing((WIDTH_AXIS,), hidden) else None
+  bare = experts.down.bias is None
+  width = WIDTH_AXIS if bare and dividing((WIDTH_AXIS,), hidden) else None
   over = ExpertSharding(axis, width)
   return on_each_device(
     functools.partial(_run, over, here),
@@ -236,11 +237,24 @@ def mlp_specs(
   """`PartitionSpec`s of stacked experts, over mesh axes; see `ExpertSharding`.
 
   Axes of layers may come before that of the experts.
+
+  Raises:
+    ValueError: every slice of an expert would add its output's bias.
   """
-  lead = *[None] * (experts.down.kernel.ndim - 3), axis
-  into, out = P(*lead, None, width), P(*lead, width)
-  specs = jax.tree.map(lambda a: into, experts)
-  specs.down = jax.tree.map(lambda a: out, experts.down)
+  if width is not None and experts.down.bias is not None:
+    raise ValueError(
+      f"experts whose output has a bias are not split over mesh axis `{width}`:"
+      " make them without, or split their number only."
+    )
+  rank = experts.down.kernel.ndim
+  lead = *[None] * (rank - 3), axis
+
+  def of(kernel, bias):
+    return lambda a: kernel if a.ndim == rank else bias
+
+  into = of(P(*lead, None, width), P(*lead, width))
+  specs = jax.tree.map(into, experts)
+  specs.down = jax.tree.map(of(P(*lead, width), P(*lead)), experts.down)
   return specs
 
 
