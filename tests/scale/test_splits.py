@@ -31,6 +31,8 @@ from adaptivejax.nn import (
   stacked,
 )
 from adaptivejax.nn.experts import mlp_specs
+from adaptivejax.training.mesh import MeshConfig, make_mesh, shardings
+from adaptivejax.training.step import split
 
 def ambient(**axes):
   kinds = (AxisType.Auto,) * len(axes)
@@ -45,11 +47,11 @@ def on(mesh, tree, *spec):
 def rows_of(axes):
   return tuple(name for name in axes if name in BATCH_AXES)
 
-D, E, B, T, block = 16, 8, 8, 64, 8
+D, E, B, T, block = 16, 8, 8, 32, 4
 config = DecoderConfig(
-  vocab=13, layers=2, features=D, hidden=32, heads=4, kv_heads=2
+  vocab=16, layers=2, features=D, hidden=32, heads=4, kv_heads=2
 )
-tokens = jax.random.randint(jax.random.key(2), (B, T), 0, 13)
+tokens = jax.random.randint(jax.random.key(2), (B, T), 0, 16)
 """
 
 run = functools.partial(program.run_in_subprocess, PREAMBLE)
@@ -68,7 +70,10 @@ SPLITS = [
 
 
 def test_every_split_is_one_device():
-  """Experts, skipped tokens and chosen blocks, in one decoder."""
+  """Experts, skipped tokens and chosen blocks, in one decoder.
+
+  Parameters lie where the rules of training put them.
+  """
   run(
     f"""
     class Told(MoBA):
@@ -89,10 +94,11 @@ def test_every_split_is_one_device():
       return MixtureOfDepths(block_of, D, rngs=rngs)
 
     model = DecoderLM(config, layer=layer, rngs=nnx.Rngs(0))
+    join, params = split(model)
 
-    def loss(model, tokens):
-      def of(model):
-        out = model(tokens, stack=routing_trace)
+    def loss(params, tokens):
+      def of(params):
+        out = join(params)(tokens, stack=routing_trace)
         told = {{
           "experts": out.notes,  # NOBODY where a token is skipped
           "blocks": out.signals.penalty,
@@ -100,18 +106,20 @@ def test_every_split_is_one_device():
         }}
         nats = cross_entropy(out.logits, tokens).mean()
         return nats, (told, out.logits, out.cost)
-      return jax.value_and_grad(of, has_aux=True)(model)
+      return jax.value_and_grad(of, has_aux=True)(params)
 
-    (want, (told, logits, price)), slopes = jax.jit(loss)(model, tokens)
+    (want, (told, logits, price)), slopes = jax.jit(loss)(params, tokens)
     skipped = (told["experts"] < 0).all(-1).mean()
     assert 0.1 < skipped < 0.9, skipped
 
     for axes in {SPLITS}:
       print(axes, flush=True)
-      mesh = ambient(**axes)
-      args = on(mesh, model), on(mesh, tokens, rows_of(axes))
+      plan = MeshConfig(**axes)
+      mesh = make_mesh(plan)
+      where = shardings({{"params": params}}, plan, mesh)["params"]
+      args = jax.device_put(params, where), on(mesh, tokens, BATCH_AXES)
       with jax.set_mesh(mesh):
-        step = jax.jit(loss).lower(*args).compile()
+        step = jax.jit(loss, out_shardings=(None, where)).lower(*args).compile()
         (got, (found, values, cost)), d = step(*args)
       chex.assert_trees_all_equal(found, told)
       close((got, values, d), (want, logits, slopes))
