@@ -65,7 +65,6 @@ SPLITS = [
   {"data": 2, "seq": 2, "model": 2},
   {"fsdp": 4, "expert": 2},
   {"expert": 2, "seq": 2, "model": 2},
-  {"data": 2, "fsdp": 2, "expert": 2},
 ]
 
 
