@@ -132,7 +132,7 @@ from adaptivejax.core.plans import (
   specialize,
 )
 from adaptivejax.core.quantise import dequantise, quantise
-from adaptivejax.core.ring import in_order, ring_attention, striped
+from adaptivejax.core.ring import ring_attention
 from adaptivejax.core.risk import hoeffding, hoeffding_bentkus, learn_then_test
 from adaptivejax.core.rope import Ramp, Rope
 from adaptivejax.core.rungs import on_rung
@@ -155,6 +155,7 @@ from adaptivejax.core.sparse_decode import (
   units_from_mask,
 )
 from adaptivejax.core.staged import freeze, masked_scan, staged_while
+from adaptivejax.core.stripes import in_order, striped
 from adaptivejax.core.token_merging import (
   Match,
   Tokens,

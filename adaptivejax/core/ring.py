@@ -13,24 +13,18 @@ device; visits are joined by their log-sum-exp (`merge_lse`):
 
 * Memory is that of two shards of keys, forward and backward: the gradient needs
   `out` and `lse` of the whole only, so the backward pass sends the keys round
-  again, their gradients with them, and adds what each visit gives.
+  again, their gradients with them in f32, and adds what each visit gives.
 * A visit with nothing to see, all of it later than the queries or in no list,
   is skipped: a conditional around the computing, with no collective in it.
-* Nothing hangs: all devices take n turns, whatever they skip.  They wait for
-  one another in each, so a turn takes as long as the visit that computes most.
+* Nothing hangs: all devices take n turns, whatever they skip, and wait for one
+  another in each.
 
-What the order of tokens costs: of a causal sequence laid out in order, device i
-sees i + 1 of n shards, and in each turn some device computes a whole one: n
-turns, where (n + 1) / 2 would do if all computed alike.  Who sees whom is a
-matter of positions, so a caller may lay tokens out `striped` (Brandon et al.,
-2023, https://arxiv.org/abs/2311.09431): token p on device p mod n.  Then each
-visit is a triangle, nearly half a shard for everyone.  It is for dense
-attention: key blocks are of neighbours in the array, so methods that choose
-blocks would choose among others.
+So a turn takes as long as the visit that computes most.  Of a causal text laid
+out in order that is a whole shard in every turn; `core.stripes` halves it.
 
 Axes: B batch, H query heads, G key heads, T queries and S keys of this device,
 D and E widths, P key heads that own marks (1 or G), L heads that own a list, Q
-query tiles, C entries of a list; X any.
+query tiles, C entries of a list.
 """
 
 import functools
@@ -114,7 +108,12 @@ def ring_attention(
   Raises:
     ValueError: positions are missing; a shard does not hold whole blocks.
   """
-  _check(q, k, lists, marks, axis)
+  if marks.q_pos is None or marks.kv_pos is None:
+    raise ValueError(
+      "the positions of queries and keys must be given: those of a shard do not"
+      " begin at 0."
+    )
+  _check_blocks(q, k, lists, axis)
   host = Host(lists, marks.q_pos, marks.q_segment)
   visitor = Visitor(k, v, marks.kv_pos, marks.kv_segment, marks.kv_bias)
   axes = varying_axes(lax.axis_index(axis), q, host, visitor)
@@ -122,22 +121,6 @@ def ring_attention(
   if marks.sinks is not None:
     out, lse = _with_sinks(out, lse, marks.sinks)
   return Attended(out, lse)
-
-
-def striped(x: Array, devices: int) -> Array:
-  """Tokens [B, T, ...] in the order that balances a causal ring.
-
-  Laid out over `devices` (static), which divide T, each then holds every
-  `devices`-th token.  `in_order` undoes it.
-  """
-  _check_stripes(x, devices)
-  return _transposed(x, x.shape[1] // devices)
-
-
-def in_order(x: Array, devices: int) -> Array:
-  """Undoes `striped`."""
-  _check_stripes(x, devices)
-  return _transposed(x, devices)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -148,7 +131,7 @@ def _ring(how, q, visitor: Visitor, host: Host) -> tuple[Array, Array]:
   def visit(visitor, source, carried, found):
     def attend(lists):
       marks = _marks(visitor, host)
-      new = block_sparse_attention(q, *visitor[:2], lists, marks, rule)
+      new = block_sparse_attention(q, visitor.k, visitor.v, lists, marks, rule)
       outs = jnp.stack([found[0], new.out.astype(jnp.float32)])
       return merge_lse(outs, jnp.stack([found[1], new.lse]))
 
@@ -167,24 +150,26 @@ def _ring_forward(how, q, visitor, host):
 
 
 def _ring_backward(how, residuals, cotangents):
-  (rule, axis), (q, visitor, host, *found) = how, residuals
-  found = *found, *cotangents
+  (rule, axis), (q, visitor, host, out, lse) = how, residuals
+  dout, dlse = cotangents
 
   def visit(visitor, source, carried, dq):
     """`carried` are the gradients of the visitor's `(k, v, bias)`."""
 
     def attend(lists):
       marks = _marks(visitor, host)
-      new = block_sparse_gradient(q, *visitor[:2], lists, marks, rule, *found)
-      add = lambda total, more: total + more.astype(jnp.float32)
-      return jax.tree.map(add, (carried, dq), (new[1:], new[0]))
+      part, *more = block_sparse_gradient(
+        q, visitor.k, visitor.v, lists, marks, rule, out, lse, dout, dlse
+      )
+      add = lambda total, new: total + new.astype(jnp.float32)
+      return jax.tree.map(add, (carried, dq), (tuple(more), part))
 
     return _if_seen(rule, visitor, host, source, attend, (carried, dq))
 
   moving = visitor.k, visitor.v, visitor.bias
   zeros = lambda a: jnp.zeros_like(a, jnp.float32)
-  start = jax.tree.map(zeros, (moving, q))
-  moved, dq = _go_round(axis, visitor, *start, visit)
+  carried, dq = jax.tree.map(zeros, (moving, q))
+  moved, dq = _go_round(axis, visitor, carried, dq, visit)
   of_type = lambda total, a: total.astype(a.dtype)
   dk, dv, dbias = jax.tree.map(of_type, moved, moving)
   none: Any = None
@@ -267,18 +252,7 @@ def _marks(visitor: Visitor, host: Host) -> Marks:
   )
 
 
-def _transposed(x, rows):
-  """Tokens as a matrix of `rows`, column by column."""
-  columns = x.reshape(x.shape[0], rows, -1, *x.shape[2:])
-  return jnp.swapaxes(columns, 1, 2).reshape(x.shape)
-
-
-def _check(q, k, lists, marks, axis) -> None:
-  if marks.q_pos is None or marks.kv_pos is None:
-    raise ValueError(
-      "the positions of queries and keys must be given: those of a shard do not"
-      " begin at 0."
-    )
+def _check_blocks(q, k, lists, axis) -> None:
   if lists is None:
     return
   for name, tokens, size in (
@@ -290,11 +264,3 @@ def _check(q, k, lists, marks, axis) -> None:
         f"each device of mesh axis `{axis}` holds {tokens} {name}, which blocks"
         f" of {size} do not divide: take blocks that do, or fewer devices."
       )
-
-
-def _check_stripes(x, devices) -> None:
-  if x.ndim < 2 or devices < 1 or x.shape[1] % devices:
-    raise ValueError(
-      f"{devices=} must divide the tokens of x [B, T, ...]; got {x.shape}: pad"
-      " the sequence, or take other devices."
-    )

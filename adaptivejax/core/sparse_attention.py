@@ -79,10 +79,10 @@ def attend_blocks(
   if axis is not None and mass:
     raise ValueError("`mass` needs all keys at once: leave `axis` out.")
 
-  def attend(*arrays, axis):
+  def attend(q, k, v, lists, marks, axis):
     if axis is not None:
-      return ring_attention(*arrays, rule, axis=axis)
-    return block_sparse_attention(*arrays, rule, mass=mass)
+      return ring_attention(q, k, v, lists, marks, rule, axis=axis)
+    return block_sparse_attention(q, k, v, lists, marks, rule, mass=mass)
 
   if axis is None:
     sizes = {"tile": lists.block_q, "block": lists.block_kv}
