@@ -26,6 +26,7 @@ from adaptivejax.core.attention import Keys
 from adaptivejax.core.block_lists import lists_from_tokens
 from adaptivejax.core.cost import Cost
 from adaptivejax.core.dispatch import dispatch
+from adaptivejax.core.per_device import layout_of, on_each_device
 from adaptivejax.core.per_head import over_heads, tokens_here
 from adaptivejax.core.select import best
 from adaptivejax.core.sparse_attention import attend_blocks
@@ -117,10 +118,20 @@ def best_blocks(
 
   Ties go to the earlier block; -inf and NaN are never chosen.
   """
-  index = best(worth, min(k, worth.shape[-1]))
-  found = jnp.take_along_axis(worth, index, axis=-1)
-  used = (found > -jnp.inf) & (jnp.arange(index.shape[-1]) < left)
-  return jnp.where(used, index, -1)
+
+  def some(worth, left):
+    index = best(worth, min(k, worth.shape[-1]))
+    found = jnp.take_along_axis(worth, index, axis=-1)
+    used = (found > -jnp.inf) & (jnp.arange(index.shape[-1]) < left)
+    return jnp.where(used, index, -1), ()
+
+  worth, left = jnp.moveaxis(worth, 2, 1), jnp.asarray(left)
+  layout = layout_of(worth.shape[:2])
+  if layout.axes:  # the compiler brings together what it sorts
+    index, _ = on_each_device(some, worth, left, layout)
+  else:
+    index, _ = some(worth, left)
+  return jnp.moveaxis(index, 1, 2)
 
 
 def attend_window(

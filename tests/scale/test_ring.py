@@ -228,6 +228,33 @@ def test_no_device_holds_the_sequence():
   """)
 
 
+def test_looks_choose_where_their_queries_are():
+  """What is brought together is less than the keys: block means and masks."""
+  run("""
+    from adaptivejax.methods.attention import MoBA, XAttention
+
+    T, G, H, D, mesh = 4096, 1, 2, 32, ambient(seq=8)
+    at = lambda *spec: jax.sharding.NamedSharding(mesh, P(*spec))
+    where = at(None, "seq"), at(None, None, "seq"), at(None, None, "seq")
+    like = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    args = like(1, T, H, D), like(1, G, T, D), like(1, G, T, D)
+    sizes = {"stride": 8, "block_q": 64, "block_kv": 64}
+    for look in (MoBA(64, 3), XAttention(0.6, **sizes)):
+      def loss(q, k, v):
+        place = jnp.arange(T)[None]
+        return (look(q, Keys(k, v, place[:, None]), place).out ** 2).sum()
+
+      with jax.set_mesh(mesh):
+        step = jax.jit(loss, in_shardings=where).lower(*args).compile()
+      found = [
+        re.search(r"\\w+\\[([\\d,]*)\\]", line.split("=", 1)[1])[1]
+        for line in step.as_text().splitlines() if " all-gather(" in line
+      ]
+      sizes = [np.prod([int(n) for n in s.split(",") if n]) for s in found]
+      assert max(sizes) < T * D / 2, (look, found)
+  """)
+
+
 @functools.cache
 def mesh(**axes):
   kinds = (jax.sharding.AxisType.Auto,) * len(axes)
