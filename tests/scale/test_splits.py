@@ -133,7 +133,7 @@ def test_every_split_is_one_device():
       wide = [f"[{{B // n}},{{T}},{{D}}]" for n in (1, 2, 4, 8)]
       assert not any(w in line for w in wide for line in gathers), gathers
   """,
-    timeout=400,
+    timeout=500,
   )
 
 
