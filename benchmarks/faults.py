@@ -149,7 +149,7 @@ class Kills:
   def run(self, start, out: Path, moments: list[float]) -> None:
     """Trains one run to its end, killing it at those moments, the last first.
 
-    A moment is taken when it has come; one that is too late comes earlier.
+    One that comes too late, the machine being faster by now, is drawn again.
     """
     reached = on_disk = 0
     done = False
@@ -161,7 +161,8 @@ class Kills:
         self.beyond.append(max(0, on_disk - process.first + 1))
         reached = 0
       if moments and done:
-        moments[-1] *= 0.8
+        took = time.perf_counter() - process.began
+        moments[-1] = random.uniform(0, took)
       elif not done:
         self.count += 1
         moments.pop()
