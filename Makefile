@@ -40,7 +40,7 @@ test-all: test ## run every test on python3 and, where there is one, python3.12
 
 smoke: $(VENV)/.test ## the tests of the kernels and of what most rests on
 	$(BIN)/python -m pytest $(two) tests/kernels tests/test_package.py \
-	  $(addprefix tests/core/test_,buckets.py dispatch.py experts.py select.py)
+	  $(addprefix tests/core/test_,buckets.py cost.py dispatch.py experts.py select.py)
 
 lint: $(VENV)/.dev ## format, lint, types, import contracts (changes nothing)
 	$(BIN)/ruff format --check .

@@ -155,7 +155,9 @@ def subjaxprs(params: dict[str, Any]) -> list[jex.Jaxpr]:
     for param in params.values()
     for value in (param if isinstance(param, tuple | list) else [param])
   ]
-  closed = [
-    value.jaxpr for value in values if isinstance(value, jex.ClosedJaxpr)
+  # With jax 0.11 a closed jaxpr is a jaxpr, too: each is to count once.
+  return [
+    value.jaxpr if isinstance(value, jex.ClosedJaxpr) else value
+    for value in values
+    if isinstance(value, (jex.ClosedJaxpr, jex.Jaxpr))
   ]
-  return closed + [value for value in values if isinstance(value, jex.Jaxpr)]
