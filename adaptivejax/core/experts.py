@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -77,7 +78,21 @@ def expert_apply(
   call = _trace(f, x, plan, params, cover)
   run = _executor(call.f, call.shared, together, jax.tree.structure(params))
   y, slots = fold_items(run, cover)(call.theta, call.x, plan)
-  return y, _price(call, plan, slots)
+  most = most_slots(cover or _default(call.f, len(x)), plan, len(x))
+  return y, _price(call, plan, slots, most)
+
+
+def most_slots(cover: Cover, plan: Dispatch, items: int) -> int:
+  """Slots executed at most, whatever the routes (static).
+
+  All experts may get all items; or there are not as many choices, and each
+  expert that gets any pads them by as much as the cover does at worst.
+  """
+  experts, choices = plan.sizes.shape[0], plan.item.shape[0]
+  counts = np.arange(1, items + 1)
+  slots = np.tensordot(cover.sizes, cover.trips(counts), 1)
+  padded = choices + min(experts, choices) * int((slots - counts).max())
+  return min(experts * int(slots.max()), padded)
 
 
 def _executor(f: RowFunction, shared: int, together, tree) -> Callable:
@@ -128,9 +143,8 @@ def expert_apply_dense(
 
   parts = lax.map(one, (params, gate.T, asked.T))
   slots = jnp.full_like(plan.sizes, n * count, jnp.float32, shape=())
-  return parts.sum(0).astype(call.f.out_avals[0].dtype), _price(
-    call, plan, slots
-  )
+  y = parts.sum(0).astype(call.f.out_avals[0].dtype)
+  return y, _price(call, plan, slots, n * count)
 
 
 def grouped_matmul(
@@ -223,10 +237,11 @@ def _check(x, plan: Dispatch, leaves: Leaves, count: int) -> None:
     )
 
 
-def _price(call: _Call, plan: Dispatch, slots: Array) -> Cost:
+def _price(call: _Call, plan: Dispatch, slots: Array, most: int) -> Cost:
   size, jaxpr = max(call.f.jaxprs.items())
   row = jaxpr_flops(jaxpr) / size
   full = row * call.x.shape[0] * plan.sizes.shape[0]
   items = plan.sizes.sum().astype(jnp.float32)
   zero = jnp.zeros_like(slots)
-  return Cost(slots * row, zero + full, items, slots, zero)
+  bound = jnp.float32(most * row)
+  return Cost(slots * row, zero + full, items, slots, zero, bound)
