@@ -65,8 +65,11 @@ class Cost(NamedTuple):
     fields = (flops, flops, items, items, 0, flops)
     return cls(*(jnp.asarray(field, jnp.float32) for field in fields))
 
-  def with_overhead(self, flops: float) -> "Cost":
-    """And `flops` that the dense twin has not: a router's, a teacher's."""
+  def with_overhead(self, flops: Float[Array, "..."] | float) -> "Cost":
+    """And `flops` that the dense twin has not: a router's, a teacher's.
+
+    They follow from shapes alone.
+    """
     return self._replace(spent=self.spent + flops, bound=self.bound + flops)
 
   def total(self) -> "Cost":
@@ -154,12 +157,12 @@ def worst_case(f: Callable[..., Any], *args: Any) -> float:
   jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True])
   with jax.ensure_compile_time_eval():
     known = not any(used) and jax.core.eval_jaxpr(jaxpr, closed.consts)[0]
-  if known is False or isinstance(known, jax.core.Tracer):
+  if isinstance(known, bool | jax.core.Tracer):
     raise ValueError(
       "the bound of this cost depends on values, so it is not known before it"
       " runs: make it of shapes and static settings."
     )
-  return float(np.sum(known))
+  return float(np.asarray(known).sum())
 
 
 def times(bound: Any, rounds: Any) -> Any:

@@ -123,7 +123,6 @@ def depth_scan(
 
   `state` agrees as far as layers do nothing for rows that are not live.
   """
-
   span = min_depth, _depth(params) if max_depth is None else max_depth
 
   def body(rows, l_block):
