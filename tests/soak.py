@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 import tests.conftest  # noqa: F401  its hook comes before the library
 from adaptivejax.core import append, attend_blocks, bucketed, masked
 from adaptivejax.core.attention import Keys
+from adaptivejax.core.cost import Cost
 from adaptivejax.core.sparse_attention import attend_blocks_dense
 from tests import strategies
 from tests.laws import CASES, Case, close, compiled, dense_twin, parameters
@@ -64,12 +65,17 @@ def bench_of(case: Case) -> Bench:
     ok = ok and spent.spent <= spent.bound and float(spent.bound) == bound
     assert ok and spent.spent <= (spent.full + overhead) * (1 + 1e-6), spent
 
+  def bounded(spent):
+    assert spent.spent <= spent.bound, spent
+
   def laws(params, x, budget) -> Iterator[tuple[str, Callable[[], Any]]]:
     y, spent = run(params, x, budget)
     finite = lambda: np.isfinite(y).all()
     assert finite(), "finite"
     if _priced(case):
       yield "cost", lambda: cost(spent)
+    elif isinstance(spent, Cost):
+      yield "bound", lambda: bounded(spent)
     if twin is not None:
       yield "oracle", lambda: near(y, twin(params, x, budget), params, x)
     if "row" not in case.unless:

@@ -68,6 +68,7 @@ class Gguf(Source):
     self.config = _config(fields, self.stored)
     self.files = tokenizer_files(metadata)
 
+  @np.errstate(all="ignore")  # what is not finite is refused by `Reader`
   def read(self, name: str) -> np.ndarray:
     """The values of a tensor, f32."""
     import gguf
