@@ -140,8 +140,20 @@ def worst_case(f: Callable[..., Any], *args: Any) -> float:
     args: arrays or `jax.ShapeDtypeStruct`s; only their shapes matter.
 
   Raises:
-    ValueError: none or several costs, or a bound that depends on values.
+    ValueError: none or several costs, or a bound that depends on values: a hard
+      limit such as `max_depth` that is an argument.
   """
+  bound = bound_of(f, *args)
+  if not isinstance(bound, float):
+    raise ValueError(
+      "the bound of this cost depends on values, so it is not known before it"
+      " runs: close over the limits that it depends on, as Python numbers."
+    )
+  return bound
+
+
+def bound_of(f: Callable[..., Any], *args: Any) -> Any:
+  """As `worst_case`, a traced number where the bound depends on a limit."""
 
   def bound(*args):
     leaves = jax.tree.leaves(f(*args), is_leaf=lambda x: isinstance(x, Cost))
@@ -155,14 +167,15 @@ def worst_case(f: Callable[..., Any], *args: Any) -> float:
 
   closed = jax.make_jaxpr(bound)(*args)
   jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True])
-  with jax.ensure_compile_time_eval():
-    known = not any(used) and jax.core.eval_jaxpr(jaxpr, closed.consts)[0]
-  if isinstance(known, bool | jax.core.Tracer):
-    raise ValueError(
-      "the bound of this cost depends on values, so it is not known before it"
-      " runs: make it of shapes and static settings."
-    )
-  return float(np.asarray(known).sum())
+  needed = [a for a, use in zip(jax.tree.leaves(args), used) if use]
+  if not needed:
+    with jax.ensure_compile_time_eval():
+      (known,) = jax.core.eval_jaxpr(jaxpr, closed.consts)
+    if not isinstance(known, jax.core.Tracer):
+      return float(np.asarray(known).sum())
+  if any(isinstance(a, jax.ShapeDtypeStruct) for a in needed):
+    return needed[0]
+  return jax.core.eval_jaxpr(jaxpr, closed.consts, *needed)[0]
 
 
 def times(bound: Any, rounds: Any) -> Any:

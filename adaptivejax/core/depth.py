@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from adaptivejax.core.cost import Cost, times, worst_case
+from adaptivejax.core.cost import Cost, bound_of, times
 from adaptivejax.core.staged import freeze
 from adaptivejax.core.varying import vary, varying_axes
 
@@ -156,7 +156,7 @@ def most_of_layers(
   first = jax.tree.map(lambda a: a[0], params)
   total = _depth(params)
   rounds = total if max_depth is None else jnp.minimum(total, max_depth)
-  return times(worst_case(one, first, x, state), rounds)
+  return times(bound_of(one, first, x, state), rounds)
 
 
 def only_after(due: Callable[[Array], Array], halt: Halt) -> Halt:

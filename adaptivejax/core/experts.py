@@ -86,14 +86,19 @@ def expert_apply(
 def most_slots(cover: Cover, plan: Dispatch, items: int) -> int:
   """Slots executed at most, whatever the routes (static).
 
-  All experts may get all items; or there are not as many choices, and each
-  expert that gets any pads them by as much as the cover does at worst.
+  That is the most of sum_e slots(n_e) over all n_e <= N that sum to the number
+  of choices M at most.  For any price p of a choice (Lagrange)
+
+      sum_e slots(n_e) <= p M + E max_n (slots(n) - p n),
+
+  of which the least is taken; p = 0 lets all experts have all items.
   """
   experts, choices = plan.sizes.shape[0], plan.item.shape[0]
-  counts = np.arange(1, items + 1)
+  counts = np.arange(items + 1)
   slots = np.tensordot(cover.sizes, cover.trips(counts), 1)
-  padded = choices + min(experts, choices) * int((slots - counts).max())
-  return min(experts * int(slots.max()), padded)
+  prices = np.linspace(0, 2, 41)
+  beyond = [(slots - price * counts).max() for price in prices]
+  return int((prices * choices + experts * np.asarray(beyond)).min())
 
 
 def _executor(f: RowFunction, shared: int, together, tree) -> Callable:

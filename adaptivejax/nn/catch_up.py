@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.cache import KVCache
-from adaptivejax.core.cost import Cost, times, worst_case
+from adaptivejax.core.cost import Cost, bound_of, times
 from adaptivejax.core.plans import run_times
 from adaptivejax.nn.stack import present
 
@@ -70,5 +70,5 @@ def catch_up(
     some = functools.partial(read, size=size)
     carry = run_times(rounds, some, carry, asked, length, text, model)
   cache, logits, cost = carry
-  bound = times(worst_case(once, cache, logits), slots // most + 1)
+  bound = times(bound_of(once, cache, logits), slots // most + 1)
   return cache, logits, cost._replace(bound=jnp.float32(bound))

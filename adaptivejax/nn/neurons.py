@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from adaptivejax.core.cost import Cost, Signals, flops, times, worst_case
+from adaptivejax.core.cost import Cost, Signals, bound_of, flops, times
 from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.block import Block
 from adaptivejax.nn.mlp import Mlp
@@ -126,7 +126,7 @@ def by_neurons(
     return x, cache, jax.tree.map(put, said, tuple(new))
 
   blank = jax.eval_shape(lambda: whole(0)(x, positions, cache, 0)[2:])
-  most = worst_case(
+  most = bound_of(
     lambda x, cache: whole(0)(x, positions, cache, 0)[2], x, cache
   )
   most = times(most, total)

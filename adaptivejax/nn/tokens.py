@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
-from adaptivejax.core.cost import Signals, flops, worst_case
+from adaptivejax.core.cost import Signals, bound_of, flops
 from adaptivejax.core.plans import run_if
 from adaptivejax.core.rungs import on_rung
 from adaptivejax.core.token_merging import (
@@ -156,8 +156,8 @@ def adapting(
     return (tokens._replace(x=x), depth), cost
 
   one, slots = layer_at(layers, 0), (tokens.x, tokens.size)
-  most = worst_case(first, slots, one, budget, due[0])  # a rung of all slots
-  most += worst_case(second, tokens.x, one)
+  most = bound_of(first, slots, one, budget, due[0])  # a rung of all slots
+  most += bound_of(second, tokens.x, one)
   start = tokens, jnp.zeros(x.shape[:2], jnp.float32)
   start = vary(start, varying_axes(x, positions))
   (tokens, depth), cost = lax.scan(body, start, (layers, due))
