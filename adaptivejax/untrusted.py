@@ -79,12 +79,12 @@ def parse_object(
   Raises:
     ValueError: not JSON, not an object, a key twice, half a character.
   """
-  strict = {"parse_constant": _refuse, "parse_float": _finite}
   try:
     value = json.loads(
       text.decode("utf-8"),
       object_pairs_hook=_object,
-      **strict if finite else {},
+      parse_constant=_refuse if finite else None,
+      parse_float=_finite if finite else None,
     )
     if b"\\u" in text:  # else there can be no half of a pair
       json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -115,5 +115,5 @@ def _finite(text: str) -> float:
   return value
 
 
-def _refuse(name: str):
+def _refuse(name: str) -> None:
   raise ValueError(f"{name} is no number of JSON")

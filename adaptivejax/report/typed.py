@@ -65,6 +65,9 @@ def _record(kind, x, where):
   given = _expect(dict, x, where)
   if unknown := sorted(set(given) - set(fields)):
     raise ValueError(f"{kind.__name__} has no field {', '.join(unknown):.80}")
+  hints = typing.get_type_hints(kind)
+  make = lambda name, x: typed(hints[name], x, f"`{name}` of {where}")
+  made = {name: make(name, value) for name, value in given.items()}
   missing = [
     name
     for name, field in fields.items()
@@ -74,9 +77,7 @@ def _record(kind, x, where):
   ]
   if missing:
     raise ValueError(f"{where} does not say {', '.join(missing)}")
-  hints = typing.get_type_hints(kind)
-  make = lambda name, x: typed(hints[name], x, f"`{name}` of {where}")
-  return kind(**{name: make(name, value) for name, value in given.items()})
+  return kind(**made)
 
 
 def _items(kinds, x, where):
