@@ -124,7 +124,7 @@ RECORDS = {
   "points": ({}, "must not be a dict"),
   "environment": ({"a": []}, r"\['a'\] must not be a list"),
   "measured": ("abc", "must not be a str"),
-  "samples": ([{"prompt": "\u0100"}], "does not say"),
+  "samples": ([{"prompt": "\u0100"}], "characters that are no bytes"),
   "curves": ([{"name": "c", "steps": [True]}], "does not say|must not be"),
 }
 
