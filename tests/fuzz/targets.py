@@ -177,8 +177,10 @@ def _lines() -> list[bytes]:
 
 
 def _cli(data, folder):
-  """Arguments, apart by line breaks."""
-  args = data.decode("utf-8", "replace").split("\n")
+  """A byte for the command, and its arguments, apart by line breaks."""
+  args = data[1:].decode("utf-8", "replace").split("\n")
+  if data and (name := (*cli.COMMANDS, "")[data[0] % 6]):
+    args = [name, *args]
   with contextlib.chdir(folder):
     errors, path = io.StringIO(), list(sys.path)
     try:
@@ -201,7 +203,15 @@ def _commands() -> list[bytes]:
 
   topology = "compile c.py --topology v5e:4x4 --mesh.fsdp 16 --explain"
   commands = [*MISTAKES, "--help", "report .", "report nowhere", topology]
-  return [command.replace(" ", "\n").encode() for command in commands]
+
+  def coded(command):
+    name, _, rest = command.partition(" ")
+    if name not in cli.COMMANDS:
+      return b"\x05" + command.replace(" ", "\n").encode()
+    number = cli.COMMANDS.index(name)
+    return bytes([number]) + rest.replace(" ", "\n").encode()
+
+  return [coded(command) for command in commands]
 
 
 TARGETS = {
