@@ -37,7 +37,7 @@ def result(
 
   `pallas_call` must be told, for it does not look at what its kernel does.
   """
-  if not (axes := axes_of(operands)):
+  if not jax.sharding.get_abstract_mesh().manual_axes:
     return jax.ShapeDtypeStruct(shape, dtype)
-  varying = jax.sharding.ManualAxisType(varying=axes)
+  varying = jax.sharding.ManualAxisType(varying=axes_of(operands))
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)

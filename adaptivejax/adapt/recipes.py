@@ -44,6 +44,7 @@ from adaptivejax.methods.depth import (
 from adaptivejax.methods.kv import SnapKV, StreamingLLM
 from adaptivejax.methods.width import core_of
 from adaptivejax.nn import (
+  ByBlocks,
   Lens,
   Through,
   adjust,
@@ -113,7 +114,7 @@ class Bench:
 
   def by_blocks(self, model) -> Any:
     """Reads prompts by blocks: all keys, but not the future."""
-    return with_look(model, self.a_shape(4 * self.config.long))
+    return with_look(model, ByBlocks(**self.blocks))
 
   @functools.cached_property
   def probe(self) -> jax.Array:

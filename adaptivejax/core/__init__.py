@@ -132,6 +132,7 @@ from adaptivejax.core.plans import (
   specialize,
 )
 from adaptivejax.core.quantise import dequantise, quantise
+from adaptivejax.core.ring import ring_attention
 from adaptivejax.core.risk import hoeffding, hoeffding_bentkus, learn_then_test
 from adaptivejax.core.rope import Ramp, Rope
 from adaptivejax.core.rungs import on_rung
@@ -154,6 +155,7 @@ from adaptivejax.core.sparse_decode import (
   units_from_mask,
 )
 from adaptivejax.core.staged import freeze, masked_scan, staged_while
+from adaptivejax.core.stripes import in_order, striped
 from adaptivejax.core.token_merging import (
   Match,
   Tokens,
@@ -254,6 +256,7 @@ __all__ = [
   "gumbel_softmax",
   "hoeffding",
   "hoeffding_bentkus",
+  "in_order",
   "jensen_shannon",
   "keep_all",
   "keep_only",
@@ -292,6 +295,7 @@ __all__ = [
   "quantise",
   "replace_victim",
   "restore",
+  "ring_attention",
   "rotary",
   "run_anyway",
   "run_if",
@@ -310,6 +314,7 @@ __all__ = [
   "specialize",
   "staged_while",
   "straight_through",
+  "striped",
   "threshold",
   "tiles",
   "top_k",

@@ -9,6 +9,7 @@ Axes: B batch, T queries, S keys, H query heads, G key heads, D head width, E
 value width, P heads that hold different keys: 1 or G.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,8 +17,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from adaptivejax.core.per_head import is_ring, over_heads
 from adaptivejax.core.quantise import dequantise
+from adaptivejax.core.ring import ring_attention
 from adaptivejax.core.rope import USUAL, Rope
+from pallas_kernels.block_sparse_attention import Marks, Rule
 
 NEVER = -1e30
 """Score of an invisible key; finite, so that an empty row stays finite."""
@@ -63,7 +67,12 @@ def attend(
 
   A key is as if it were not there for a query that does not see it, NaN
   included; a query that sees a key or value that is not finite gets NaN.
+
+  Under an ambient mesh a sequence over `seq` that looks at itself does so in a
+  ring (`core.ring`), which has no forward-mode derivative.
   """
+  if mask is None and is_ring(q.shape[1], keys.k.shape[2]):
+    return _attend_in_a_ring(q, keys, positions, window)
   return _mix(*_weigh(q, keys, positions, window, mask))
 
 
@@ -113,6 +122,14 @@ def attention_weights(
   """The softmax of `attend`; 0 for what a query does not see."""
   weights, *_ = _weigh(q, keys, positions)
   return weights.reshape(weights.shape[0], -1, *weights.shape[3:])
+
+
+def _attend_in_a_ring(q, keys: Keys, positions, window):
+  keys = dequantised(keys, q.dtype)
+  marks = Marks(positions, keys.pos, kv_bias=keys.bias)
+  run = functools.partial(ring_attention, rule=Rule(window=window))
+  heads_first = jnp.swapaxes(q, 1, 2), keys.k, keys.v
+  return jnp.swapaxes(over_heads(run, *heads_first, None, marks).out, 1, 2)
 
 
 def _mix(weights, v, broken):

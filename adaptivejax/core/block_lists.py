@@ -206,6 +206,34 @@ def full_lists(
   return lists_from_mask(mask, block_q=block_q, block_kv=block_kv)
 
 
+def lists_within(
+  lists: BlockLists, first: Int[Array, ""] | int, blocks: int
+) -> BlockLists:
+  """What `lists` name of some neighbouring blocks, counted from the first.
+
+  Args:
+    lists: entries ascend, so those of neighbours are a run.
+    first: of the blocks (dynamic).
+    blocks: how many (static).
+  """
+  place = lists.index - first
+  live = _there(lists) & (place >= 0) & (place < blocks)
+  room = min(blocks, lists.index.shape[-1])
+  entry = live.argmax(-1)[..., None] + jnp.arange(room)
+  entry = jnp.minimum(entry, lists.index.shape[-1] - 1)
+  index = jnp.take_along_axis(place, entry, axis=-1)
+  rows = lists.rows
+  if rows is not None:
+    rows = jnp.take_along_axis(rows, entry[..., None], axis=3)
+  return BlockLists(
+    jnp.clip(index, 0, blocks - 1),
+    live.sum(-1, dtype=jnp.int32),
+    rows,
+    lists.block_q,
+    lists.block_kv,
+  )
+
+
 def listed_blocks(lists: BlockLists) -> Int[Array, "B L Q"]:
   """Entries that count, as many as there are."""
   return jnp.clip(lists.count, 0, lists.index.shape[-1])
@@ -225,6 +253,11 @@ def _compact(mask):
 def _valid(index, count):
   """Entries past `count` become -1."""
   return jnp.where(jnp.arange(index.shape[-1]) < count[..., None], index, -1)
+
+
+def _there(lists):
+  """Entries that count, bool[B, L, Q, C]."""
+  return jnp.arange(lists.index.shape[-1]) < lists.count[..., None]
 
 
 def _hot(index, blocks):

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.attention import NEVER, Keys
 from adaptivejax.core.block_masks import BLOCK, block_extremes, visible_blocks
+from adaptivejax.core.per_head import tokens_here
 from adaptivejax.core.select import top_p
 
 
@@ -93,7 +94,17 @@ def antidiagonal_mass(
     weights = jnp.where(seen, weights, 0).sum(3)
     return weights.reshape(batch, -1, blocks, block_kv // stride).sum(-1)
 
-  mass = lax.map(tile, (jnp.moveaxis(q, 3, 0), jnp.moveaxis(seen, 1, 0)))
+  devices = tiles // tokens_here(tiles)
+  if devices > 1:  # one tile of each at a time
+
+    def deal(a):
+      return jnp.swapaxes(a.reshape(devices, -1, *a.shape[1:]), 0, 1)
+
+    asked = deal(jnp.moveaxis(q, 3, 0)), deal(jnp.moveaxis(seen, 1, 0))
+    mass = jnp.swapaxes(lax.map(jax.vmap(tile), asked), 0, 1)
+    mass = mass.reshape(tiles, *mass.shape[2:])
+  else:
+    mass = lax.map(tile, (jnp.moveaxis(q, 3, 0), jnp.moveaxis(seen, 1, 0)))
   return jnp.moveaxis(mass, 0, 2)
 
 

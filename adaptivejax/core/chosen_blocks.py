@@ -14,6 +14,7 @@ R query heads of a list, D head width, K blocks, N choices of a query; X queries
 of all lists of a key head, Q tiles, U tile rows.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -25,10 +26,17 @@ from adaptivejax.core.attention import Keys
 from adaptivejax.core.block_lists import lists_from_tokens
 from adaptivejax.core.cost import Cost
 from adaptivejax.core.dispatch import dispatch
+from adaptivejax.core.per_device import layout_of, on_each_device
+from adaptivejax.core.per_head import over_heads, tokens_here
 from adaptivejax.core.select import best
 from adaptivejax.core.sparse_attention import attend_blocks
 from adaptivejax.core.sparse_decode import sparse_decode
-from pallas_kernels.block_sparse_attention import BlockLists, Rule, merge_lse
+from pallas_kernels.block_sparse_attention import (
+  BlockLists,
+  Marks,
+  Rule,
+  merge_lse,
+)
 from pallas_kernels.sparse_decode_attention import Units
 
 ROWS = 128
@@ -84,7 +92,7 @@ def attend_chosen(
     found, cost = sparse_decode(q, keys, units, positions, rule=rule)
     out, rows = found.out, jnp.float32(batch * heads * most)
   elif by == "tile":
-    tall = _power(ROWS * lists // heads, tokens)
+    tall = _power(ROWS * lists // heads, tokens_here(tokens))
     blocks = -(-size // block)
     named = lists_from_tokens(
       chosen,
@@ -110,10 +118,20 @@ def best_blocks(
 
   Ties go to the earlier block; -inf and NaN are never chosen.
   """
-  index = best(worth, min(k, worth.shape[-1]))
-  found = jnp.take_along_axis(worth, index, axis=-1)
-  used = (found > -jnp.inf) & (jnp.arange(index.shape[-1]) < left)
-  return jnp.where(used, index, -1)
+
+  def some(worth, left):
+    index = best(worth, min(k, worth.shape[-1]))
+    found = jnp.take_along_axis(worth, index, axis=-1)
+    used = (found > -jnp.inf) & (jnp.arange(index.shape[-1]) < left)
+    return jnp.where(used, index, -1), ()
+
+  worth, left = jnp.moveaxis(worth, 2, 1), jnp.asarray(left)
+  layout = layout_of(worth.shape[:2])
+  if layout.axes:  # the compiler brings together what it sorts
+    index, _ = on_each_device(some, worth, left, layout)
+  else:
+    index, _ = some(worth, left)
+  return jnp.moveaxis(index, 1, 2)
 
 
 def attend_window(
@@ -144,31 +162,54 @@ def over_queries(
   Args:
     f: of `arrays`, their T being at most `chunk`, gives [B, L, T, N].
     arrays: [B, T, ...].
-    chunk: static.
+    chunk: queries of one device at a time (static).
   """
   tokens = arrays[0].shape[1]
-  if tokens <= chunk:
+  here = tokens_here(tokens)
+  if here <= chunk:
     return f(*arrays)
-  pieces = -(-tokens // chunk)
+  devices, pieces = tokens // here, -(-here // chunk)
 
   def cut(a):
-    spare = [(0, 0), (0, pieces * chunk - tokens), *[(0, 0)] * (a.ndim - 2)]
-    a = jnp.pad(a, spare).reshape(a.shape[0], pieces, chunk, *a.shape[2:])
-    return jnp.moveaxis(a, 1, 0)
+    """[pieces, B, devices * chunk, ...]: of each device a few at a time."""
+    a = a.reshape(len(a), devices, here, *a.shape[2:])
+    spare = [(0, 0), (0, 0), (0, pieces * chunk - here)]
+    a = jnp.pad(a, spare + [(0, 0)] * (a.ndim - 3))
+    a = a.reshape(len(a), devices, pieces, chunk, *a.shape[3:])
+    a = jnp.moveaxis(a, 2, 0)
+    return a.reshape(*a.shape[:2], -1, *a.shape[4:])
 
   out = lax.map(lambda some: f(*some), tuple(map(cut, arrays)))
-  out = jnp.moveaxis(out, 0, 2)  # [B, L, pieces, chunk, N]
-  return out.reshape(*out.shape[:2], -1, out.shape[4])[:, :, :tokens]
+  out = out.reshape(*out.shape[:3], devices, chunk, -1)
+  out = jnp.moveaxis(out, 0, 3)  # [B, L, devices, pieces, chunk, N]
+  out = out.reshape(*out.shape[:3], pieces * chunk, -1)[:, :, :, :here]
+  return out.reshape(*out.shape[:2], tokens, -1)
 
 
 def _by_block(q, keys, chosen, positions, block, window):
-  """`(out, cost, rows)`: every key head is a row of the batch."""
-  batch, tokens, heads, width = q.shape
+  """`(out, cost, rows)`: each device sorts the choices of its own queries."""
+
+  def here(q, k, v, chosen, marks, axis):
+    run = functools.partial(_sorted_by_block, block=block, window=window)
+    keys = Keys(k, v, marks.kv_pos)
+    out, cost, rows = run(q, keys, chosen, marks.q_pos, axis=axis)
+    return out, jax.tree.map(lambda a: a.reshape(1, 1, 1), (cost, rows))
+
+  marks = Marks(positions, keys.pos)
+  arrays = jnp.swapaxes(q, 1, 2), keys.k, keys.v, chosen
+  out, told = over_heads(here, *arrays, marks, block=block)
+  return jnp.swapaxes(out, 1, 2), *jax.tree.map(jnp.sum, told)
+
+
+def _sorted_by_block(q, keys, chosen, positions, block, window, axis):
+  """`(out [B, H, T, D], cost, rows)`: a key head is a row of the batch."""
+  batch, heads, tokens, width = q.shape
   (groups, size), (lists, most) = keys.k.shape[1:3], chosen.shape[1::2]
-  share, blocks, total = lists // groups, -(-size // block), batch * groups
+  share, total = lists // groups, batch * groups
+  blocks = -(-size // block) * (1 if axis is None else lax.axis_size(axis))
   fold = lambda a: a.reshape(total, share * tokens, *a.shape[4:])
-  asked = q.reshape(batch, tokens, groups, share, heads // lists, width)
-  asked = fold(jnp.moveaxis(asked, 1, 3))  # [BG, X, R, D]
+  asked = q.reshape(batch, groups, share, heads // lists, tokens, width)
+  asked = fold(jnp.moveaxis(asked, 4, 3))  # [BG, X, R, D]
   wanted = fold(chosen.reshape(batch, groups, share, tokens, most))
   place = positions[:, None, None]
   place = fold(jnp.broadcast_to(place, (batch, groups, share, tokens)))
@@ -184,15 +225,15 @@ def _by_block(q, keys, chosen, positions, block, window):
   repeat = lambda a: jnp.repeat(a, most, axis=1)
   at = jnp.where(choice >= 0, _take(repeat(place), choice), -1)
   named = BlockLists(index[:, None, :, None], count[:, None], None, tall, block)
-  found, cost = attend_blocks(
-    _moved(repeat(asked), choice, slot), folded, named, at, window=window
-  )
+  asked = _moved(repeat(asked), choice, slot)
+  how = {"window": window, "axis": axis}
+  found, cost = attend_blocks(asked, folded, named, at, **how)
   apart = lambda a: jnp.moveaxis(a.reshape(*wanted.shape, *a.shape[2:]), 2, 0)
   outs, lses = (apart(_moved(a, slot, choice)) for a in found[:2])
   missing = jnp.moveaxis(wanted < 0, 2, 0)[..., None]
   out, _ = merge_lse(outs, jnp.where(missing, -jnp.inf, lses))
   out = out.reshape(batch, groups, share, tokens, heads // lists, -1)
-  out = jnp.moveaxis(out, 3, 1).reshape(batch, tokens, heads, -1)
+  out = jnp.moveaxis(out, 3, 4).reshape(batch, heads, tokens, -1)
   return out, cost, cost.items * tall
 
 

@@ -14,8 +14,21 @@ predicates are local, a device with few selected items is done early, and what
 they cost is summed.  The compiler goes on to shard over `model`.  Without a
 mesh, and inside of a `shard_map`, an operation runs as it is written.  Axes
 that do not divide the batch are left out, the last first: then devices repeat
-one another's work, which no cost counts.  What a row-wise `f` closes over must
-be given as an operand, as inside of `shard_map`.
+one another's work, which no cost counts; nor does a sequence lie over `seq`
+that it does not divide.  What a row-wise `f` closes over must be given as an
+operand, as inside of `shard_map`.
+
+Where devices wait for one another.  A branch that some of them enter holds no
+collective, so shards of very different budgets neither hang nor do one
+another's work.  They are in step only where they exchange something:
+
+    sums of costs       after an operation, outside of all its branches
+    experts             the rounds of all-to-all are those of the fullest
+                        destination, by `pmax` (`core.expert_parallel`)
+    a sequence          n turns of a ring over n devices, whatever a device has
+                        to look at in each (`core.ring`)
+
+and where the compiler sums gradients and activations over the mesh.
 
 Axis types must be `jax.sharding.AxisType.Auto`.
 """

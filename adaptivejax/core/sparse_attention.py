@@ -5,15 +5,15 @@ Axes: B batch, T queries, S keys, H query heads, G key heads, P key heads that
 own marks (1 or G), D head width, Q query tiles, C entries of a list.
 """
 
-import functools
-
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.attention import Keys, dequantised
 from adaptivejax.core.block_lists import listed_blocks
 from adaptivejax.core.cost import Cost
 from adaptivejax.core.per_head import over_heads
+from adaptivejax.core.ring import ring_attention
 from pallas_kernels.block_sparse_attention import (
   Attended,
   BlockLists,
@@ -38,6 +38,7 @@ def attend_blocks(
   scale: float | None = None,
   causal: bool = True,
   mass: bool = False,
+  axis: str | None = None,
 ) -> tuple[Attended, Cost]:
   """Softmax attention of each query tile over its listed key blocks.
 
@@ -58,7 +59,11 @@ def attend_blocks(
     softcap: scores s become softcap * tanh(s / softcap) (static).
     scale: of the scores; 1 / sqrt(D) if not given (static).
     causal: a query sees positions up to its own (static).
-    mass: return the attention that each listed block got (static).
+    mass: return the attention that each listed block got (static); under an
+      ambient mesh it brings the keys of a sequence together.
+    axis: inside `jax.shard_map`, mesh axis over which the sequence is split;
+      `lists` are of this device's tiles, and name blocks of the whole (static).
+      Under an ambient mesh all this is done for you (`core.per_head`).
 
   Returns:
     `(attended, cost)`: `out` f[B, T, H, D], `lse` f32[B, T, H], differentiable
@@ -66,14 +71,26 @@ def attend_blocks(
     `out` 0 and `lse` -inf.  The cost counts listed blocks.
 
   Raises:
-    ValueError: shapes do not fit together.
+    ValueError: shapes do not fit together, or a mesh axis does not divide them.
   """
   arrays, marks, rule = _arguments(
     q, keys, positions, window, segments, bias, sinks, softcap, scale, causal
   )
-  attend = functools.partial(block_sparse_attention, rule=rule, mass=mass)
-  found = over_heads(attend, *arrays, lists, marks)
-  return _time_major(found), block_cost(q, keys, lists)
+  if axis is not None and mass:
+    raise ValueError("`mass` needs all keys at once: leave `axis` out.")
+
+  def attend(q, k, v, lists, marks, axis):
+    if axis is not None:
+      return ring_attention(q, k, v, lists, marks, rule, axis=axis)
+    return block_sparse_attention(q, k, v, lists, marks, rule, mass=mass)
+
+  if axis is None:
+    sizes = {"tile": lists.block_q, "block": lists.block_kv}
+    found = over_heads(attend, *arrays, lists, marks, **sizes, ring=not mass)
+  else:
+    found = attend(*arrays, lists, marks, axis=axis)
+  shards = 1 if axis is None else lax.axis_size(axis)
+  return _time_major(found), block_cost(q, keys, lists, shards)
 
 
 def attend_blocks_dense(
@@ -102,14 +119,15 @@ def attend_blocks_dense(
 
 
 def block_cost(
-  q: Float[Array, "B T H D"], keys: Keys, lists: BlockLists
+  q: Float[Array, "B T H D"], keys: Keys, lists: BlockLists, shards: int = 1
 ) -> Cost:
   """FLOPs of the two products over the listed blocks; items are blocks.
 
-  A tile or block that is cut off counts its part.
+  A tile or block that is cut off counts its part.  The keys may be one of so
+  many `shards` (static).
   """
   batch, tokens, heads, width = q.shape
-  size = keys.k.shape[2]
+  size = shards * keys.k.shape[2]
   index, count = lists.index, listed_blocks(lists)
   valid = jnp.arange(index.shape[-1]) < count[..., None]
   length = jnp.clip(size - index * lists.block_kv, 0, lists.block_kv)

@@ -52,6 +52,7 @@ from adaptivejax.nn.routing import Routing
 from adaptivejax.nn.row_exit import row_exit
 from adaptivejax.nn.setting import Frozen, Setting, adjust, frozen
 from adaptivejax.nn.sparse_prefill import (
+  ByBlocks,
   Chosen,
   SparsePrefill,
   Watch,
@@ -71,6 +72,7 @@ from adaptivejax.nn.zero_computation import ZeroComputationExperts
 __all__ = [
   "Attention",
   "Block",
+  "ByBlocks",
   "ByBlock",
   "ByStack",
   "Choice",

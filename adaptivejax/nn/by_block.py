@@ -12,6 +12,7 @@ Axes: B batch, T tokens, S slots, H query heads, G key heads, W head width,
 D features, N windows, C slots of a window.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -103,7 +104,7 @@ class ByBlock(Look):
       )
     slots = jnp.where(positions >= 0, jnp.arange(q.shape[1]), -1)
     count = self.windows(keys.k.shape[2])
-    summaries = self._summaries(keys, jnp.zeros(len(q), jnp.int32), count)
+    summaries = self._all_summaries(keys)
     looked = self.find(q, keys, summaries, positions, slots, x)
     return self._priced(looked, keys, count)
 
@@ -158,6 +159,25 @@ class ByBlock(Look):
       a = a.at[row, :, slot].get(mode="fill", fill_value=none)
       return jnp.moveaxis(a, 3, 1)
 
+    return self._summaries_of(keys, take)
+
+  def _all_summaries(self, keys: Keys):
+    """Of all windows, cut and not gathered: over devices, keys stay there."""
+    count, strides = self.windows(keys.k.shape[2]), -(-self.size // self.stride)
+    long = (count + strides - 1) * self.stride
+
+    def take(a, none):
+      spare = [(0, 0)] * a.ndim
+      spare[2] = 0, long - a.shape[2]
+      a = jnp.pad(a, spare, constant_values=none)
+      a = a.reshape(*a.shape[:2], -1, self.stride, *a.shape[3:])
+      parts = [a[:, :, i : i + count] for i in range(strides)]
+      return jnp.concatenate(parts, 3)[:, :, :, : self.size]
+
+    return self._summaries_of(keys, take)
+
+  def _summaries_of(self, keys: Keys, take: Callable[..., Array]):
+    """Of windows [B, G, N, C, ...] that `take` makes of [B, G, S, ...]."""
     there = take(keys.pos, -1) >= 0
     clean = lambda a: jnp.where(there[..., None], take(a, 0), 0)
     return self.summarise(clean(keys.k), clean(keys.v), there)

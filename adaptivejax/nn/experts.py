@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from adaptivejax.core.cost import Cost, Signals, flops
 from adaptivejax.core.covers import Cover
-from adaptivejax.core.dispatch import dispatch, dispatch_mask
+from adaptivejax.core.dispatch import NOBODY, dispatch, dispatch_mask
 from adaptivejax.core.expert_parallel import expert_apply_parallel
 from adaptivejax.core.experts import expert_apply
 from adaptivejax.core.per_device import (
@@ -38,6 +38,9 @@ from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.block import only
 from adaptivejax.nn.mlp import Mlp, join_mlp
 from adaptivejax.nn.routing import Routing, only_live
+
+Here = Callable[[Mlp, Array, Array, Array], tuple[Array, Cost]]
+"""`(experts, x [N, D], chosen i32[N, K], weights [N, K]) -> (y, cost)`."""
 
 
 def stacked(make: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:
@@ -134,9 +137,9 @@ def apply_experts(
   chosen = only_live(routing.experts, live)
   items = x, chosen, routing.weights
   if over is None and (mesh := auto_axes()):
-    y, cost = _over_mesh(mesh, experts, items)
+    y, cost = _over_mesh(mesh, experts, items, _here)
   else:
-    y, cost = _run(over, items, experts)
+    y, cost = _run(over, _here, items, experts)
   cost = cost._replace(dropped=cost.dropped + routing.dropped)
   mask = (chosen[..., None] == jnp.arange(count)).any(-2)
   penalty = jnp.float32(0) if key is None else routing.penalty
@@ -151,19 +154,27 @@ def apply_masked_experts(
   *,
   cover: Cover | None = None,
 ) -> tuple[Float[Array, "*N D"], Cost]:
-  """The same of a matrix of choices, for rules that choose any number."""
+  """The same of a matrix of choices, for rules that choose any number.
 
-  def run(items, experts):
-    rows, mask, weights = (a.reshape(-1, a.shape[-1]) for a in items)
-    plan, f = dispatch_mask(mask, weights), lambda r, m: m.rows(r)
-    y, cost = expert_apply(f, rows, plan, experts, cover=cover)
-    return y.reshape(items[0].shape), cost
+  Args:
+    experts: E of them.
+    x: the items.
+    mask: who runs what (dynamic).
+    weights: of the choices; those of others are not read.
+    cover: chunk sizes for the items of one expert, where all are on one device.
+  """
 
-  items = x, mask, weights
-  if mesh := auto_axes():
-    layout = layout_of(x.shape[:-1])
-    return on_each_device(run, items, experts, layout, axes=mesh)
-  return run(items, experts)
+  def here(experts, x, chosen, weights):
+    plan = dispatch_mask(chosen >= 0, weights)
+    f = lambda r, m: m.rows(r)
+    return expert_apply(f, x, plan, experts, cover=None if mesh else cover)
+
+  mesh = auto_axes()
+  each = jnp.arange(mask.shape[-1], dtype=jnp.int32)
+  items = x, jnp.where(mask, each, NOBODY), weights
+  if mesh:
+    return _over_mesh(mesh, experts, items, here)
+  return _run(None, here, items, experts)
 
 
 def apply_all_experts(
@@ -196,7 +207,7 @@ def expert_signals(
 
 
 def _over_mesh(
-  mesh: dict[str, int], experts: Mlp, items: tuple[Array, ...]
+  mesh: dict[str, int], experts: Mlp, items: tuple[Array, ...], here: Here
 ) -> tuple[Array, Cost]:
   """Under an ambient mesh: items, experts and widths lie where it says.
 
@@ -207,10 +218,11 @@ def _over_mesh(
   axis = EXPERT_AXIS if EXPERT_AXIS in layout.batch else None
   if axis is not None and count % mesh[axis]:
     axis = None
-  width = WIDTH_AXIS if dividing((WIDTH_AXIS,), hidden) else None
+  bare = experts.down.bias is None
+  width = WIDTH_AXIS if bare and dividing((WIDTH_AXIS,), hidden) else None
   over = ExpertSharding(axis, width)
   return on_each_device(
-    functools.partial(_run, over),
+    functools.partial(_run, over, here),
     items,
     experts,
     layout,
@@ -225,19 +237,36 @@ def mlp_specs(
   """`PartitionSpec`s of stacked experts, over mesh axes; see `ExpertSharding`.
 
   Axes of layers may come before that of the experts.
+
+  Raises:
+    ValueError: every slice of an expert would add its output's bias.
   """
-  lead = *[None] * (experts.down.kernel.ndim - 3), axis
-  into, out = P(*lead, None, width), P(*lead, width)
-  specs = jax.tree.map(lambda a: into, experts)
-  specs.down = jax.tree.map(lambda a: out, experts.down)
+  if width is not None and experts.down.bias is not None:
+    raise ValueError(
+      f"experts whose output has a bias are not split over mesh axis `{width}`:"
+      " make them without, or split their number only."
+    )
+  rank = experts.down.kernel.ndim
+  lead = *[None] * (rank - 3), axis
+
+  def of(kernel, bias):
+    return lambda a: kernel if a.ndim == rank else bias
+
+  into = of(P(*lead, None, width), P(*lead, width))
+  specs = jax.tree.map(into, experts)
+  specs.down = jax.tree.map(of(P(*lead, width), P(*lead)), experts.down)
   return specs
 
 
 def _run(
-  over: ExpertSharding | None, items: tuple[Array, ...], experts: Mlp
+  over: ExpertSharding | None,
+  here: Here,
+  items: tuple[Array, ...],
+  experts: Mlp,
 ) -> tuple[Array, Cost]:
+  """Of items and their choices, `here` being how those of one device run."""
   flat = [a.reshape(-1, a.shape[-1]) for a in items]
-  run = _here if over is None else functools.partial(_there, over)
+  run = here if over is None else functools.partial(_there, over, here)
   y, cost = run(experts, *flat)
   return y.reshape(items[0].shape), cost
 
@@ -255,7 +284,7 @@ def _here(experts: Mlp, x, chosen, weights) -> tuple[Array, Cost]:
 
 
 def _there(
-  over: ExpertSharding, experts: Mlp, x, chosen, weights
+  over: ExpertSharding, here: Here, experts: Mlp, x, chosen, weights
 ) -> tuple[Array, Cost]:
   """Experts, or slices of them, are on several devices."""
   if over.axis is not None:
@@ -271,7 +300,7 @@ def _there(
     )
   # what is the same on all slices is summed over them outside of the loops
   x, weights = vary((x, weights), varying_axes(experts))
-  y, cost = _here(experts, x, chosen, weights)
+  y, cost = here(experts, x, chosen, weights)
   if over.width is None:
     return y, cost
   slices = lax.axis_size(over.width)

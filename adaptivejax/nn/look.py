@@ -48,7 +48,8 @@ class Looked(NamedTuple):
     out: f[B, T, H, W], the mixed values.
     cost: of scores and mixing, with what was spent on the choice; `full` is
       the dense twin's, over all keys it was given.
-    penalty: the look's own auxiliary loss, f32[]; 0 where it has none.
+    penalty: the look's own auxiliary loss, the mean over rows of what each of
+      them owes, f32[]; 0 where it has none.
   """
 
   out: Array
@@ -264,27 +265,26 @@ def look_over_mesh(
 
   So what a look sorts and chooses stays on the device (`core.per_device`); but
   not where the mesh splits heads or tokens besides, for an operation that is on
-  each device for itself holds no other.
+  each device for itself holds no other: then attention itself is on each device
+  (`core.per_head`), and the compiler splits how a look chooses.
 
   Args:
-    run: returns what was found, its penalty a mean over rows, and the cache or
-      None.
+    run: returns what was found and the cache, or None.
     items: arrays whose first axis is B.
     shared: what serves all rows.
   """
   mesh = auto_axes()
   layout = Layout(dividing(BATCH_AXES, items[0].shape[0]))
   split = {name for name, size in mesh.items() if size > 1}
-  if not layout.axes or split - {
-    *layout.axes
-  }:  # heads, tokens: `core.per_head`
+  if not layout.axes or split - {*layout.axes}:
     return run(items, shared)
   devices = math.prod(mesh[name] for name in layout.axes)
 
   def local(items, shared):
     found, cache = run(items, shared)
-    penalty = jnp.asarray(found.penalty, jnp.float32) / devices
-    return (found.out, cache), (found.cost, penalty)
+    # devices hold equally many rows, and their shares are summed
+    share = jnp.asarray(found.penalty, jnp.float32) / devices
+    return (found.out, cache), (found.cost, share)
 
   (out, cache), (cost, penalty) = on_each_device(local, items, shared, layout)
   return Looked(out, cost, penalty), cache

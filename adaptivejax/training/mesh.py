@@ -30,9 +30,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from adaptivejax.core.per_device import BATCH_AXES
+from adaptivejax.core.per_device import BATCH_AXES, TOKEN_AXIS, WIDTH_AXIS
 
-AXES = *BATCH_AXES, "seq", "model"
+AXES = *BATCH_AXES, TOKEN_AXIS, WIDTH_AXIS
 Axis = str | None
 Rule = tuple[str, tuple[Axis, ...]]
 
@@ -157,13 +157,21 @@ def over_slices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
   )
 
 
-def check_batch(rows: int, mesh: Mesh | AbstractMesh) -> None:
-  """Raises ValueError unless the mesh divides the rows of a batch."""
+def check_batch(
+  rows: int, mesh: Mesh | AbstractMesh, tokens: int | None = None
+) -> None:
+  """Raises ValueError unless the mesh divides rows, and tokens if given."""
   split = math.prod(mesh.shape[name] for name in BATCH_AXES)
   if rows % split:
     raise ValueError(
       f"data.batch={rows} must be a multiple of {split}, the devices over which"
       " the mesh splits it (data x fsdp x expert)"
+    )
+  if tokens is not None and tokens % mesh.shape[TOKEN_AXIS]:
+    raise ValueError(
+      f"data.context={tokens} must be a multiple of mesh.{TOKEN_AXIS}="
+      f"{mesh.shape[TOKEN_AXIS]}, the devices over which it splits a sequence:"
+      " take another context, or fewer devices along it"
     )
 
 

@@ -30,7 +30,13 @@ from adaptivejax.training.mesh import (
   make_mesh,
   shardings,
 )
-from adaptivejax.training.step import Join, TrainState, split
+from adaptivejax.training.step import (
+  Join,
+  TrainState,
+  joining,
+  parts,
+  split,
+)
 
 
 class Placement(NamedTuple):
@@ -73,7 +79,7 @@ def start(
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     return Placement(None, None), join, state
   mesh = make_mesh(config.mesh)
-  check_batch(config.data.batch, mesh)
+  check_batch(config.data.batch, mesh, config.data.context)
   make = lambda: _first(config, optimizer)
   state, rest = jax.eval_shape(make)
   where = shardings(state, config.mesh, mesh)
@@ -107,16 +113,3 @@ def abstract_start(
 def _first(config, optimizer) -> tuple[TrainState, PyTree]:
   params, rest = parts(config.build(nnx.Rngs(config.seed)))
   return TrainState(jnp.int32(0), params, optimizer.init(params)), rest
-
-
-def parts(model: nnx.Module) -> tuple[PyTree, PyTree]:
-  """`(params, rest)`: nested dicts of what is trained and what is not."""
-  _, params, rest = nnx.split(model, nnx.Param, ...)
-  return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-
-
-def joining(model: nnx.Module, rest: PyTree) -> Join:
-  """`join(params)`, as of `split`; only the structure of `model` is used."""
-  definition, _, state = nnx.split(model, nnx.Param, ...)
-  nnx.replace_by_pure_dict(state, rest)
-  return lambda params: nnx.merge(definition, nnx.State(params), state)

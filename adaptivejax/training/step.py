@@ -40,9 +40,21 @@ class TrainState(NamedTuple):
 
 def split(model: nnx.Module) -> tuple[Join, PyTree]:
   """`(join, params)`: `join(params)` is the model, `params` nested dicts."""
-  definition, params, rest = nnx.split(model, nnx.Param, ...)
-  join = lambda params: nnx.merge(definition, nnx.State(params), rest)
-  return join, nnx.to_pure_dict(params)
+  params, rest = parts(model)
+  return joining(model, rest), params
+
+
+def parts(model: nnx.Module) -> tuple[PyTree, PyTree]:
+  """`(params, rest)`: nested dicts of what is trained and what is not."""
+  _, params, rest = nnx.split(model, nnx.Param, ...)
+  return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+
+def joining(model: nnx.Module, rest: PyTree) -> Join:
+  """The `join` of `split`; of `model` only the structure is used."""
+  definition, _, state = nnx.split(model, nnx.Param, ...)
+  nnx.replace_by_pure_dict(state, rest)
+  return lambda params: nnx.merge(definition, nnx.State(params), state)
 
 
 def make_step(

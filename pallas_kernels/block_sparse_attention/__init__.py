@@ -3,7 +3,10 @@
 
 from pallas_kernels.block_sparse_attention import reference
 from pallas_kernels.block_sparse_attention.merge import merge_lse
-from pallas_kernels.block_sparse_attention.ops import block_sparse_attention
+from pallas_kernels.block_sparse_attention.ops import (
+  block_sparse_attention,
+  block_sparse_gradient,
+)
 from pallas_kernels.block_sparse_attention.types import (
   Attended,
   BlockLists,
@@ -17,6 +20,7 @@ __all__ = [
   "Marks",
   "Rule",
   "block_sparse_attention",
+  "block_sparse_gradient",
   "merge_lse",
   "reference",
 ]

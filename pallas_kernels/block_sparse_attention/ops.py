@@ -56,16 +56,46 @@ def block_sparse_attention(
     ValueError: shapes or dtypes do not fit together.
   """
   _check(q, k, v, lists, marks, rule)
-  batch = q.shape[0]
-  marks = marks._replace(
-    **{
-      name: jnp.broadcast_to(a, (batch, *a.shape[1:]))
-      for name, a in marks._asdict().items()
-      if a is not None and name != "sinks"
-    }
-  )
-  operands = alike((q, k, v, lists, marks))
+  operands = alike((q, k, v, lists, _each_row(marks, q.shape[0])))
   return _attention((rule, mass), *operands)
+
+
+def block_sparse_gradient(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  lists: BlockLists,
+  marks: Marks,
+  rule: Rule,
+  out: jax.Array,
+  lse: jax.Array,
+  dout: jax.Array,
+  dlse: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+  """What a part of the keys gives to the gradient of attention over all.
+
+  Given the whole's log-sum-exp, the weight of a pair is known without the other
+  keys: gradients of parts add up (FlashAttention-2, Dao, 2023,
+  https://arxiv.org/abs/2307.08691, alg. 2).
+
+  Args:
+    q, k, v, lists, marks, rule: of the part, as in `block_sparse_attention`;
+      no sinks.
+    out, lse: of the whole, [B, H, T, E] and f32[B, H, T].
+    dout, dlse: their cotangents.
+
+  Returns:
+    `(dq, dk, dv, dbias)`, the last None where there is no `kv_bias`.
+
+  Raises:
+    ValueError: there are sinks, or shapes do not fit together.
+  """
+  _check(q, k, v, lists, marks, rule)
+  if marks.sinks is not None:
+    raise ValueError("sinks are a part of the whole, not of these keys")
+  arrays = q, k, v, lists, _each_row(marks, q.shape[0])
+  operands = alike((*arrays, out, lse, dout, dlse))
+  return _folded(functools.partial(_backward, rule))(*operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -206,6 +236,17 @@ def _loop(op, size, batched, args):
 
   found = lax.map(one, [a for a, b in zip(leaves, flags) if b])
   return found, jax.tree.map(lambda _: True, found)
+
+
+def _each_row(marks: Marks, batch: int) -> Marks:
+  """Marks that serve all rows, repeated for each."""
+  return marks._replace(
+    **{
+      name: jnp.broadcast_to(a, (batch, *a.shape[1:]))
+      for name, a in marks._asdict().items()
+      if a is not None and name != "sinks"
+    }
+  )
 
 
 def _check(q, k, v, lists, marks, rule):

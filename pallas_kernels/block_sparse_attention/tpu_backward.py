@@ -134,8 +134,8 @@ def backward(
       part, of_keys = some_keys(n * blocks)
       return dq + part, of_keys
 
-    like = jnp.zeros(inputs["q"].array.shape, jnp.float32)
-    dq, of_keys = lax.scan(add, like, jnp.arange(passes))
+    zero = jnp.zeros_like(inputs["q"].array, jnp.float32)
+    dq, of_keys = lax.scan(add, zero, jnp.arange(passes))
   dq = dq.astype(q.dtype).reshape(*q.shape[:2], -1, q.shape[3])
   dq = dq[:, :, : q.shape[2]]
   dk, dv = (_in_a_row(of_keys[n], 3, k.shape[2]) for n in ("dk", "dv"))

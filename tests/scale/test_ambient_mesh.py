@@ -7,8 +7,6 @@ limit.
 
 import functools
 
-import pytest
-
 from tests import program
 
 PREAMBLE = """
@@ -94,75 +92,6 @@ def test_each_device_computes_its_own_rows():
     with jax.set_mesh(mesh):  # three rows are not split over four devices
       close(alone(x[:3], mask[:3]), core.masked(jnp.tanh, x[:3], mask[:3])[0])
   """)
-
-
-MODEL = """
-    from adaptivejax.core.losses import cross_entropy
-    from adaptivejax.methods.attention import MoBA
-    from adaptivejax.methods.experts import MixtralRouter
-    from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
-    from adaptivejax.nn import MixtureOfExperts, Mlp, stacked
-
-    D, E, B, T = 16, 8, 8, 32
-    config = DecoderConfig(
-      vocab=13, layers=2, features=D, hidden=32, heads=4, kv_heads=2
-    )
-
-    def layer(rngs):
-      one = lambda r: Mlp(D, 32, gated=True, rngs=r)
-      mixture = MixtureOfExperts(
-        MixtralRouter(D, E, rngs=rngs), stacked(one, E, rngs)
-      )
-      return decoder_block(config, rngs, mixture, look=MoBA(8, 2))
-
-    model = DecoderLM(config, layer=layer, rngs=nnx.Rngs(0))
-    tokens = jax.random.randint(jax.random.key(2), (B, T), 0, 13)
-
-    @jax.jit
-    def loss(model, tokens):
-      def of(model):
-        out = model(tokens, key=jax.random.key(1))
-        nats = cross_entropy(out.logits, tokens).mean()
-        return nats + out.signals.penalty, (out.cost, out.signals.load)
-      return jax.value_and_grad(of, has_aux=True)(model)
-"""
-
-
-@pytest.mark.parametrize(
-  "axes",
-  [
-    {"data": 2, "expert": 2, "model": 2},
-    {"fsdp": 2, "seq": 4},
-    {"expert": 8},
-  ],
-  ids="-".join,
-)
-def test_experts_and_sparse_attention(axes):
-  """Loss, gradients and decisions of one device, on every split."""
-  run(
-    MODEL
-    + f"""
-    axes = {axes}
-    (want, (price, loads)), slopes = loss(model, tokens)
-    mesh = ambient(**axes)
-    rows = tuple(name for name in axes if name in core.per_device.BATCH_AXES)
-    tokens = jax.device_put(tokens, NamedSharding(mesh, P(rows)))
-    model = jax.device_put(model, NamedSharding(mesh, P()))
-    with jax.set_mesh(mesh):
-      (got, (cost, taken)), found = loss(model, tokens)
-      hlo = loss.lower(model, tokens).compile().as_text()
-    close((got, found), (want, slopes))
-    chex.assert_trees_all_equal(taken, loads)
-    assert abs(cost.items - price.items) < 1 and cost.dropped == 0
-    assert abs(cost.full / price.full - 1) < 1e-5
-    if "expert" in axes:
-      assert " all-to-all(" in hlo
-    if "seq" not in axes:  # no token goes to a device that need not have it
-      wide = f"[{{B}},{{T}},{{D}}]"
-      gathers = [l for l in hlo.splitlines() if " all-gather(" in l]
-      assert not any(wide in line for line in gathers), gathers
-  """
-  )
 
 
 def test_sparse_prefill_and_decoding():

@@ -11,7 +11,13 @@ from jax.sharding import AbstractMesh, AxisType
 
 from adaptivejax.training.chips import devices_of
 from adaptivejax.training.collectives import collectives, conditionals
-from adaptivejax.training.mesh import AXES, MeshConfig, over_slices, place
+from adaptivejax.training.mesh import (
+  AXES,
+  MeshConfig,
+  check_batch,
+  over_slices,
+  place,
+)
 
 
 def abstract(**sizes):
@@ -97,6 +103,15 @@ def test_rules_of_a_config_come_first():
 def test_what_does_not_fit_is_named(config, path, shape, says):
   with pytest.raises(ValueError, match=says):
     place(nested(path, shape), MeshConfig(**config), abstract(fsdp=2))
+
+
+def test_what_does_not_divide_a_batch():
+  mesh = abstract(data=2, expert=2, seq=4)
+  check_batch(8, mesh, 64)
+  with pytest.raises(ValueError, match="data.batch=6 must be a multiple of 4"):
+    check_batch(6, mesh, 64)
+  with pytest.raises(ValueError, match="data.context=66 .* mesh.seq=4"):
+    check_batch(8, mesh, 66)
 
 
 def test_bad_configs():
