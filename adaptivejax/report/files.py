@@ -16,7 +16,8 @@ def write_atomically(files: Mapping[Path, str]) -> None:
     for path, text in files.items():
       draft = path.with_name(f".{path.name}.{os.getpid()}.part")
       waiting.append((draft, path))
-      with draft.open("w", encoding="utf-8", newline="\n") as file:
+      draft.unlink(missing_ok=True)
+      with draft.open("x", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

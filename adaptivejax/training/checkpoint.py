@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from adaptivejax.training.step import TrainState
+from adaptivejax.untrusted import refuse_links
 
 
 class Checkpoints:
@@ -25,6 +26,7 @@ class Checkpoints:
   """
 
   def __init__(self, folder: Path, settings: dict[str, Any], *, keep: int):
+    refuse_links(folder)
     self.folder = folder
     self.settings = settings
     self.manager = ocp.CheckpointManager(
@@ -100,6 +102,7 @@ def load_params(folder: Path, like: PyTree) -> PyTree:
   """
   if not folder.is_dir():
     raise ValueError(f"{folder.parent} has no checkpoints: train the run first")
+  refuse_links(folder)
   with ocp.CheckpointManager(folder.absolute()) as manager:
     _meta(manager, folder, like)
     args = ocp.args.Composite(params=ocp.args.StandardRestore(like))

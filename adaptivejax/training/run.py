@@ -10,14 +10,32 @@ runs/NAME/profile/        a window of steps, if asked for (`training.profile`)
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adaptivejax.untrusted import parse_object, read_bytes
+
+INFINITE = (math.inf, -math.inf)
+LARGEST = 1e30
+
+LONGEST = 1_000_000_000
+"""Bytes of a `metrics.jsonl` at most."""
+
+OURS = ("run.json", "config.py", "metrics.jsonl", "metrics.draft")
+OURS += ("checkpoints",)
+
 
 def claim(out: Path) -> None:
   """Makes the folder; refuses one that holds something other than a run."""
+  for name in OURS:
+    if (out / name).is_symlink():
+      raise ValueError(
+        f"{out / name} is a link, which is not written through: give the run"
+        " another name, or put the file itself there"
+      )
   if out.exists() and not out.is_dir():
     raise ValueError(f"{out} is a file: give the run another name")
   record = out / "run.json"
@@ -92,8 +110,19 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
   path = out / "metrics.jsonl"
   if not path.exists():
     return []
-  return [
-    json.loads(line)
-    for line in path.read_text().splitlines(keepends=True)
-    if line.endswith("\n")
-  ]
+  lines = read_bytes(path, LONGEST).split(b"\n")[:-1]
+  return [_line(text, f"{path}, line {i}") for i, text in enumerate(lines, 1)]
+
+
+def _line(text: bytes, where: str) -> dict[str, Any]:
+  """A line of metrics; NaN is a number here."""
+  line = parse_object(text, where, finite=False)
+  number = lambda x: type(x) in (int, float) and not abs(x) > LARGEST
+  step, split, seconds = map(line.get, ("step", "split", "seconds"))
+  rest = [x for name, x in line.items() if name not in ("step", "split")]
+  good = type(step) is int and step >= 0 and number(step)
+  if not good or not isinstance(split, str) or seconds is None:
+    raise ValueError(f"{where} must say a step, a split and the seconds.")
+  if not all(x is None or number(x) or x in INFINITE for x in rest):
+    raise ValueError(f"{where}: every metric must be a number.")
+  return line
