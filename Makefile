@@ -8,7 +8,7 @@ two := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo adapt-demo test test-all smoke lint bench aot-tpu aot-gpu aot-gpu-312
-.PHONY: extras if-it-installs clean
+.PHONY: extras if-it-installs clean fuzz soak
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -40,7 +40,7 @@ test-all: test ## run every test on python3 and, where there is one, python3.12
 
 smoke: $(VENV)/.test ## the tests of the kernels and of what most rests on
 	$(BIN)/python -m pytest $(two) tests/kernels tests/test_package.py \
-	  $(addprefix tests/core/test_,buckets.py dispatch.py experts.py select.py)
+	  $(addprefix tests/core/test_,buckets.py cost.py dispatch.py experts.py select.py)
 
 lint: $(VENV)/.dev ## format, lint, types, import contracts (changes nothing)
 	$(BIN)/ruff format --check .
@@ -50,6 +50,17 @@ lint: $(VENV)/.dev ## format, lint, types, import contracts (changes nothing)
 
 bench: $(VENV)/.demo ## run every benchmark (QUICK=1: a smoke run)
 	$(BIN)/python -m benchmarks $(quick)
+
+FILES ?= 20000
+fuzz: $(VENV)/.fuzz ## files from strangers, made up by a fuzzer (FILES=20000)
+	$(BIN)/python -m tests.fuzz --files $(FILES)
+
+MINUTES ?= 20
+SEED ?= 0
+CASES ?= *
+soak: $(VENV)/.test ## thousands of drawn cases of the laws (MINUTES=20 SEED=0)
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED) \
+	  --cases '$(CASES)'
 
 aot-gpu: ## compile the GPU kernels for an H100 and read them (python3.12, 5 GB)
 	@$(call python312,aot-gpu-312 VENV=.venv-gpu); \

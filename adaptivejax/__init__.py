@@ -20,7 +20,7 @@ PACKAGES = ("adapt", "core", "decode", "io", "linen", "methods", "models", "nn")
 PACKAGES += ("report", "surgery", "training")
 FILES = ("load", "save")
 PRIMITIVES = ("Cost", "bucketed", "compact", "depth_loop", "depth_scan")
-PRIMITIVES += ("level_apply", "masked")
+PRIMITIVES += ("level_apply", "masked", "worst_case")
 __all__ = [*FILES, *PACKAGES, *PRIMITIVES]
 
 

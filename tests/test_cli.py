@@ -39,14 +39,14 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("command", "taught"),
   [
-    ("--help", 'adaptivejax generate runs/NAME --prompt "def main("'),
+    ("--help", 'adaptivejax generate runs/NAME/config.py --prompt "def main("'),
     ("", "adaptivejax train configs/NAME.py --steps 500"),
     ("train --help", "adaptivejax train configs/NAME.py --steps 500"),
     ("train --help", "--coordinator 10.0.0.2:8476 --processes 2 --process 1"),
     ("train config.py --help", "--optimizer.learning_rate FLOAT"),
     ("adapt --help", "adaptivejax adapt configs/adapt/smollm2.py"),
     ("adapt adapt.py --help", "--long_windows INT"),
-    ("generate --help", "adaptivejax generate runs/NAME --prompt"),
+    ("generate --help", "adaptivejax generate runs/NAME/config.py --prompt"),
     ("report --help", "adaptivejax report runs/NAME"),
   ],
 )
@@ -84,13 +84,14 @@ MISTAKES = {
   "adapt adapt.py --prompt 23": "prompt=23 must leave tokens to judge",
   "adapt adapt.py --name ../x": "must name a folder inside runs/",
   "generate": "--prompt",
-  "generate runs/x --prompt a --policy cal": "did you mean calm?",
-  "generate runs/x --prompt a --policy calm --set thresold=1": "threshold?",
-  "generate runs/x --prompt a --policy calm --set threshold": "NAME=VALUE",
-  "generate runs/x --prompt a --policy calm --set min_depth=x": "whole number",
-  "generate runs/x --prompt a --steps 0": "--steps 0 must be at least 1",
-  "generate runs/x --prompt=": "--prompt is empty",
-  "generate runs/x --prompt a": "runs/x/config.py is no config file",
+  "generate x.py --prompt a --policy cal": "did you mean calm?",
+  "generate x.py --prompt a --policy calm --set thresold=1": "threshold?",
+  "generate x.py --prompt a --policy calm --set threshold": "NAME=VALUE",
+  "generate x.py --prompt a --policy calm --set min_depth=x": "whole number",
+  "generate x.py --prompt a --steps 0": "--steps 0 must be at least 1",
+  "generate x.py --prompt=": "--prompt is empty",
+  "generate x.py --prompt a": "x.py is no config file",
+  "generate runs/mine --prompt a": "name it: runs/mine/config.py",
   "report nowhere": "nowhere is not a folder",
 }
 
@@ -186,7 +187,7 @@ def test_a_controller_is_trained_at_the_exits_it_is_asked_at(here, monkeypatch):
 
   monkeypatch.setattr(training, "fit_head", fit)
   monkeypatch.setattr(decode, "generate", generate)
-  command = ["generate", "runs/tiny", "--prompt", "a"]
+  command = ["generate", "runs/tiny/config.py", "--prompt", "a"]
   command += ["--policy", "stop_and_exit", "--set", "min_depth=3"]
   assert cli.main(command) == cli.main([*command, "every=2"]) == 2
   assert trained == [1, 2] and asked == [(3, 1), (3, 2)]
@@ -197,8 +198,9 @@ def test_generates_with_every_policy(here, capsys):
   (here / "neighbour.py").write_text("STEPS = 2")
   assert cli.main(["train", "decoder.py"]) == 0
   capsys.readouterr()
-  command = ["generate", "runs/tiny", "--prompt", "for é", "--steps", "3"]
-  second = {"entropy_adaptive": ["--large", "runs/tiny"]}
+  run = "runs/tiny/config.py"
+  command = ["generate", run, "--prompt", "for é", "--steps", "3"]
+  second = {"entropy_adaptive": ["--large", run]}
   for policy in decode.POLICIES:
     more = second.get(policy, ["--compare"])
     assert cli.main([*command, "--policy", policy, *more]) == 0

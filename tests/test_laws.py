@@ -40,6 +40,7 @@ from tests.laws import (
   compiled,
   dense_twin,
   gradient,
+  no_writes,
   parameters,
 )
 
@@ -274,7 +275,8 @@ def test_a_call_leaves_the_module_unchanged(case):
   module = case.place(params, budget)
   before, tree = jax.tree.flatten(module)
   before = [np.array(a) for a in before]
-  jax.eval_shape(lambda x: case.call(module, x, budget), x)
+  with no_writes():
+    jax.eval_shape(lambda x: case.call(module, x, budget), x)
   after, tree_after = jax.tree.flatten(module)
   assert tree == tree_after
   for a, b in zip(before, after):
@@ -290,6 +292,9 @@ def test_the_cost_is_that_of_the_decision(case):
     assert 0 <= cost.items <= cost.capacity
     assert cost.dropped == 0
     assert cost.spent <= (cost.full + overhead) * (1 + 1e-6)
+    assert cost.spent <= cost.bound <= 2 * (cost.full + overhead)
+    if not case.static and not case.same_shape:  # shapes alone bound it
+      assert cost.bound == costs[-1].bound
     np.testing.assert_allclose(cost.full, costs[-1].full, rtol=1e-6)
   none, some, full = (float(cost.spent) for cost in costs)
   assert none < some < full, "the three budgets decide differently"

@@ -22,13 +22,13 @@ worth it, sample from it at a budget, and see where the compute went.
 
   train CONFIG.py [--field value ...]   train, or go on with the run
   adapt CONFIG.py [--field value ...]   make a pretrained model adaptive
-  generate RUN --prompt TEXT            continue a text, adaptively
+  generate RUN/config.py --prompt TEXT  continue a text, adaptively
   report RUN                            write RUN/report.html
   compile CONFIG.py --topology v5e:4x4  for a pod that need not be here
 
 Examples:
   adaptivejax train configs/NAME.py --steps 500 --data.batch 8
-  adaptivejax generate runs/NAME --prompt "def main(" --policy calm
+  adaptivejax generate runs/NAME/config.py --prompt "def main(" --policy calm
   adaptivejax report runs/NAME
 
 `adaptivejax COMMAND --help` tells more.

@@ -23,13 +23,13 @@ class Generate:
 
   The text goes to standard output, what it cost to standard error.  For example
 
-    adaptivejax generate runs/NAME --prompt "def main(" --policy calm
-    adaptivejax generate runs/NAME --prompt "def main(" --compare \\
+    adaptivejax generate runs/NAME/config.py --prompt "def main("
+    adaptivejax generate runs/NAME/config.py --prompt "def main(" --compare \\
         --policy self_speculation --set exit=2 draft=4
   """
 
   run: tyro.conf.Positional[Path]
-  """Folder of the run."""
+  """Config in the folder of the run: code, which is run."""
 
   prompt: str
   """Text to continue."""
@@ -41,7 +41,7 @@ class Generate:
   """Settings of the policy, as in `threshold=0.8 measure=state`."""
 
   large: Path | None = None
-  """Run of the large model, for `entropy_adaptive`."""
+  """Config in the run of the large model, for `entropy_adaptive`."""
 
   steps: int = 256
   """Bytes to add."""

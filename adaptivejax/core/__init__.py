@@ -58,7 +58,7 @@ from adaptivejax.core.cache import (
 from adaptivejax.core.chosen_blocks import attend_chosen
 from adaptivejax.core.clusters import balanced_clusters
 from adaptivejax.core.column_attention import attend_columns, coverage
-from adaptivejax.core.cost import Cost, Signals, flops
+from adaptivejax.core.cost import Cost, Signals, flops, worst_case
 from adaptivejax.core.covers import (
   Cover,
   cheapest,
@@ -325,5 +325,6 @@ __all__ = [
   "visible_blocks",
   "window_blocks",
   "within_capacity",
+  "worst_case",
   "write",
 ]

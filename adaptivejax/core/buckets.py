@@ -25,6 +25,7 @@ Axes: N items, C rows of one chunk.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from adaptivejax.core.batching import folded, looped
 from adaptivejax.core.chunks import Leaves, fill, run_cover, where
 from adaptivejax.core.cost import Cost, jaxpr_flops
 from adaptivejax.core.covers import Cover, default_cover
-from adaptivejax.core.per_device import layout_of, on_each_device
+from adaptivejax.core.per_device import auto_axes, layout_of, on_each_device
 from adaptivejax.core.rowwise import (
   RowFunction,
   differentiable,
@@ -55,6 +56,7 @@ def bucketed(
   *operands: Any,
   keep: bool = True,
   cover: Cover | None = None,
+  most: int | None = None,
 ) -> tuple[Any, Cost]:
   """Applies the row-wise `f` to the selected rows, at the cost of those rows.
 
@@ -67,6 +69,9 @@ def bucketed(
     keep: unselected rows keep their input (then `f` must map rows to rows of
       the same shape and dtype), or else are zero (static).
     cover: chunk sizes (static); `default_cover(N)` if not given.
+    most: selected rows that run at most, the first ones (static): whatever the
+      mask, the work ends there; the others are as if not selected, and counted
+      as dropped.  All if not given.
 
   Returns:
     `(y, cost)`; `y` is shaped like `x`, or like the output of `f`.
@@ -85,6 +90,8 @@ def bucketed(
   right, but every device computes all selected rows.
   """
   _check_items(x, mask)
+  if most is not None:
+    return _capped(f, x, mask, operands, keep, cover, most)
   if cover is not None:
     _check_cover(cover, mask.size)
   layout = layout_of(mask.shape)
@@ -109,7 +116,34 @@ def _bucketed(f, x, mask, operands, keep, cover):
   call = _flatten(f, x, mask, operands, keep, cover.sizes)
   run = _executor(call.f, cover, keep)
   y, slots = run(call.theta, call.x, call.mask)
-  return call.unflatten(y), _price(call, slots)
+  return call.unflatten(y), _price(call, slots, cover.most(mask.size))
+
+
+def _capped(f, x, mask, operands, keep, cover, most):
+  """`bucketed` of the first `most` selected rows."""
+  runs, axes = _first(mask, most), layout_of(mask.shape).axes
+  parts = math.prod(auto_axes()[name] for name in axes)
+  each = mask.size // parts  # on one device
+  if cover is None or max(cover.sizes) > each:
+    cover = default_cover(each)
+  y, cost = bucketed(f, x, runs, *operands, keep=keep, cover=cover)
+  slots = parts * cover.most(min(most, each))
+  bound = cost.full * (slots / mask.size)
+  return y, _with_dropped(cost, mask)._replace(bound=bound)
+
+
+def _first(mask, most):
+  """The first `most` of what is selected."""
+  if most < 1:
+    raise ValueError(f"{most=} must be at least 1 row; select none instead.")
+  place = jnp.cumsum(mask.reshape(-1), dtype=jnp.int32).reshape(mask.shape)
+  return mask & (place <= most)
+
+
+def _with_dropped(cost: Cost, mask) -> Cost:
+  """The cost of some of the rows that were asked for."""
+  items = mask.sum(dtype=jnp.float32)
+  return cost._replace(items=items, dropped=items - cost.items)
 
 
 def _local(f, keep, cover, items, operands):
@@ -126,6 +160,7 @@ def masked(
   mask: Bool[Array, "..."],
   *operands: Any,
   keep: bool = True,
+  most: int | None = None,
 ) -> tuple[Any, Cost]:
   """The dense twin of `bucketed`: computes every row, keeps the selected.
 
@@ -133,6 +168,9 @@ def masked(
   JAX transform applies.
   """
   _check_items(x, mask)
+  if most is not None:
+    y, cost = masked(f, x, _first(mask, most), *operands, keep=keep)
+    return y, _with_dropped(cost, mask)
   call = _flatten(f, x, mask, operands, keep, (mask.size,))
   order, _ = compact(call.mask)
   rows = [fill(a, call.mask, order) for a in call.x]
@@ -142,7 +180,7 @@ def masked(
     for new, old in zip(out, call.x if keep else out)
   ]
   slots = jnp.full_like(call.mask, mask.size, jnp.float32, shape=())
-  return call.unflatten(y), _price(call, slots)
+  return call.unflatten(y), _price(call, slots, mask.size)
 
 
 class _Call(NamedTuple):
@@ -175,12 +213,13 @@ def _flatten(f, x, mask, operands, keep, sizes) -> _Call:
   return _Call(function, theta, jax.tree.leaves(rows), mask, lead)
 
 
-def _price(call: _Call, slots: Array) -> Cost:
+def _price(call: _Call, slots: Array, most: int) -> Cost:
   size, jaxpr = max(call.f.jaxprs.items())
   row = jaxpr_flops(jaxpr) / size
   full = jnp.full_like(slots, row * call.mask.shape[0])
   items = call.mask.sum(dtype=jnp.float32)
-  return Cost(slots * row, full, items, slots, jnp.zeros_like(slots))
+  none, bound = jnp.zeros_like(slots), jnp.float32(most * row)
+  return Cost(slots * row, full, items, slots, none, bound)
 
 
 def _executor(f: RowFunction, cover: Cover, keep: bool) -> Callable:

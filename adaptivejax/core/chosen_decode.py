@@ -97,7 +97,9 @@ def decode_chosen(
     return lax.switch(over, same, *operands)
 
   attended, cost = looped(choose)(*vary(operands, axes))
-  return attended, cost._replace(items=_items(chosen, unit, cost))
+  pairs = 2.0 * q[..., 0].size * keys.pos.shape[-1]  # in the worst case all
+  bound = jnp.float32(pairs * (keys.k.shape[-1] + keys.v.shape[-1]))
+  return attended, cost._replace(items=_items(chosen, unit, cost), bound=bound)
 
 
 def decode_chosen_masked(

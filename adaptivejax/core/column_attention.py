@@ -18,6 +18,7 @@ from adaptivejax.core.attention import Keys
 from adaptivejax.core.block_lists import lists_from_mask
 from adaptivejax.core.block_masks import BLOCK, visible_blocks
 from adaptivejax.core.block_scores import shared_positions
+from adaptivejax.core.cost import Cost
 from adaptivejax.core.select import compact
 from adaptivejax.core.sparse_attention import attend_blocks
 from pallas_kernels.attention_mass import attention_mass
@@ -34,7 +35,7 @@ def attend_columns(
   block_q: int = BLOCK,
   block_kv: int = BLOCK,
   room: int | None = None,
-) -> tuple[Float[Array, "B T H D"], Float[Array, ""]]:
+) -> tuple[Float[Array, "B T H D"], Cost]:
   """Causal attention of each head over its blocks and its columns.
 
   Args:
@@ -48,7 +49,7 @@ def attend_columns(
       first ones.
 
   Returns:
-    `(out, spent)`, FLOPs of blocks and columns.
+    `(out, cost)`, of blocks and columns.
 
   Raises:
     ValueError: no room, or key heads that hold different keys.
@@ -77,14 +78,14 @@ def attend_columns(
     near, a = attend_blocks(q, rest, lists_from_mask(mask, **blocks), positions)
     far, b = attend_blocks(q, lone, lists_from_mask(seen, **blocks), positions)
     pair = lambda name: jnp.stack([getattr(near, name), getattr(far, name)])
-    return merge_lse(pair("out"), pair("lse"))[0], a.spent + b.spent
+    return merge_lse(pair("out"), pair("lse"))[0], a + b
 
   # Key heads mark keys, query heads choose them: one of each group at a time.
   lead = lambda a, axis: jnp.moveaxis(
     a.reshape(*a.shape[:axis], groups, -1, *a.shape[axis + 1 :]), axis + 1, 0
   )
-  out, spent = lax.map(one, (lead(q, 2), lead(mask, 1), lead(columns, 1)))
-  return jnp.moveaxis(out, 0, 3).reshape(q.shape), spent.sum()
+  out, cost = lax.map(one, (lead(q, 2), lead(mask, 1), lead(columns, 1)))
+  return jnp.moveaxis(out, 0, 3).reshape(q.shape), cost.total()
 
 
 def useful_columns(

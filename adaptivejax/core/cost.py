@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a computation really spent, as data.
+"""What a computation really spent, as data, and what it can spend at most.
 
 `Cost` is a monoid: layers add, batches add, shards `psum`.  Its FLOPs are those
 of matrix products and convolutions (2 m n k), counted on the jaxpr of the very
 function that runs, so nobody has to keep a formula beside the code.
+
+Work that follows from data can be driven up by whoever gives the data.  So each
+cost holds its `bound`, which follows from shapes and static settings alone:
+`worst_case` tells it before anything runs.
 
 `Signals` is its differentiable sibling: what a budget loss may push on.
 """
@@ -14,7 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex
+from jax.interpreters import partial_eval
 from jaxtyping import Array, Float
 
 
@@ -27,6 +33,8 @@ class Cost(NamedTuple):
     items: items the decision asked for.
     capacity: slots executed for them, padding included.
     dropped: items asked for and not served (0 wherever we are exact).
+    bound: FLOPs that `spent` cannot exceed, whatever the values: every layer,
+      the top of every cover, all that a list has room for.
   """
 
   spent: Float[Array, "..."]
@@ -34,6 +42,7 @@ class Cost(NamedTuple):
   items: Float[Array, "..."]
   capacity: Float[Array, "..."]
   dropped: Float[Array, "..."]
+  bound: Float[Array, "..."]
 
   def __add__(self, other: "Cost") -> "Cost":  # pyrefly: ignore[bad-override]
     return jax.tree.map(jnp.add, self, other)
@@ -53,12 +62,15 @@ class Cost(NamedTuple):
   @classmethod
   def dense(cls, flops: float, items: int) -> "Cost":
     """The cost of a dense operation: all `flops` for all `items`."""
-    fields = (flops, flops, items, items, 0)
+    fields = (flops, flops, items, items, 0, flops)
     return cls(*(jnp.asarray(field, jnp.float32) for field in fields))
 
-  def with_overhead(self, flops: float) -> "Cost":
-    """And `flops` that the dense twin has not: a router's, a teacher's."""
-    return self._replace(spent=self.spent + flops)
+  def with_overhead(self, flops: Float[Array, "..."] | float) -> "Cost":
+    """And `flops` that the dense twin has not: a router's, a teacher's.
+
+    They follow from shapes alone.
+    """
+    return self._replace(spent=self.spent + flops, bound=self.bound + flops)
 
   def total(self) -> "Cost":
     """Sums stacked costs (a leading layer or step axis) to scalars."""
@@ -120,6 +132,57 @@ def flops(f: Callable[..., Any], *args: Any) -> float:
   return jaxpr_flops(jax.make_jaxpr(f)(*args).jaxpr)
 
 
+def worst_case(f: Callable[..., Any], *args: Any) -> float:
+  """The `bound` of the one `Cost` that `f(*args)` returns, before it runs.
+
+  Args:
+    f: a traceable function; the cost is it, or a field or item of it.
+    args: arrays or `jax.ShapeDtypeStruct`s; only their shapes matter.
+
+  Raises:
+    ValueError: none or several costs, or a bound that depends on values: a hard
+      limit such as `max_depth` that is an argument.
+  """
+  bound = bound_of(f, *args)
+  if not isinstance(bound, float):
+    raise ValueError(
+      "the bound of this cost depends on values, so it is not known before it"
+      " runs: close over the limits that it depends on, as Python numbers."
+    )
+  return bound
+
+
+def bound_of(f: Callable[..., Any], *args: Any) -> Any:
+  """As `worst_case`, a traced number where the bound depends on a limit."""
+
+  def bound(*args):
+    leaves = jax.tree.leaves(f(*args), is_leaf=lambda x: isinstance(x, Cost))
+    costs = [leaf for leaf in leaves if isinstance(leaf, Cost)]
+    if len(costs) != 1:
+      raise ValueError(
+        f"there must be one `Cost` in what is returned, to be bounded; got"
+        f" {len(costs)}. Return, or add up, those that are meant."
+      )
+    return costs[0].bound
+
+  closed = jax.make_jaxpr(bound)(*args)
+  jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True])
+  needed = [a for a, use in zip(jax.tree.leaves(args), used) if use]
+  if not needed:
+    with jax.ensure_compile_time_eval():
+      (known,) = jax.core.eval_jaxpr(jaxpr, closed.consts)
+    if not isinstance(known, jax.core.Tracer):
+      return float(np.asarray(known).sum())
+  if any(isinstance(a, jax.ShapeDtypeStruct) for a in needed):
+    return needed[0]
+  return jax.core.eval_jaxpr(jaxpr, closed.consts, *needed)[0]
+
+
+def times(bound: Any, rounds: Any) -> Any:
+  """The bound of a loop; rounded up, as sums in f32 may be, too."""
+  return bound * rounds * (1 + 1e-6)
+
+
 def jaxpr_flops(jaxpr: jex.Jaxpr) -> float:
   """`flops` of a jaxpr that is already at hand."""
   return float(sum(_equation_flops(eqn) for eqn in jaxpr.eqns))
@@ -155,7 +218,9 @@ def subjaxprs(params: dict[str, Any]) -> list[jex.Jaxpr]:
     for param in params.values()
     for value in (param if isinstance(param, tuple | list) else [param])
   ]
-  closed = [
-    value.jaxpr for value in values if isinstance(value, jex.ClosedJaxpr)
+  # With jax 0.11 a closed jaxpr is a jaxpr, too: each is to count once.
+  return [
+    value.jaxpr if isinstance(value, jex.ClosedJaxpr) else value
+    for value in values
+    if isinstance(value, (jex.ClosedJaxpr, jex.Jaxpr))
   ]
-  return closed + [value for value in values if isinstance(value, jex.Jaxpr)]

@@ -18,9 +18,10 @@ many small chunks dear, so the sizes are the shares people choose as budgets (5,
 bodies compile, whatever N is.  `benchmarks/conditional.py` compares the covers.
 """
 
+import itertools
 from collections.abc import Callable
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,15 +40,20 @@ class Cover(NamedTuple):
 
   Attributes:
     sizes: falling chunk sizes, at most N.
-    trips: `count -> i32[len(sizes)]`, rounds of each chunk, in that order.
+    trips: `count -> i32[len(sizes)]`, rounds of each chunk, in that order; of
+      an array of counts in NumPy, i64[len(sizes), *counts].
   """
 
   sizes: tuple[int, ...]
-  trips: Callable[[Int[Array, ""]], Int[Array, " R"]]
+  trips: Callable[[Any], Any]
 
   def slots(self, count: Int[Array, ""]) -> Int[Array, ""]:
     """Rows executed for `count` selected ones, padding included."""
     return (self.trips(count) * jnp.asarray(self.sizes, jnp.int32)).sum()
+
+  def most(self, n: int) -> int:
+    """Rows executed at most for any count of up to `n` rows (static)."""
+    return int(np.tensordot(self.sizes, self.trips(np.arange(n + 1)), 1).max())
 
   def widened(self, batch: int) -> "Cover":
     """A cover for `batch` times the rows, of chunks that repeat these."""
@@ -65,10 +71,11 @@ def ladder(*rungs: int) -> Cover:
     )
 
   def trips(count):
-    steps = jnp.asarray(rungs, jnp.int32)
-    below = jnp.concatenate([jnp.zeros(1, jnp.int32), steps[:-1]])
-    here = (count > below) & ((count <= steps) | (steps == rungs[-1]))
-    return jnp.where(here, -(-count // steps), 0)[::-1]
+    rounds = []
+    for below, rung in itertools.pairwise((0, *rungs)):
+      here = (count > below) & ((count <= rung) | (rung == rungs[-1]))
+      rounds.append(here * -(-count // rung))
+    return _stack(rounds[::-1])
 
   return Cover(rungs[::-1], trips)
 
@@ -93,8 +100,8 @@ def coins(*sizes: int) -> Cover:
       last = size == slack
       paid = (left + (slack - 1 if last else min(slack, size // 8))) // size
       rounds.append(paid)
-      left = jnp.maximum(left - paid * size, 0)
-    return jnp.stack(rounds)
+      left = (left - paid * size).clip(0)
+    return _stack(rounds)
 
   return Cover(sizes, trips)
 
@@ -119,9 +126,10 @@ def cheapest(*sizes: int, price: int) -> Cover:
   table = np.asarray(change, np.int32)
 
   def trips(count):
-    whole = jnp.maximum(count - sizes[0], 0) // sizes[0]
-    rounds = jnp.asarray(table)[count - whole * sizes[0]]
-    return rounds.at[0].add(whole)
+    whole = (count - sizes[0]).clip(0) // sizes[0]
+    known = jnp.asarray(table) if isinstance(count, Array) else table
+    first, *rest = known.T[:, count - whole * sizes[0]]
+    return _stack([first + whole, *rest])
 
   return Cover(sizes, trips)
 
@@ -136,6 +144,11 @@ def default_cover(n: int) -> Cover:
   }
   sizes = {size for size in sizes if size < whole}
   return coins(*sorted(sizes | {whole}, reverse=True))
+
+
+def _stack(rounds):
+  """In NumPy where the counts are NumPy's, so that it is known beforehand."""
+  return (jnp if isinstance(rounds[0], Array) else np).stack(rounds)
 
 
 def _rising(sizes: tuple[int, ...]) -> bool:

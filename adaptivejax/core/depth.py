@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from adaptivejax.core.cost import Cost, bound_of, times
 from adaptivejax.core.staged import freeze
 from adaptivejax.core.varying import vary, varying_axes
 
@@ -64,6 +65,7 @@ def depth_loop(
   *,
   live: Bool[Array, " B"] | None = None,
   min_depth: Int[Array, ""] | int = 1,
+  max_depth: Int[Array, ""] | int | None = None,
   axis_names: tuple[str, ...] = (),
 ) -> Depth:
   """Runs layers until every row has halted.
@@ -78,10 +80,13 @@ def depth_loop(
     live: rows that need anything at all; the others stay as they are, of
       depth 0.  All if not given.
     min_depth: layers that every live row runs (dynamic).
+    max_depth: layers that no row runs more of, sure or not: a hard limit on the
+      work, whatever the values (dynamic); L if not given.
     axis_names: mesh axes whose devices share collectives inside `layer`; the
       loop goes on while any of them has work (static).
   """
   total = _depth(params)
+  span = min_depth, total if max_depth is None else max_depth
 
   def unfinished(carry):
     l, rows = carry
@@ -95,7 +100,7 @@ def depth_loop(
     block = jax.tree.map(
       lambda a: lax.dynamic_index_in_dim(a, l, keepdims=False), params
     )
-    return l + 1, _step(layer, halt, min_depth, block, l, rows)
+    return l + 1, _step(layer, halt, span, block, l, rows)
 
   start = jnp.int32(0), _start(x, state, memory, live)
   _, end = lax.while_loop(unfinished, body, start)
@@ -112,20 +117,46 @@ def depth_scan(
   *,
   live: Bool[Array, " B"] | None = None,
   min_depth: Int[Array, ""] | int = 1,
+  max_depth: Int[Array, ""] | int | None = None,
 ) -> Depth:
   """The differentiable twin of `depth_loop`: same depths, `x` and `memory`.
 
   `state` agrees as far as layers do nothing for rows that are not live.
   """
+  span = min_depth, _depth(params) if max_depth is None else max_depth
 
   def body(rows, l_block):
     l, block = l_block
-    rows = _step(layer, halt, min_depth, block, l, rows)
+    rows = _step(layer, halt, span, block, l, rows)
     return rows, rows.x
 
   steps = jnp.arange(_depth(params), dtype=jnp.int32)
   end, layers = lax.scan(body, _start(x, state, memory, live), (steps, params))
   return Depth(end.x, end.depth, end.state, end.memory, layers)
+
+
+def most_of_layers(
+  layer: Layer,
+  params: Any,
+  x: Any,
+  state: Any,
+  max_depth: Int[Array, ""] | int | None = None,
+) -> Array | float:
+  """FLOPs of a `depth_loop` at most, by the `Cost` in `state`.
+
+  It is known beforehand, unless `max_depth` is traced.
+  """
+
+  def one(block, x, state):
+    fresh = lambda a: Cost.zero() if isinstance(a, Cost) else a
+    state = jax.tree.map(fresh, state, is_leaf=lambda a: isinstance(a, Cost))
+    live = jnp.ones(jax.tree.leaves(x)[0].shape[0], bool)
+    return layer(block, jnp.int32(0), x, state, live)[1]
+
+  first = jax.tree.map(lambda a: a[0], params)
+  total = _depth(params)
+  rounds = total if max_depth is None else jnp.minimum(total, max_depth)
+  return times(bound_of(one, first, x, state), rounds)
 
 
 def only_after(due: Callable[[Array], Array], halt: Halt) -> Halt:
@@ -168,13 +199,14 @@ def _start(x, state, memory, live) -> _Rows:
   return vary(_Rows(x, state, memory, done, depth), varying_axes(x))
 
 
-def _step(layer, halt, min_depth, block, l, rows: _Rows) -> _Rows:
+def _step(layer, halt, span, block, l, rows: _Rows) -> _Rows:
   x, state, memory, done, depth = rows
   new, state = layer(block, l, x, state, ~done)
   new = freeze(~done, new, x)
   stop, seen = halt(l, x, new, memory)
   depth = jnp.where(done, depth, l + 1)
-  stop = stop & (l + 1 >= min_depth)
+  least, most = span
+  stop = stop & (l + 1 >= least) | (l + 1 >= most)
   seen = freeze(~done, seen, memory)
   return _Rows(new, state, seen, done | stop, depth)
 

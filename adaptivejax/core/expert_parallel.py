@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -120,7 +121,12 @@ def expert_apply_parallel(
     y = lax.psum(y, width)
   device = home(experts, local)
   asked = ((device >= 0) & (device < groups)).sum(dtype=jnp.float32)
-  return y, _price(function, slots, asked, n * local * groups, width)
+  # every exchange, in the worst case, full of rows that all local experts run
+  sizes = [groups * size // chunks for size in capacity.sizes]
+  each = [chunks * local * cover.most(size) for size in sizes]
+  rounds = capacity.trips(np.arange(n + 1))
+  most = int(np.tensordot(each, rounds, 1).max())
+  return y, _price(function, slots, asked, n * local * groups, most, width)
 
 
 def exchange_cover(
@@ -153,11 +159,13 @@ _of_the_batch = with_rule(
 """The same for all examples under `vmap`, so that conditionals survive it."""
 
 
-def _price(f: RowFunction, slots, asked, pairs: int, width) -> Cost:
+def _price(f: RowFunction, slots, asked, pairs: int, most: int, width) -> Cost:
   size, jaxpr = max(f.jaxprs.items())
   row = jaxpr_flops(jaxpr) / size * (lax.axis_size(width) if width else 1)
   zero = jnp.zeros_like(slots)
-  return Cost(slots * row, zero + row * pairs, zero + asked, slots, zero)
+  bound = jnp.float32(most * row)
+  full, asked = zero + row * pairs, zero + asked
+  return Cost(slots * row, full, asked, slots, zero, bound)
 
 
 def _check(x, experts, weights, params) -> int:

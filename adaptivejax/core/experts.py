@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -78,7 +79,26 @@ def expert_apply(
   call = _trace(f, x, plan, params, cover)
   run = _executor(call.f, call.shared, together, jax.tree.structure(params))
   y, slots = fold_items(run, cover)(call.theta, call.x, plan)
-  return y, _price(call, plan, slots)
+  most = most_slots(cover or _default(call.f, len(x)), plan, len(x))
+  return y, _price(call, plan, slots, most)
+
+
+def most_slots(cover: Cover, plan: Dispatch, items: int) -> int:
+  """Slots executed at most, whatever the routes (static).
+
+  That is the most of sum_e slots(n_e) over all n_e <= N that sum to the number
+  of choices M at most.  For any price p of a choice (Lagrange)
+
+      sum_e slots(n_e) <= p M + E max_n (slots(n) - p n),
+
+  of which the least is taken; p = 0 lets all experts have all items.
+  """
+  experts, choices = plan.sizes.shape[0], plan.item.shape[0]
+  counts = np.arange(items + 1)
+  slots = np.tensordot(cover.sizes, cover.trips(counts), 1)
+  prices = np.linspace(0, 2, 41)
+  beyond = [(slots - price * counts).max() for price in prices]
+  return int((prices * choices + experts * np.asarray(beyond)).min())
 
 
 def _executor(f: RowFunction, shared: int, together, tree) -> Callable:
@@ -128,9 +148,8 @@ def expert_apply_dense(
 
   parts = lax.map(one, (params, gate.T, asked.T))
   slots = jnp.full_like(plan.sizes, n * count, jnp.float32, shape=())
-  return parts.sum(0).astype(call.f.out_avals[0].dtype), _price(
-    call, plan, slots
-  )
+  y = parts.sum(0).astype(call.f.out_avals[0].dtype)
+  return y, _price(call, plan, slots, n * count)
 
 
 def grouped_matmul(
@@ -223,10 +242,11 @@ def _check(x, plan: Dispatch, leaves: Leaves, count: int) -> None:
     )
 
 
-def _price(call: _Call, plan: Dispatch, slots: Array) -> Cost:
+def _price(call: _Call, plan: Dispatch, slots: Array, most: int) -> Cost:
   size, jaxpr = max(call.f.jaxprs.items())
   row = jaxpr_flops(jaxpr) / size
   full = row * call.x.shape[0] * plan.sizes.shape[0]
   items = plan.sizes.sum().astype(jnp.float32)
   zero = jnp.zeros_like(slots)
-  return Cost(slots * row, zero + full, items, slots, zero)
+  bound = jnp.float32(most * row)
+  return Cost(slots * row, zero + full, items, slots, zero, bound)

@@ -139,7 +139,9 @@ def block_cost(
   spent = flops * copies * pairs.sum()
   full = jnp.full_like(spent, flops * batch * heads * tokens * size)
   items = copies * count.sum(dtype=jnp.float32)
-  return Cost(spent, full, items, items, jnp.zeros_like(spent))
+  most = min(index.shape[-1] * lists.block_kv, size)
+  bound = jnp.float32(flops * batch * heads * tokens * most)
+  return Cost(spent, full, items, items, jnp.zeros_like(spent), bound)
 
 
 def _arguments(

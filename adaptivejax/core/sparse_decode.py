@@ -130,5 +130,6 @@ def _cost(q, keys, units, page_table) -> Cost:
   rows, lists, entries = units.index.shape
   wide = min(entries * units.unit, slots)
   asked = jnp.minimum(units.count, entries).sum() * units.unit * (batch // rows)
-  fields = (of_key * batch * wide, full, asked, batch * lists * wide, 0)
+  spent = of_key * batch * wide
+  fields = (spent, full, asked, batch * lists * wide, 0, spent)
   return Cost(*(jnp.asarray(field, jnp.float32) for field in fields))

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from adaptivejax.core.cache import KVCache
-from adaptivejax.core.cost import Cost, flops
+from adaptivejax.core.cost import Cost, bound_of, flops, times
 from adaptivejax.core.sampling import Draw, Sampling
 from adaptivejax.core.staged import staged_while
 from adaptivejax.decode.inputs import bound, checked, known, row_numbers
@@ -240,7 +240,8 @@ def _generate(
   )
   made = (rows.count - 1).sum(dtype=jnp.float32)  # the first is the prompt's
   twin = policy.twin_flops(model, plain, slots) * made
-  cost = cost._replace(full=twin, items=made)
+  most = times(bound_of(step, start, start.ended == RUNNING), steps - 1)
+  cost = cost._replace(full=twin, items=made, bound=jnp.float32(most))
   return Generation(
     rows.tokens, rows.count, rows.ended, rows.depth, rows.steps, cost
   )

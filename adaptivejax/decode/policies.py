@@ -35,19 +35,24 @@ def calm(
   measure: str = "margin",
   min_depth: int = 1,
   every: int = 1,
+  max_depth: int | None = None,
   decay: float = 0.0,
   horizon: float = 256.0,
 ):
   """A token leaves the layers once sure, by margin, max_prob or state."""
   if measure not in MEASURES:
     raise ValueError(f"{measure=} must be one of {', '.join(MEASURES)}.")
-  _within("min_depth", min_depth, 1, layer_count(model.layers))
+  total = layer_count(model.layers)
+  most = total if max_depth is None else max_depth
+  _within("min_depth", min_depth, 1, total)
+  _within("max_depth", most, 1, total)
   return Partial(
     depth.calm,
     threshold=jnp.float32(threshold),
     measure=MEASURES[measure],
     min_depth=jnp.int32(min_depth),
     every=jnp.int32(every),
+    max_depth=jnp.int32(most),
     decay=jnp.float32(decay),
     horizon=jnp.float32(horizon),
   )

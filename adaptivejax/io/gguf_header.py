@@ -19,6 +19,9 @@ import numpy as np
 
 MAGIC = b"GGUF"
 STRING, ARRAY = 8, 9
+METADATA_BYTES = 200_000_000
+"""Of all that comes before the data, at most: it becomes lists of Python."""
+
 NUMBERS = {
   0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
   10: "<u8", 11: "<i8", 12: "<f8",
@@ -117,6 +120,11 @@ class _Cursor:
     """Moves on; returns where it was."""
     if count > len(self.view) - self.at:
       raise self.short(self.at)
+    if self.at + count > METADATA_BYTES:
+      raise ValueError(
+        f"{self.path}: what comes before the tensors has over {METADATA_BYTES}"
+        " bytes, which no vocabulary needs: it is not read."
+      )
     self.at += count
     return self.at - count
 
@@ -149,7 +157,7 @@ class _Cursor:
         raise self.short(at)
       found.append(view[end:after])
       at = after
-    self.at = at
+    self.take(at - self.at)
     try:
       return [text.decode("utf-8") for text in found]
     except UnicodeDecodeError as error:

@@ -57,6 +57,8 @@ class Gguf(Source):
     self.where = str(path)
     metadata, stored = read_gguf(path)
     self.stored = {_name(name): tensor for name, tensor in stored.items()}
+    if len(self.stored) < len(stored):
+      raise ValueError(f"{path} holds a tensor under two of its names.")
     self.specs = {
       name: Spec(tensor.shape, np.dtype(np.float32))
       for name, tensor in self.stored.items()
@@ -66,6 +68,7 @@ class Gguf(Source):
     self.config = _config(fields, self.stored)
     self.files = tokenizer_files(metadata)
 
+  @np.errstate(all="ignore")  # what is not finite is refused by `Reader`
   def read(self, name: str) -> np.ndarray:
     """The values of a tensor, f32."""
     import gguf

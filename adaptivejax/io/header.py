@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from adaptivejax.io.strict_json import parse_object
+from adaptivejax.untrusted import own, parse_object
 
 LONGEST = 100_000_000
 """Bytes of a header at most, as in the library."""
@@ -55,7 +55,7 @@ def read_header(path: Path) -> dict[str, Entry]:
   Raises:
     ValueError: anything that does not fit the format or the file's size.
   """
-  size = os.path.getsize(path)
+  size = os.path.getsize(own(path))
   with open(path, "rb") as file:
     start = file.read(8)
     length = int.from_bytes(start, "little")

@@ -23,6 +23,7 @@ from adaptivejax.io.place import Shardings
 from adaptivejax.io.reader import Reader
 from adaptivejax.io.rows import choose_form
 from adaptivejax.io.source import Folder, Source
+from adaptivejax.untrusted import parse_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +41,21 @@ class Pretrained:
     """A `tokenizers.Tokenizer` (extra `text`).
 
     Raises:
-      ValueError: none came with the model.
+      ValueError: none came with the model, or it cannot be read.
     """
     text = self.files.get("tokenizer.json")
     if text is None:
       raise ValueError("no tokenizer.json came with this model.")
     import tokenizers
 
-    return tokenizers.Tokenizer.from_str(text.decode("utf-8"))
+    parse_object(text, "tokenizer.json")
+    try:
+      return tokenizers.Tokenizer.from_str(text.decode("utf-8"))
+    except Exception as error:  # that of the library is no more than one
+      raise ValueError(
+        f"tokenizer.json is none that `tokenizers` can read: {error}. Take"
+        " that of the model, or tokenise without."
+      ) from error
 
 
 def load(

@@ -122,7 +122,9 @@ class Reader:
   def _check_values(self, name: str, block: np.ndarray, dtype) -> None:
     if self.allow_nonfinite:
       return
-    if not np.isfinite(block).all():
+    with np.errstate(invalid="ignore"):  # of a NaN that is to signal
+      finite = np.isfinite(block).all()
+    if not finite:
       raise ValueError(
         f"{self.source.where}: tensor {name!r} holds NaN or infinity; pass"
         " `allow_nonfinite=True` if this is meant."

@@ -9,7 +9,7 @@ import numpy as np
 import safetensors
 
 from adaptivejax.io.header import Entry, read_header
-from adaptivejax.io.strict_json import parse_object
+from adaptivejax.untrusted import own, read_bytes, read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -29,6 +29,9 @@ BESIDE = (
 
 CONFIG_BYTES = 10_000_000
 """Of a config or an index at most."""
+
+BESIDE_BYTES = 200_000_000
+"""Of one of these files at most: five times the largest tokenizer there is."""
 
 
 class Spec(NamedTuple):
@@ -67,9 +70,9 @@ class Folder(Source):
 
   def __init__(self, path: Path):
     self.where = str(path)
-    self.config = read_json(path / "config.json")
+    self.config = read_object(path / "config.json", CONFIG_BYTES)
     self.files = {
-      name: (path / name).read_bytes()
+      name: read_bytes(path / name, BESIDE_BYTES)
       for name in BESIDE
       if (path / name).is_file()
     }
@@ -94,15 +97,6 @@ class Folder(Source):
       raise ValueError(f"{path}: tensor {name!r}: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """The object in a file, which must not be long."""
-  if not path.is_file():
-    raise ValueError(f"{path} is missing.")
-  if path.stat().st_size > CONFIG_BYTES:
-    raise ValueError(f"{path} is over {CONFIG_BYTES} bytes long.")
-  return parse_object(path.read_bytes(), str(path))
-
-
 def _shards(path: Path) -> dict[Path, set[str] | None]:
   """Files of a folder and the tensors that each should hold, if told."""
   single, index = path / SINGLE, path / INDEX
@@ -115,7 +109,7 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
     hint = f" {other[0]} may be a pickle: it is not opened." if other else ""
     raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}.{hint}")
   files: dict[Path, set[str] | None] = {}
-  table = read_json(index).get("weight_map")
+  table = read_object(index, CONFIG_BYTES).get("weight_map")
   if not isinstance(table, dict) or not table:
     raise ValueError(f"{index} has no `weight_map`.")
   for name, file in table.items():
@@ -130,23 +124,14 @@ _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
 def _inside(folder: Path, file: Any, where: str) -> Path:
-  """A file of the folder itself.
-
-  Links must not lead out, but for those of the Hugging Face cache, from
-  `snapshots/REVISION/` to `blobs/`.
-  """
+  """A file of the folder itself."""
   plain = isinstance(file, str) and file.endswith(".safetensors")
   if not plain or set(file) & set("/\\\0:") or file.startswith("."):
     raise ValueError(f"{where} is in {file!r}, no file of this folder.")
   path = folder / file
   if not path.is_file():
     raise ValueError(f"{where} is in {file!r}, which is missing.")
-  homes = [folder.resolve()]
-  if folder.resolve().parent.name == "snapshots":
-    homes.append(folder.resolve().parents[1] / "blobs")
-  if path.resolve().parent not in homes:
-    raise ValueError(f"{where} is in {file!r}, a link out of this folder.")
-  return path
+  return own(path)
 
 
 def _check_index(

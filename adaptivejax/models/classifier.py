@@ -27,8 +27,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from adaptivejax.core.buckets import bucketed
-from adaptivejax.core.cost import Cost, Signals, flops
-from adaptivejax.core.depth import depth_loop
+from adaptivejax.core.cost import Cost, Signals, flops, times
+from adaptivejax.core.depth import depth_loop, most_of_layers
 from adaptivejax.nn.attention import Attention
 from adaptivejax.nn.block import Block, Layer
 from adaptivejax.nn.linear import linear
@@ -147,6 +147,7 @@ class Classifier(nnx.Module):
     memory: Any = None,
     *,
     min_exit: Int[Array, ""] | int = 1,
+    max_exit: Int[Array, ""] | int | None = None,
   ) -> Answer:
     """Runs each row until the rule lets it go.
 
@@ -155,9 +156,13 @@ class Classifier(nnx.Module):
       rule: decides after each layer, for every row by itself.
       memory: what the rule starts from: a pytree, rows leading, or None.
       min_exit: layers that every row runs, 1..K (dynamic).
+      max_exit: layers that no row runs more of, sure or not, 1..K (dynamic):
+        whatever the inputs, they cost no more; K if not given.
     """
     total = self.config.layers
-    refuse_outside(1, total, "the exits there are", min_exit=min_exit)
+    most = total if max_exit is None else max_exit
+    there = "the exits there are"
+    refuse_outside(1, total, there, min_exit=min_exit, max_exit=most)
     x, positions, embedded = self._start(inputs)
     start = x, _pool(x), jnp.zeros((len(x), self.config.classes))
 
@@ -175,12 +180,23 @@ class Classifier(nnx.Module):
 
     params = self.layers, self.exits
     out = depth_loop(
-      layer, params, start, Cost.zero(), halt, memory, min_depth=min_exit
+      layer,
+      params,
+      start,
+      Cost.zero(),
+      halt,
+      memory,
+      min_depth=min_exit,
+      max_depth=most,
     )
     ran, cost = out.depth.max(), out.state
-    asked = flops(rule, jnp.int32(0), start[2], start[1], memory) * ran
-    full = cost.full * total / ran
-    cost = embedded + cost._replace(spent=cost.spent + asked, full=full)
+    asked = flops(rule, jnp.int32(0), start[2], start[1], memory)
+    bound = most_of_layers(layer, params, start, Cost.zero(), most)
+    cost = embedded + cost._replace(
+      spent=cost.spent + asked * ran,
+      full=cost.full * total / ran,
+      bound=jnp.float32(bound + times(asked, most)),
+    )
     return Answer(out.x[2], out.depth, cost, out.memory)
 
   def _start(self, inputs):

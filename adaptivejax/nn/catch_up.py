@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.cache import KVCache
-from adaptivejax.core.cost import Cost
+from adaptivejax.core.cost import Cost, bound_of, times
 from adaptivejax.core.plans import run_times
 from adaptivejax.nn.stack import present
 
@@ -60,9 +60,15 @@ def catch_up(
     logits = jnp.where((count > 0)[:, None], out.logits[:, 0], logits)
     return out.cache, logits, cost + out.cost
 
+  def once(cache, logits):
+    carry = cache, logits, Cost.zero()
+    return read(carry, asked, length, text, model, most)[2]
+
   carry = cache, logits, Cost.zero()
   for n, size in reversed(list(enumerate(sizes, 1))):
-    times = (rung == n) + (missed // most if size == most else 0)
+    rounds = (rung == n) + (missed // most if size == most else 0)
     some = functools.partial(read, size=size)
-    carry = run_times(times, some, carry, asked, length, text, model)
-  return carry
+    carry = run_times(rounds, some, carry, asked, length, text, model)
+  cache, logits, cost = carry
+  bound = times(bound_of(once, cache, logits), slots // most + 1)
+  return cache, logits, cost._replace(bound=jnp.float32(bound))

@@ -26,12 +26,14 @@ class Choice(NamedTuple):
   Attributes:
     mask: of the units, bool[B, L, N].
     asked: FLOPs of finding out, f32[].
+    most: what these cannot exceed (static); they themselves, if not given.
     memory: of this layer from now on, or None if it stays.
   """
 
   mask: Array
   asked: Array | float = 0.0
   memory: Any = None
+  most: float | None = None
 
 
 class Choosing(Look):
@@ -138,6 +140,9 @@ class Choosing(Look):
       mass=self.weighs,
     )
     spent = cost.spent + choice.asked
-    cost = look_cost(q, cache.slots, live)._replace(spent=spent)
+    most = choice.asked if choice.most is None else choice.most
+    bound = cost.bound + most
+    cost = look_cost(q, cache.slots, live)
+    cost = cost._replace(spent=spent, bound=bound)
     memory = self.learn(choice, attended.mass, cache, layer)
     return Looked(attended.out, cost), memory

@@ -105,8 +105,7 @@ class Evicting(Look):
     worth, cache, seen = run(q, keys, positions, cache, layer)
     cost = look_cost(q, seen, live)
     full = cache.length.mean(dtype=jnp.float32) + keys.k.shape[2]
-    spent = cost.spent + worth.asked
-    cost = cost._replace(spent=spent, full=4.0 * q.size * full)
+    cost = cost.with_overhead(worth.asked)._replace(full=4.0 * q.size * full)
     return Looked(worth.out, cost), cache
 
   def decode(

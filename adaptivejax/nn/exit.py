@@ -14,8 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.cache import kv_propagate
-from adaptivejax.core.cost import Cost, Signals, flops
-from adaptivejax.core.depth import Halt, depth_loop, only_after
+from adaptivejax.core.cost import Cost, Signals, flops, times
+from adaptivejax.core.depth import (
+  Halt,
+  depth_loop,
+  most_of_layers,
+  only_after,
+)
 from adaptivejax.nn.block import Block
 from adaptivejax.nn.setting import refuse_outside
 from adaptivejax.nn.stack import StackOutput, layer_at, layer_count, plain
@@ -26,10 +31,13 @@ def check_exits(
   *,
   min_depth: Int[Array, ""] | int = 1,
   every: Int[Array, ""] | int = 1,
+  max_depth: Int[Array, ""] | int | None = None,
 ) -> None:
   """Refuses exits outside the `total` layers there are, unless traced."""
-  there = "the layers there are"
-  refuse_outside(1, total, there, min_depth=min_depth, every=every)
+  there, most = "the layers there are", 1 if max_depth is None else max_depth
+  refuse_outside(
+    1, total, there, min_depth=min_depth, every=every, max_depth=most
+  )
 
 
 def early_exit(
@@ -44,6 +52,7 @@ def early_exit(
   key=None,
   min_depth: Int[Array, ""] | int = 1,
   every: Int[Array, ""] | int = 1,
+  max_depth: Int[Array, ""] | int | None = None,
 ) -> StackOutput:
   """Runs layers until every row has left; one token per row (T = 1).
 
@@ -59,6 +68,8 @@ def early_exit(
     min_depth: layers that every token runs (dynamic).
     every: ask after each layer whose number, from 1, is a multiple of this (at
       least 1, dynamic).
+    max_depth: layers that no token runs more of, sure or not (dynamic): a hard
+      limit, which costs quality and never time; L if not given.
 
   Raises:
     ValueError: the layers are not `Block`s, whose keys alone can be filled in.
@@ -86,7 +97,10 @@ def early_exit(
 
   live = positions[:, 0] >= 0
   rule, state = only_after(due, leave), (cache, Cost.zero())
-  out = depth_loop(layer, layers, x, state, rule, memory, live=live)
+  most = total if max_depth is None else jnp.minimum(max_depth, total)
+  out = depth_loop(
+    layer, layers, x, state, rule, memory, live=live, max_depth=most
+  )
   cache, cost = out.state
   ran = out.depth.max()
 
@@ -104,8 +118,12 @@ def early_exit(
     lambda b, x: b.project_keys(x, positions), layer_at(layers, 0), x
   )
   spent = asked * (due(l) & (l < ran)).sum() + fill * (total - ran)
+  bound = most_of_layers(layer, layers, x, state, max_depth)
+  bound += times(asked, most) + fill * (total - most)
   cost = cost._replace(
-    spent=cost.spent + spent, full=cost.full * total / jnp.maximum(ran, 1)
+    spent=cost.spent + spent,
+    full=cost.full * total / jnp.maximum(ran, 1),
+    bound=jnp.float32(bound),  # a layer that is left out only fills in keys
   )
   depth = out.depth[:, None].astype(jnp.float32)
   shares = (l < ran).astype(jnp.float32)

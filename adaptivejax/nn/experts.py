@@ -304,5 +304,9 @@ def _there(
   if over.width is None:
     return y, cost
   slices = lax.axis_size(over.width)
-  cost = cost._replace(spent=cost.spent * slices, full=cost.full * slices)
+  cost = cost._replace(
+    spent=cost.spent * slices,
+    full=cost.full * slices,
+    bound=cost.bound * slices,
+  )
   return lax.psum(y, over.width), cost

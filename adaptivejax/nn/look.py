@@ -249,13 +249,13 @@ def look_cost(
     q: queries.
     keys: that the dense twin computes for each query, seen or not (static).
     live: queries that were asked for; all if not given.
-    seen: keys computed for a query, the mean (dynamic).
+    seen: keys computed for a query, the mean, at most all (dynamic).
   """
   items = jnp.float32(q.shape[0] * q.shape[1])
   full = jnp.float32(4.0 * q.size * keys)
   spent = full if seen is None else 4.0 * q.size * jnp.float32(seen)
   asked = items if live is None else live.sum(dtype=jnp.float32)
-  return Cost(spent, full, asked, items, jnp.float32(0))
+  return Cost(spent, full, asked, items, jnp.float32(0), full)
 
 
 def look_over_mesh(

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from adaptivejax.core.cost import Cost, Signals, flops
+from adaptivejax.core.cost import Cost, Signals, bound_of, flops, times
 from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.block import Block
 from adaptivejax.nn.mlp import Mlp
@@ -126,15 +126,21 @@ def by_neurons(
     return x, cache, jax.tree.map(put, said, tuple(new))
 
   blank = jax.eval_shape(lambda: whole(0)(x, positions, cache, 0)[2:])
+  most = bound_of(
+    lambda x, cache: whole(0)(x, positions, cache, 0)[2], x, cache
+  )
+  most = times(most, total)
   said = jax.tree.map(lambda a: jnp.zeros((total, *a.shape), a.dtype), blank)
   carry, start = (x, cache, vary(said, varying_axes(x))), 0
   for layer, end in ((whole, first), (thin, first + some), (whole, total)):
     carry = lax.fori_loop(start, end, functools.partial(run, layer), carry)
     start = end
   x, cache, (cost, signals) = carry
+  shares = cost.share
+  cost = cost.total()._replace(bound=jnp.float32(most))
   depth = jnp.full(x.shape[:2], total, jnp.float32)
   signals = signals.mean()
-  return StackOutput(x, cache, cost.total(), signals, depth, cost.share)
+  return StackOutput(x, cache, cost, signals, depth, shares)
 
 
 def _product(x, w):

@@ -70,10 +70,11 @@ def by_plan(
     x, cache, cost, penalty = run(
       attends, attend, start, weights, l, positions, key
     )
-    _, price, signals = feed((x,), weights, l, key)
-    start = x, _unspent(price), jax.tree.map(_zero, signals)
+    _, fed, signals = feed((x,), weights, l, key)
+    start = x, _unspent(fed), jax.tree.map(_zero, signals)
     x, feed_cost, signals = run(feeds, feed, start, weights, l, key)
-    return (x, cache), (cost + feed_cost, signals.owing(penalty))
+    cost = (cost + feed_cost)._replace(bound=price.bound + fed.bound)
+    return (x, cache), (cost, signals.owing(penalty))
 
   keys = None if key is None else jax.random.split(key, total)
   steps = jnp.arange(total, dtype=jnp.int32), layers, keys, *plan.T
@@ -85,7 +86,7 @@ def by_plan(
 
 def _unspent(cost: Cost) -> Cost:
   """Nothing of `cost`; the work it prices is dead code, and never runs."""
-  return Cost(*map(_zero, cost))._replace(full=cost.full)
+  return Cost(*map(_zero, cost))._replace(full=cost.full, bound=cost.bound)
 
 
 def _zero(a):

@@ -18,16 +18,16 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from adaptivejax.core.cost import Cost, Signals, flops
-from adaptivejax.core.depth import depth_loop, only_after
+from adaptivejax.core.cost import Cost, Signals, flops, times
+from adaptivejax.core.depth import depth_loop, most_of_layers, only_after
 from adaptivejax.nn.encoder_layer import EncoderLayer
 from adaptivejax.nn.exit import check_exits
 from adaptivejax.nn.stack import StackOutput, checked_by, layer_count
 
 
-def _check(total, *, min_depth=1, every=1, **rest):
+def _check(total, *, min_depth=1, every=1, max_depth=None, **rest):
   del rest
-  check_exits(total, min_depth=min_depth, every=every)
+  check_exits(total, min_depth=min_depth, every=every, max_depth=max_depth)
 
 
 @checked_by(_check)
@@ -43,6 +43,7 @@ def row_exit(
   memory: Any = None,
   min_depth: Int[Array, ""] | int = 1,
   every: Int[Array, ""] | int = 1,
+  max_depth: Int[Array, ""] | int | None = None,
 ) -> StackOutput:
   """Runs each row until the rule lets it go; forward only.
 
@@ -54,6 +55,8 @@ def row_exit(
     min_depth: layers that every row runs (dynamic).
     every: ask after each layer whose number, from 1, is a multiple of this (at
       least 1, dynamic).
+    max_depth: layers that no row runs more of, sure or not (dynamic): a hard
+      limit, which costs quality and never time; L if not given.
 
   Raises:
     ValueError: the layers are not `EncoderLayer`s.
@@ -91,11 +94,18 @@ def row_exit(
     only_after(due, leave),
     memory,
     min_depth=min_depth,
+    max_depth=max_depth,
   )
   ran, l = out.depth.max(), jnp.arange(total)
   asked = flops(lambda x: leave(jnp.int32(0), x, x, memory), x)
   spent = out.state.spent + asked * (due(l) & (l < ran)).sum()
-  cost = out.state._replace(spent=spent, full=out.state.full * total / ran)
+  most = total if max_depth is None else jnp.minimum(max_depth, total)
+  bound = most_of_layers(layer, layers, x, Cost.zero(), max_depth)
+  cost = out.state._replace(
+    spent=spent,
+    full=out.state.full * total / ran,
+    bound=jnp.float32(bound + times(asked, most)),
+  )
   depth = jnp.broadcast_to(out.depth[:, None], positions.shape)
   shares = (l[:, None] < out.depth).mean(1, dtype=jnp.float32)
   return StackOutput(

@@ -111,8 +111,8 @@ class SparsePrefill(Look):
     chosen = self.choose(q, keys, positions, layer)
     if chosen.columns is None:
       lists = lists_from_mask(chosen.mask, **self.blocks)
-      found, cost = attend_blocks(q, keys, lists, positions)
-      out, spent = found.out, cost.spent
+      found, spent = attend_blocks(q, keys, lists, positions)
+      out = found.out
     else:
       out, spent = attend_columns(
         q,
@@ -123,9 +123,9 @@ class SparsePrefill(Look):
         **self.blocks,
         room=self.room,
       )
-    spent += flops(self.choose, q, keys, positions, layer)
+    spent = spent.with_overhead(flops(self.choose, q, keys, positions, layer))
     cost = look_cost(q, keys.k.shape[2], live)
-    return Looked(out, cost._replace(spent=spent))
+    return Looked(out, cost._replace(spent=spent.spent, bound=spent.bound))
 
 
 class ByBlocks(SparsePrefill):

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
-from adaptivejax.core.cost import Signals, flops
+from adaptivejax.core.cost import Signals, bound_of, flops
 from adaptivejax.core.plans import run_if
 from adaptivejax.core.rungs import on_rung
 from adaptivejax.core.token_merging import (
@@ -131,8 +131,9 @@ def adapting(
     stay = Decision(keep_all(size > 0), size)
     choose = lambda _, size, seen, budget: decide(size, seen, budget)
     into, weight = run_if(due, choose, stay, size, seen, budget)
-    asked = due * flops(decide, size, seen, budget)
-    cost = cost._replace(spent=cost.spent + asked)
+    asked = flops(decide, size, seen, budget)
+    bound = cost.bound + asked
+    cost = cost._replace(spent=cost.spent + due * asked, bound=bound)
     return settle_slots(x, size, into, weight), cost
 
   def second(x, layer):
@@ -151,9 +152,12 @@ def adapting(
     x = jnp.where(tokens.live[..., None], x, 0)
     depth += tokens.origin >= 0
     asked = 2 * before + tokens.lengths.sum(dtype=jnp.float32)
-    cost = (mixed + fed)._replace(items=asked)
+    cost = (mixed + fed)._replace(items=asked, bound=jnp.float32(most))
     return (tokens._replace(x=x), depth), cost
 
+  one, slots = layer_at(layers, 0), (tokens.x, tokens.size)
+  most = bound_of(first, slots, one, budget, due[0])  # a rung of all slots
+  most += bound_of(second, tokens.x, one)
   start = tokens, jnp.zeros(x.shape[:2], jnp.float32)
   start = vary(start, varying_axes(x, positions))
   (tokens, depth), cost = lax.scan(body, start, (layers, due))

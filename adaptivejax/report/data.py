@@ -102,7 +102,8 @@ class Snippet:
   def __post_init__(self):
     tokens = len(self.text if self.lengths is None else self.lengths)
     widths = {len(self.share), *map(len, self.matrix)}
-    if widths != {tokens} or sum(self.token_lengths) != len(self.text):
+    short = min(self.token_lengths, default=0) < 0
+    if short or widths != {tokens} or sum(self.token_lengths) != len(self.text):
       raise ValueError(
         f"Snippet {self.method!r}: {len(self.text)} bytes in {tokens} tokens"
         f" need `share` and each row of `matrix` to have {tokens} entries and"

@@ -25,6 +25,8 @@ from adaptivejax.report.data import (
 from adaptivejax.report.words import number, percent, times, verdict
 
 INK, FAINT, PAPER, BAND, LOSS = (f"#0000{i:02x}" for i in range(1, 6))
+MEASURE = "what is measured"
+"""Stands in for the name of it, which a user gave."""
 NAMED = {INK: "ink", FAINT: "faint", PAPER: "paper", BAND: "good", LOSS: "bad"}
 SERIES = [f"#0001{i:02x}" for i in range(8)]
 VARIABLES = NAMED | {hue: f"s{i}" for i, hue in enumerate(SERIES)}
@@ -156,8 +158,10 @@ def quality_against_budget(curves: Sequence[BudgetCurve], style: Styles) -> str:
       _line(axes, curve.budgets, curve.values, i, _look(i)[1])
     return {}
 
-  measure = curves[0].measure
-  return _plot(measure.capitalize(), "keys that a query sees", measure, draw)
+  what = curves[0].measure
+  return _plot(
+    what.capitalize(), "keys that a query sees", MEASURE, draw, measure=what
+  )
 
 
 def _scatter(axes, points, style, position) -> dict[str, str]:
@@ -240,8 +244,13 @@ def _plot(
   xlabel: str,
   ylabel: str,
   draw: Callable[[Any], dict[str, str]],
+  *,
+  measure: str = "",
 ) -> str:
-  """Draws on fresh axes; `draw` returns the hover titles by SVG id."""
+  """Draws on fresh axes; `draw` returns the hover titles by SVG id.
+
+  `measure` takes the place of `MEASURE`.
+  """
   try:
     import matplotlib
     from matplotlib.figure import Figure
@@ -257,7 +266,8 @@ def _plot(
     axes.set_axisbelow(True)
     titles = draw(axes)
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-  return _inline(out.getvalue(), label, titles)
+  svg = _inline(out.getvalue(), label, titles)
+  return svg.replace(f"{MEASURE}<", f"{html.escape(measure)}<")
 
 
 def _inline(svg: str, label: str, titles: Mapping[str, str]) -> str:
@@ -273,4 +283,5 @@ def _inline(svg: str, label: str, titles: Mapping[str, str]) -> str:
     svg = svg.replace(mark, f"{mark}<title>{html.escape(title)}</title>", 1)
   slug = re.sub(r"\W+", "-", label.lower())
   svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{slug}-", svg)
-  return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+  name = html.escape(label)
+  return svg.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)

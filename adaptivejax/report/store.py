@@ -4,17 +4,21 @@
 import dataclasses
 import json
 import math
-import types
-import typing
 from pathlib import Path
 from typing import Any
 
 from adaptivejax.files import write_atomically
 from adaptivejax.report import data
 from adaptivejax.report.page import page
+from adaptivejax.report.typed import typed
+from adaptivejax.untrusted import read_object
 
 FORMAT = 1
 DERIVED = ("slower", "quality_loss")
+LONGEST = 50_000_000
+"""Bytes of a `report.json` at most."""
+POINTS = 2000
+"""Points of a report at most: each is a mark of its own in a plot."""
 
 
 def write_report(report: data.Report, folder: Path) -> Path:
@@ -44,18 +48,23 @@ def load_report(folder: Path) -> data.Report:
   if not path.is_file():
     raise ValueError(f"{path} does not exist: is {folder} the folder of a run?")
   try:
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_object(path, LONGEST)
     found = record.pop("format", None)
     if found != FORMAT:
       raise ValueError(f"format {found!r}, but this version reads {FORMAT}")
-    for point in record["points"]:
-      for name in DERIVED:
+    points = record.get("points")
+    for point in points if isinstance(points, list) else []:
+      for name in DERIVED if isinstance(point, dict) else ():
         point.pop(name, None)
-    return _typed(data.Report, record)
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
+    report = typed(data.Report, record, "the report")
+    if len(report.points) > POINTS:
+      raise ValueError(f"{len(report.points)} points; at most {POINTS}")
+  except ValueError as error:
     raise ValueError(
-      f"{path} is not a report of adaptivejax: {error}"
+      f"{path} is not a report of adaptivejax: {error}. Measure again, or take"
+      " the file of another run."
     ) from error
+  return report
 
 
 def _plain(x: Any) -> Any:
@@ -69,25 +78,3 @@ def _plain(x: Any) -> Any:
   if isinstance(x, bytes):
     return x.decode("latin-1")
   return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def _typed(kind: Any, x: Any) -> Any:
-  """`x` from JSON as the annotated type `kind`."""
-  if x is None:
-    return None
-  if dataclasses.is_dataclass(kind):
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(x) - set(hints))
-    if unknown:
-      raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}")
-    return kind(
-      **{name: _typed(hints[name], value) for name, value in x.items()}
-    )
-  if kind is bytes:
-    return x.encode("latin-1")
-  if isinstance(kind, types.UnionType):  # a value or None
-    return _typed(typing.get_args(kind)[0], x)
-  if typing.get_origin(kind) is tuple:
-    item = typing.get_args(kind)[0]
-    return tuple(_typed(item, value) for value in x)
-  return x

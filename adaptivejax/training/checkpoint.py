@@ -33,6 +33,7 @@ from adaptivejax.files import to_disk
 from adaptivejax.training import agreement, manifest
 from adaptivejax.training.quiet import no_traces
 from adaptivejax.training.step import TrainState
+from adaptivejax.untrusted import refuse_links
 
 PART, OLD, DAMAGED = ".part", ".old", ".damaged"
 TRIES = 5
@@ -147,6 +148,7 @@ class Checkpoints:
 
   def _open(self) -> None:
     """Clears away, puts aside, and finds the newest."""
+    refuse_links(self.folder)
     self.folder.mkdir(parents=True, exist_ok=True)
     _clear(self.folder)
     self.latest, faults = newest(self.folder)
@@ -221,6 +223,7 @@ def load_params(folder: Path, like: PyTree) -> PyTree:
     ValueError: there is no checkpoint, the newest is damaged, or it is of
       another architecture.
   """
+  refuse_links(folder)
   orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
   args = ocp.args.Composite(params=ocp.args.StandardRestore(like))
   for found in _looks(folder):

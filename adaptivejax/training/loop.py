@@ -120,15 +120,24 @@ def train(
   )
 
 
-def load_run(run_dir: Path) -> tuple[TrainConfig, nnx.Module]:
+def load_run(config_py: Path) -> tuple[TrainConfig, nnx.Module]:
   """The config of a run and its model with the newest parameters.
+
+  Args:
+    config_py: the `config.py` in the folder of the run.  It is code, and is run
+      as such: a folder alone is refused, lest a stranger's be.
 
   Raises:
     ValueError: no run of a config file, or its checkpoint does not fit it.
   """
-  config = load_config(run_dir / "config.py")
+  if config_py.is_dir():
+    raise ValueError(
+      f"{config_py} is a folder; its config is code. If you trust it, name it:"
+      f" {config_py / 'config.py'}"
+    )
+  config = load_config(config_py)
   join, params = split(config.build(nnx.Rngs(config.seed)))
-  return config, join(load_params(run_dir / "checkpoints", params))
+  return config, join(load_params(config_py.parent / "checkpoints", params))
 
 
 class _Parts(NamedTuple):

@@ -16,15 +16,22 @@ runs/NAME/profile/        a window of steps, if asked for (`training.profile`)
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from adaptivejax.files import to_disk, write_atomically
 from adaptivejax.training import lock
+from adaptivejax.untrusted import parse_object, read_bytes
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 RECORD, CONFIG = "run.json", "config.py"
+OURS = RECORD, CONFIG, METRICS, EVENTS, lock.NAME, "checkpoints"
+INFINITE = (math.inf, -math.inf)
+LARGEST = 1e30
+LONGEST = 1_000_000_000
+"""Bytes of a file of lines at most."""
 
 
 @contextlib.contextmanager
@@ -35,6 +42,12 @@ def claim(out: Path) -> Iterator[None]:
     ValueError: it holds something other than a run, or another process that
       lives has it.
   """
+  for name in OURS:
+    if (out / name).is_symlink():
+      raise ValueError(
+        f"{out / name} is a link, which is not written through: give the run"
+        " another name, or put the file itself there"
+      )
   if out.exists() and not out.is_dir():
     raise ValueError(f"{out} is a file: give the run another name")
   names = {path.name for path in out.iterdir()} if out.exists() else set()
@@ -111,6 +124,7 @@ class MetricsLog(Lines):
   """metrics.jsonl of a run, opened at a step."""
 
   def __init__(self, out: Path, step: int, *, write: bool = True):
+    read_metrics(out)  # refuses what is none
     super().__init__(out / METRICS, step, write=write)
 
   @property
@@ -137,8 +151,19 @@ class MetricsLog(Lines):
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-  """The lines of metrics.jsonl."""
-  return read_lines(out / METRICS)
+  """The lines of metrics.jsonl.
+
+  Raises:
+    ValueError: one is not of metrics.
+  """
+  lines = read_lines(out / METRICS)
+  for i, line in enumerate(lines, 1):
+    where = f"{out / METRICS}, line {i}"
+    if not isinstance(line.get("split"), str) or line.get("seconds") is None:
+      raise ValueError(f"{where} must say a step, a split and the seconds.")
+    if not all(map(_number, (x for k, x in line.items() if k != "split"))):
+      raise ValueError(f"{where}: every metric must be a number.")
+  return lines
 
 
 def read_events(out: Path) -> list[dict[str, Any]]:
@@ -154,18 +179,23 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
   """
   if not path.exists():
     return []
-  text = path.read_bytes().decode("utf-8", errors="replace")
-  lines = []
-  for number, line in enumerate(text.split("\n")[:-1], 1):
-    try:
-      lines.append(json.loads(line))
-      lines[-1]["step"] + 0
-    except (ValueError, TypeError, KeyError):
-      raise ValueError(
-        f"line {number} of {path} is not of a run: the file is damaged; move it"
-        " away, or take that line out of it"
-      ) from None
-  return lines
+  lines = read_bytes(path, LONGEST).split(b"\n")[:-1]
+  return [_parsed(text, f"{path}, line {i}") for i, text in enumerate(lines, 1)]
+
+
+def _parsed(text: bytes, where: str) -> dict[str, Any]:
+  """A line with its step; NaN is a number here."""
+  line = parse_object(text, where, finite=False)
+  step = line.get("step")
+  if type(step) is not int or not 0 <= step <= LARGEST:
+    raise ValueError(f"{where} must say a step.")
+  return line
+
+
+def _number(x: Any) -> bool:
+  """Whether it may be a metric: None was not measured."""
+  plain = type(x) in (int, float) and not abs(x) > LARGEST
+  return x is None or plain or x in INFINITE
 
 
 def _line(values: Mapping[str, Any]) -> str:

@@ -25,11 +25,12 @@ def test_is_masked_attention_over_the_union(name, share):
   shape = (B, H, -(-q.shape[1] // BLOCK), -(-keys.pos.shape[-1] // BLOCK))
   mask = rng.random(shape) < share[0]
   columns = rng.random((B, H, keys.pos.shape[-1])) < share[1]
-  out, spent = run(q, keys, *map(jnp.asarray, (mask, columns)), at, room=None)
+  out, cost = run(q, keys, *map(jnp.asarray, (mask, columns)), at, room=None)
   want = prompts.masked(p, prompts.pairs(p, mask, columns))
   there = p.at >= 0
   np.testing.assert_allclose(out[there], want[there], atol=1e-5)
-  assert (spent > 0) == (sum(share) > 0)
+  assert (cost.spent > 0) == (sum(share) > 0)
+  assert cost.spent <= cost.bound
 
 
 def test_too_little_room_keeps_the_first_columns():

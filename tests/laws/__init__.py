@@ -12,6 +12,7 @@ from tests.laws.case import (
   differentiate,
   gradient,
   loss,
+  no_writes,
   parameters,
 )
 from tests.laws.contexts import CONTEXTS
@@ -72,6 +73,7 @@ __all__ = [
   "differentiate",
   "gradient",
   "loss",
+  "no_writes",
   "parameters",
 ]
 

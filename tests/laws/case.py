@@ -222,6 +222,30 @@ def close(got, want, *, tolerance=1e-5, scale=None):
     np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * size)
 
 
+@contextlib.contextmanager
+def no_writes():
+  """Refuses that a module writes to itself once it is made.
+
+  A case may call a copy of what it is given, so that to compare what was given
+  before and after would show nothing.
+  """
+  writes = nnx.Module.__setattr__
+
+  def refuse(self, name, value):
+    frame, own = sys._getframe(1), []
+    while frame is not None:
+      if frame.f_locals.get("self") is self:
+        own.append(frame.f_code.co_name)
+      frame = frame.f_back
+    direct = sys._getframe(1).f_locals.get("self") is self
+    if direct and "__init__" not in own:
+      raise AssertionError(f"{type(self).__name__} writes {name} in {own[0]}")
+    writes(self, name, value)
+
+  with mock.patch.object(nnx.Module, "__setattr__", refuse):
+    yield
+
+
 def gaussian(*shape, seed=0):
   return jax.random.normal(jax.random.key(seed), shape)
 

@@ -102,7 +102,8 @@ def _merge_rows(params, x, threshold):
   )
   full = jnp.full_like(cost.full, 2.0 * x["rows"].size * D)
   asked = tokens.lengths.sum(dtype=jnp.float32)
-  return restore(tokens, y), cost._replace(full=full, items=asked)
+  cost = cost._replace(full=full, items=asked, bound=full)
+  return restore(tokens, y), cost
 
 
 def _rows(batch):

@@ -149,7 +149,7 @@ def test_load_run_rebuilds_the_model(corpus, tmp_path):
     f"def config():\n  return tiny.config({str(corpus)!r})\n"
   )
   result = quiet(tiny.config(corpus), tmp_path / "run", source=source)
-  config, model = load_run(tmp_path / "run")
+  config, model = load_run(tmp_path / "run" / "config.py")
   assert config.steps == 6
   chex.assert_trees_all_equal(step.split(model)[1], params_of(result))
 
@@ -168,7 +168,7 @@ def test_refuses_a_file_that_is_no_config(tmp_path, text, named):
   if text is not None:
     path.write_text(text)
   with pytest.raises(ValueError, match=f"config.py.*{named}"):
-    load_run(tmp_path)
+    load_run(path)
 
 
 @pytest.mark.parametrize("name", ["steps", "log_every", "eval_batches", "keep"])

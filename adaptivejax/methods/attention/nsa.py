@@ -99,8 +99,9 @@ class NSA(ByBlock):
     gates = jax.nn.sigmoid(gates.reshape(*q.shape[:3], 3))
     out = jnp.stack([coarse, fine, last], -1) * gates[..., None, :]
     asked = flops(self.gate, x) + 2.0 * q.size * ends.size  # scores, again
-    spent = spent.spent + cost.spent + more.spent + asked
-    return Looked(out.sum(-1), cost._replace(spent=spent))
+    spent = (spent + cost + more).with_overhead(asked)
+    cost = cost._replace(spent=spent.spent, bound=spent.bound)
+    return Looked(out.sum(-1), cost)
 
   def choose(self, q, keys, summed, slots) -> Int[Array, "B G T K"]:
     """The blocks of each query, those that it must see first, -1 for none."""

@@ -112,7 +112,7 @@ class TokenSelect(Choosing):
     if self.heads is not None:
       query = jnp.where(again, last.query, q.astype(last.query.dtype))
       memory = Voted(query, chosen)
-    return Choice(mask, spent, memory)
+    return Choice(mask, spent, memory, most=2.0 * q.size * cache.slots)
 
   def _remembered(self, q, cache, layer) -> Voted:
     if self.heads is not None:

@@ -29,8 +29,8 @@ from flax import nnx
 
 from adaptivejax.core.attention import Keys
 from adaptivejax.core.buckets import bucketed
-from adaptivejax.core.cost import Cost, Signals, flops
-from adaptivejax.core.depth import depth_loop, depth_scan
+from adaptivejax.core.cost import Cost, Signals, flops, times
+from adaptivejax.core.depth import depth_loop, depth_scan, most_of_layers
 from adaptivejax.core.halting import Ponder, ponder
 from adaptivejax.nn.block import Block, Layer, LayerOutput
 from adaptivejax.nn.router import Router
@@ -58,7 +58,7 @@ class AdaptiveComputationTime(Layer):
 
   def ponder(self, x, positions, live=None, key=None):
     """`(y, N i32[B, T], R f32[B, T], cost)`; N = R = 0 where not `live`."""
-    shape, times = x.shape, self.times.get_value()
+    shape, embedded = x.shape, self.times.get_value()
     given = jnp.ones(shape[:2], bool) if live is None else live
     fold = lambda a: a.reshape(-1, *a.shape[2:])  # the tokens are the rows
     start = jnp.where(given[..., None], x, 0)  # whatever stands elsewhere
@@ -73,7 +73,10 @@ class AdaptiveComputationTime(Layer):
     def halt(n, before, s, memory):
       del before
       logit = 1 + self.router(s)[..., 0] + self.level.get_value()
-      h, last = jax.nn.sigmoid(logit.astype(jnp.float32)), n == len(times) - 1
+      h, last = (
+        jax.nn.sigmoid(logit.astype(jnp.float32)),
+        n == len(embedded) - 1,
+      )
       stop, memory = ponder(h, s, memory, last=last, epsilon=self.epsilon)
       return stop | ~fold(given), memory
 
@@ -82,12 +85,16 @@ class AdaptiveComputationTime(Layer):
     )
     run = depth_loop if key is None else depth_scan
     state, memory = (keys, given, Cost.zero()), Ponder.start(fold(start))
-    out = run(step, times, fold(start), state, halt, memory)
-    ran = out.depth.max() if key is None else len(times)
+    out = run(step, embedded, fold(start), state, halt, memory)
+    ran = out.depth.max() if key is None else len(embedded)
     cost = out.state[-1]
-    asked = flops(self.router, x) * ran
-    full = cost.full * len(times) / ran
-    cost = cost._replace(spent=cost.spent + asked, full=full)
+    asked, steps = flops(self.router, x), len(embedded)
+    most = most_of_layers(step, embedded, fold(start), state)
+    cost = cost._replace(
+      spent=cost.spent + asked * ran,
+      full=cost.full * steps / ran,
+      bound=jnp.float32(most + times(asked, steps)),
+    )
     y = jnp.where(fold(given)[:, None], out.memory.y.astype(x.dtype), fold(x))
     lead = lambda a: jnp.where(given, a.reshape(shape[:2]), 0)
     return y.reshape(shape), lead(out.depth), lead(out.memory.remainder), cost

@@ -36,11 +36,12 @@ from adaptivejax.nn.stack import StackOutput, checked_by
 
 
 def _check(
-  total, *, threshold=1.0, min_depth=1, every=1, decay=0.0, horizon=1.0, **rest
-):
+  total, *, threshold=1.0, min_depth=1, every=1, max_depth=None, decay=0.0,
+  horizon=1.0, **rest,
+):  # fmt: skip
   del rest
   refuse_nan(threshold=threshold, decay=decay, horizon=horizon)
-  check_exits(total, min_depth=min_depth, every=every)
+  check_exits(total, min_depth=min_depth, every=every, max_depth=max_depth)
   if not isinstance(horizon, jax.core.Tracer) and horizon <= 0:
     raise ValueError(
       f"horizon={horizon} must be above 0, the tokens over which it decays."
@@ -60,6 +61,7 @@ def calm(
   measure: Measure = MARGIN,
   min_depth=1,
   every=1,
+  max_depth=None,
   decay: Float[Array, ""] | float = 0.0,
   horizon: Float[Array, ""] | float = 1.0,
 ) -> StackOutput:
@@ -71,6 +73,7 @@ def calm(
     measure: c_l, see `nn.confidence`; a pytree.
     min_depth: layers that every token runs (dynamic).
     every: look after each `every`-th layer only (dynamic).
+    max_depth: layers that no token runs more of, sure or not (dynamic).
     decay: tau; 0 is one threshold for all positions (dynamic).
     horizon: N, the tokens over which it decays, above 0 (dynamic).
 
@@ -93,6 +96,7 @@ def calm(
     key=key,
     min_depth=min_depth,
     every=every,
+    max_depth=max_depth,
   )
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.cost import Cost, Signals
-from adaptivejax.core.depth import depth_loop
+from adaptivejax.core.depth import depth_loop, most_of_layers
 from adaptivejax.core.losses import exit_cross_entropy
 from adaptivejax.nn.setting import refuse_outside
 from adaptivejax.nn.stack import StackOutput, checked_by, layer_count
@@ -105,11 +105,13 @@ def prefix(
     return jnp.full(after.shape[0], l + 1 >= depth), None
 
   nothing = jax.tree.map(jnp.zeros_like, Signals.none())
-  out = depth_loop(layer, layers, x, (cache, Cost.zero(), nothing), stop)
+  state = cache, Cost.zero(), nothing
+  out = depth_loop(layer, layers, x, state, stop)
   cache, cost, sums = out.state
   ran = out.depth.max()
   signals = jax.tree.map(lambda a: a / ran, sums)
-  cost = cost._replace(full=cost.full * total / ran)
+  most = jnp.float32(most_of_layers(layer, layers, x, state))
+  cost = cost._replace(full=cost.full * total / ran, bound=most)
   shares = (jnp.arange(total) < ran).astype(jnp.float32)
   deep = jnp.broadcast_to(1.0 * ran * layers.depth, x.shape[:2])
   return StackOutput(out.x, cache, cost, signals, deep, shares)

@@ -38,23 +38,26 @@ from adaptivejax.nn.stack import StackOutput, checked_by, layer_count
 STOP, EXIT, CONTINUE = range(3)
 
 
-def _check(total, *, stop=1.0, exit=1.0, min_depth=1, every=1, **settings):
+def _check(
+  total, *, stop=1.0, exit=1.0, min_depth=1, every=1, max_depth=None, **settings
+):
   del settings
   refuse_nan(stop=stop, exit=exit)
-  check_exits(total, min_depth=min_depth, every=every)
+  check_exits(total, min_depth=min_depth, every=every, max_depth=max_depth)
 
 
 @checked_by(_check)
 def stop_and_exit(
   layers, x: Float[Array, "B T D"], positions, cache=None, *, readout, key=None,
-  controller, stop, exit, min_depth=1, every=1,
+  controller, stop, exit, min_depth=1, every=1, max_depth=None,
 ) -> StackOutput:  # fmt: skip
   """A stack that asks the controller when decoding (T = 1).
 
   Args:
     controller: hidden state to three scores, such as a `linear(D, 3)`.
     stop, exit: above which probability they count; 1 means never (dynamic).
-    min_depth, every: which layers are exits, as in `nn.early_exit` (dynamic).
+    min_depth, every, max_depth: which layers are exits, as in `nn.early_exit`
+      (dynamic).
 
   Other arguments as in `nn.stack`.  `notes` are the rows to stop, bool[B].
   """
@@ -69,6 +72,7 @@ def stop_and_exit(
   return early_exit(
     layers, x, positions, cache, choose, jnp.zeros(x.shape[0], bool),
     readout=readout, key=key, min_depth=min_depth, every=every,
+    max_depth=max_depth,
   )  # fmt: skip
 
 
@@ -83,6 +87,7 @@ class StopAndExit(Policy):
   end: Any = 0
   min_depth: Any = 1
   every: Any = 1
+  max_depth: Any = None
 
   def check(self, model) -> None:
     _check(layer_count(model.layers), **vars(self))

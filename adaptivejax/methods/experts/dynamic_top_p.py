@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from adaptivejax.core.dispatch import NOBODY, check_count
 from adaptivejax.core.router_losses import load_balance, router_entropy
-from adaptivejax.core.select import top_p
+from adaptivejax.core.select import best, top_p
 from adaptivejax.nn.linear import linear
 from adaptivejax.nn.routing import Routing, router_logits
 from adaptivejax.nn.setting import Setting, refuse_nan
@@ -42,6 +42,8 @@ class TopPRouter(nnx.Module):
     experts: E.
     p: the mass (static; move it by the `Setting`); from 1 on all experts run,
       at 0 the best one.
+    most: experts of a token at most, however unsure its router is (static): a
+      hard limit on the work, which costs quality instead; E if not given.
     balance: weight of the balance loss.
     entropy: weight of the entropy.
     rngs: for the parameters.
@@ -53,16 +55,18 @@ class TopPRouter(nnx.Module):
     experts: int,
     *,
     p: float = 0.4,
+    most: int | None = None,
     balance: float = 1e-2,
     entropy: float = 1e-4,
     rngs: nnx.Rngs,
   ):
-    check_count(experts, 1)
+    check_count(experts, experts if most is None else most)
     refuse_nan(p=p)
     self.gate = linear(features, experts, rngs=rngs)
     self.lowered = Setting(jnp.zeros(()))
     self.count = experts
     self.p = p
+    self.most = most
     self.balance = balance
     self.entropy = entropy
 
@@ -77,6 +81,9 @@ class TopPRouter(nnx.Module):
     p = jax.nn.softmax(logits)
     taken = top_p(p, self.p - self.lowered.get_value())
     experts = jnp.where(taken, jnp.arange(self.count), NOBODY)
+    if self.most is not None:
+      first = best(p, self.most)
+      experts = jnp.take_along_axis(experts, first, axis=-1)
     penalty = self.balance * load_balance(p, experts, live)
     penalty += self.entropy * router_entropy(logits, live)
     return Routing.of(p, experts, live, penalty=penalty)

@@ -82,7 +82,8 @@ class SoftMoE(nnx.Module):
     full = flops(Mlp.rows, one, x) * self.count
     rows = self.count * self.slots * x[..., 0, 0].size
     spent = flops(lambda m, x: m.mix(x, live), self, x)
-    cost = Cost.dense(full, rows)._replace(spent=jnp.float32(spent))
+    spent = jnp.float32(spent)
+    cost = Cost.dense(full, rows)._replace(spent=spent, bound=spent)
     return y, cost, Signals.none()
 
   def mix(

@@ -104,7 +104,8 @@ def _attend(
     found, spent = decode_chosen(
       q, every, chosen, positions, layer=at, mass=True
     )
-    return found.out, found.mass, cost._replace(spent=spent.spent)
+    cost = cost._replace(spent=spent.spent, bound=spent.bound)
+    return found.out, found.mass, cost
   keys = cache.read(layer)
   only = keys._replace(pos=jnp.where(chosen, keys.pos, -1))
   return *attend_with_mass(q, only, positions), cost
