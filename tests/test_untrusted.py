@@ -85,8 +85,11 @@ def test_a_run_writes_through_no_link(name, secret, tmp_path):
   (out / "run.json").touch()
   (out / name).unlink(missing_ok=True)
   (out / name).symlink_to(secret)
-  with pytest.raises(ValueError, match=f"{name} is a link"):
-    run_folder.claim(out)
+  with (
+    pytest.raises(ValueError, match=f"{name} is a link"),
+    run_folder.claim(out),
+  ):
+    pass
 
 
 def test_a_checkpoint_holds_no_link(secret, tmp_path):
@@ -99,7 +102,8 @@ def test_a_checkpoint_holds_no_link(secret, tmp_path):
 
 LINES = {
   "[]": "must hold a JSON object",
-  "{}": "a step, a split and the seconds",
+  "{}": "must say a step",
+  '{"step": 1, "seconds": 1}': "a step, a split and the seconds",
   '{"step": "1", "split": "train", "seconds": 1}': "a step",
   '{"step": -1, "split": "train", "seconds": 1}': "a step",
   '{"step": 1, "split": ["train"], "seconds": 1}': "a split",
