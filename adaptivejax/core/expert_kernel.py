@@ -90,7 +90,8 @@ def kernel_executor(
       grouped_matmul, sizes=plan.sizes, interpret=interpret
     )
     params = jax.tree.unflatten(tree, theta[: tree.num_leaves])
-    rows = together(spread(x, plan), params, product)
+    with jax.named_scope(f"rows_{slots}"):  # see `chunk_scope`
+      rows = together(spread(x, plan), params, product)
     y = combine(rows, plan, x.shape[0], out.dtype)
     return y, plan.sizes.sum().astype(jnp.float32)
 

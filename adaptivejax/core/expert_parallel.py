@@ -58,6 +58,7 @@ def expert_apply_parallel(
   axis: Axis = "expert",
   width: Axis | None = None,
   chunks: int = 1,
+  together: Callable[..., Array] | None = None,
   capacity: Cover | None = None,
   cover: Cover | None = None,
 ) -> tuple[Float[Array, "N ..."], Cost]:
@@ -76,6 +77,8 @@ def expert_apply_parallel(
     chunks: independent parts that each exchange is cut into, so that one may
       travel while another is computed (static).  On TPU it does with
       `xla_tpu_enable_async_all_to_all`, by the compiler's schedule for v5e.
+    together: `f` of all rows of a device at once, as in `expert_apply`, which
+      is what runs on a TPU.
     capacity: cover of the rows from one device to another (static);
       `exchange_cover` if not given.
     cover: chunk sizes for the rows of one expert, as for `expert_apply`.
@@ -108,13 +111,19 @@ def expert_apply_parallel(
   leaves = jax.tree.leaves(params)
   theta = [*leaves, *theta[len(leaves) :]]
 
-  at = Layout(axis, groups, local, chunks, axes)
+  at = Layout(axis, groups, local, chunks, axes, n * k)
   queue = Queue.of(experts, at, max(capacity.sizes))
   everyone = jax.sharding.get_abstract_mesh().manual_axes
   need = vary(queue.count.max(), frozenset(everyone) if own else own)
   need = lax.pmax(need, everyone)
   trips = capacity.trips(_of_the_batch(need))
-  run = executor(function, at, capacity, cover, len(leaves))
+  of_leaves = None
+  if together is not None and len(theta) == len(leaves):  # nothing is shared
+    tree = jax.tree.structure(params)
+    of_leaves = lambda rows, leaves, product: together(
+      rows, jax.tree.unflatten(tree, leaves), product
+    )
+  run = executor(function, at, capacity, cover, len(leaves), of_leaves)
   y, slots = run(theta, x, weights, experts, queue, trips)
   if width is not None:
     y = lax.psum(y, width)

@@ -40,15 +40,6 @@ from adaptivejax.nn.mlp import Mlp, join_mlp
 from adaptivejax.nn.routing import Routing, only_live
 
 
-def stacked(make: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:
-  """`count` modules of the same shape as one, parameters stacked in front."""
-  if count < 1:
-    raise ValueError(f"there must be at least 1 expert; got {count=}.")
-  return jax.tree.map(
-    lambda *a: jnp.stack(a), *[make(rngs) for _ in range(count)]
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class ExpertSharding:
   """Where the experts of a layer are, which then runs inside `shard_map`."""
@@ -268,6 +259,7 @@ def _there(
       axis=over.axis,
       width=over.width,
       chunks=over.chunks,
+      together=lambda r, m, product: m.rows(r, product),
     )
   # what is the same on all slices is summed over them outside of the loops
   x, weights = vary((x, weights), varying_axes(experts))

@@ -9,9 +9,11 @@ Axes: B batch, T queries, S keys, H query heads, W head width, Q query tiles, K
 key blocks, L layers, C looks.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -33,10 +35,13 @@ class Chosen(NamedTuple):
   Attributes:
     mask: key blocks of each tile and head, bool[B, H, Q, K].
     columns: keys that all tiles of a head see besides, bool[B, H, S], or None.
+    most: blocks that a tile is meant to list, if that is known: no bound, but
+      what a reader of the program may reckon with (static).
   """
 
   mask: Array
   columns: Array | None = None
+  most: int | None = None
 
 
 class SparsePrefill(Look):
@@ -111,7 +116,8 @@ class SparsePrefill(Look):
     chosen = self.choose(q, keys, positions, layer)
     if chosen.columns is None:
       lists = lists_from_mask(chosen.mask, **self.blocks)
-      found, cost = attend_blocks(q, keys, lists, positions)
+      with _told(chosen):
+        found, cost = attend_blocks(q, keys, lists, positions)
       out, spent = found.out, cost.spent
     else:
       out, spent = attend_columns(
@@ -126,6 +132,13 @@ class SparsePrefill(Look):
     spent += flops(self.choose, q, keys, positions, layer)
     cost = look_cost(q, keys.k.shape[2], live)
     return Looked(out, cost._replace(spent=spent))
+
+
+def _told(chosen: Chosen) -> contextlib.AbstractContextManager:
+  """Names the kernel's work in the program: see `core.chunks.chunk_scope`."""
+  there = chosen.mask.shape[-1]
+  asked = there if chosen.most is None else min(chosen.most, there)
+  return jax.named_scope(f"rows_{there}/asked_{asked}")
 
 
 class Watch(Look):

@@ -73,6 +73,10 @@ class MInference(SparsePrefill):
     kinds = np.array([[*map(PATTERNS.index, row)] for row in self.patterns])
     if q.shape[2] != kinds.shape[1]:
       raise ValueError(f"{kinds.shape[1]} patterns for {q.shape[2]} heads.")
+    if {*kinds.flat} == {PATTERNS.index("block_sparse")}:  # has no columns
+      found = self.block_sparse(q, keys, positions)
+      ends = -(-self.block_q // self.block_kv) + 1
+      return Chosen(found.mask, None, self.budgets.blocks + ends)
     kind = jnp.asarray(kinds)[layer if len(kinds) > 1 else 0][None, :, None]
     mask = columns = jnp.zeros((), bool)
     for number in sorted(set(kinds.flat)):

@@ -20,6 +20,7 @@ Axes: L layers, B batch, T tokens, D features, V vocabulary, S sub-models.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.cost import Cost, Signals
@@ -57,9 +58,9 @@ def sorted_loss(
       " of them 0."
     )
 
-  at = jnp.asarray(exits) - 1
-  w = jnp.zeros(total).at[at].add(jnp.asarray(weights, jnp.float32))
-  return exit_cross_entropy(hidden, readout, targets, w)
+  at = np.asarray(exits) - 1
+  w = jnp.asarray(weights, jnp.float32)
+  return exit_cross_entropy(hidden[at], readout, targets, w)
 
 
 def _check(total, *, depth=1, **settings):

