@@ -190,7 +190,11 @@ def _show(found: Any) -> None:
   table.add_row("kernels", kernels or "none")
   for name, seconds in found.seconds.items():
     table.add_row(f"least time of {name}", f"{seconds * 1e3:.4g} ms")
-  table.add_row("compiled in", f"{found.compile_seconds:.0f} s")
+  table.add_row(
+    "processor time",
+    f"{found.trace_seconds:.0f} s to trace, {found.compile_seconds:.0f} s to"
+    " compile",
+  )
   console = Console()
   console.print(table)
   sent = Table(

@@ -11,8 +11,6 @@ Axes: D features, E experts, K choices per item.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of a compiled program: its computations, and the rounds of its loops.
+"""The text of a compiled program: computations, and the rounds of its loops.
 
 XLA writes the same language for every chip (https://openxla.org/xla/shapes, and
 `HloModule::ToString`), but says of a loop how often it runs on some only.  The
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+COMMENT = re.compile(r"/\*.*?\*/")
 HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 KIND = re.compile(r"\s*([\w\-]+)\(")
@@ -22,6 +23,7 @@ CALLS = re.compile(
   r"(body|condition|calls|to_apply|true_computation|false_computation"
   r"|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
+HANDS_ON = {"copy", "copy-start", "copy-done", "bitcast", "opt-barrier"}
 MARKS = re.compile(r"\b(rows|of|asked|once)_(\d+)\b")
 
 
@@ -76,8 +78,9 @@ class Op(NamedTuple):
 
   @property
   def operands(self) -> list[str]:
-    """Their names."""
-    return re.findall(r"%([\w.\-]+)", self.inside)
+    """Their names; some write the shapes before them, some a % as well."""
+    bare = ARRAY.sub("", COMMENT.sub("", self.inside))
+    return re.findall(r"(?:^|[\s,)])%?([\w.\-]+)\s*(?=,|$)", bare)
 
   @property
   def arrays(self) -> list[Array]:
@@ -94,7 +97,8 @@ class Op(NamedTuple):
   def marks(self) -> dict[str, int]:
     """What `core` says there of a loop over rows (`jax.named_scope`): the
     `rows` there are, the rows `of` a round, how many are `asked` for; or
-    whether it runs `once` or not at all, where the load is even."""
+    whether it runs `once` or not at all, where the load is even.
+    """
     own = self.label.rpartition("/body/")[2]  # not those of a loop around
     asked = [m for m in MARKS.findall(self.label) if m[0] == "asked"]
     return {name: int(n) for name, n in asked + MARKS.findall(own)}
@@ -178,7 +182,8 @@ class Module(NamedTuple):
       sure = False
     bounds = []
     for test in tests:
-      sides = [_outside(inner[n], given) for n in test.operands if n in inner]
+      sides = [_source(inner[n], inner) for n in test.operands if n in inner]
+      sides = [_outside(side, given) for side in sides]
       if test.kind != "compare" or len(sides) != 2:
         continue
       bound = self._bound(test, sides, loop, around)
@@ -215,22 +220,19 @@ class Module(NamedTuple):
     if end.kind != "tuple" or place >= len(end.operands):
       return None
     kept = ops.get(end.operands[place])
-    if kept is None or _place(kept) != place:
+    if kept is None or _place(_source(kept, ops)) != place:
       return None
     return self._start(place, loop, around)
 
   def _start(self, place: int, loop: Op, around: Computation) -> int | None:
     """What a place of the loop's state holds before the first round."""
     state = around.get(loop.operands[0]) if loop.operands else None
-    while state is not None and state.kind in ("copy", "opt-barrier"):
-      state = around.get(state.operands[0])
+    if state is not None:
+      state = _source(state, around)
     if state is None or state.kind != "tuple" or place >= len(state.operands):
       return None
     op = around.get(state.operands[place])
-    while op is not None and op.kind in ("copy", "bitcast", "copy-done"):
-      op = around.get(op.operands[0])
-      if op is not None and op.kind == "copy-start":
-        op = around.get(op.operands[0])
+    op = None if op is None else _source(op, around)
     if op is None or op.kind != "constant":
       return None
     return int(op.inside) if re.fullmatch(r"-?\d+", op.inside) else None
@@ -241,7 +243,7 @@ class Module(NamedTuple):
     ops, end = self.computations[body], self.root(body)
     if end.kind != "tuple" or place >= len(end.operands):
       return False
-    op = ops.get(end.operands[place])
+    op, around = ops.get(end.operands[place]), ops
     given: list[Op] = []
     if op is not None and op.kind == "fusion":
       (name,) = op.calls("calls")
@@ -249,7 +251,8 @@ class Module(NamedTuple):
       op = self.root(name)
     if op is None or op.kind != "add":
       return False
-    terms = [_outside(ops[n], given) for n in op.operands if n in ops]
+    terms = [_source(ops[n], ops) for n in op.operands if n in ops]
+    terms = [_source(_outside(t, given), around) for t in terms]
     own = any(_place(t) == place for t in terms)
     return own and any(t.kind == "constant" and t.inside == "1" for t in terms)
 
@@ -270,7 +273,7 @@ def _op(name: str, text: str, root: bool) -> Op | None:
 
 
 def _first(text: str) -> tuple[str, str]:
-  """What is in the first brackets, with them, or up to a blank; and the rest."""
+  """What is in the first brackets, or up to a blank; and the rest."""
   if not text.startswith("("):
     shape, _, rest = text.partition(" ")
     return shape, rest
@@ -288,8 +291,14 @@ def _place(op: Op) -> int | None:
   return int(found[1]) if op.kind == "get-tuple-element" and found else None
 
 
+def _source(op: Op, around: Computation) -> Op:
+  """What an instruction hands on, where that is all it does."""
+  while op.kind in HANDS_ON and op.operands and op.operands[0] in around:
+    op = around[op.operands[0]]
+  return op
+
+
 def _outside(op: Op, given: list[Op]) -> Op:
   """What a fusion was given, where `op` is a parameter inside of it."""
-  while op.kind in ("parameter",) and given:
-    return given[int(op.inside)]
-  return op
+  inside = op.kind == "parameter" and given
+  return given[int(op.inside)] if inside else op

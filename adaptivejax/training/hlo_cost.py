@@ -110,8 +110,9 @@ def walk(module: Module) -> Iterator[Visit]:
           "branch_computations", "true_computation", "false_computation"
         )
         best = max(names, key=price)
+        moves = by_data or "of" in op.marks
         for inner in names:
-          yield from go(inner, times * (inner == best), by_data, fused)
+          yield from go(inner, times * (inner == best), moves, fused)
       elif op.kind == "fusion":
         for inner in op.calls("calls"):
           yield from go(inner, times, by_data, True)
@@ -222,7 +223,8 @@ def op_bytes(module: Module, op: Op, around: Computation) -> float:
 
 def _fusion(module: Module, op: Op, given: list[Op]) -> float:
   """Of a parameter that is only sliced, the slices; of a part that is written
-  in place, the part."""
+  in place, the part.
+  """
   (name,) = op.calls("calls")
   inner = module.computations[name]
   users: dict[str, list[Op]] = {}
@@ -248,20 +250,17 @@ def _fusion(module: Module, op: Op, given: list[Op]) -> float:
 
 
 def largest(module: Module, count: int = 5) -> list[tuple[int, str, str]]:
-  """The largest arrays: `(bytes, shape, where it comes from)`."""
-  found: dict[tuple[str, str], int] = {}
-  fused = {
-    n for op in module.ops() if op.kind == "fusion" for n in op.calls("calls")
-  }
+  """The largest arrays, each shape once: `(bytes, shape, where it is from)`."""
+  inside = {n for op in module.ops() for n in op.calls("calls")}
+  found: dict[str, tuple[int, str]] = {}
   for name, computation in module.computations.items():
-    for op in computation.values() if name not in fused else ():
-      if op.kind in ("tuple", "get-tuple-element", "while", "bitcast"):
-        continue
-      for array in op.arrays:
-        key = str(array), op.label.rpartition("jit(")[2] or op.name
-        found[key] = array.bytes
-  ordered = sorted(found.items(), key=lambda item: -item[1])
-  return [(size, *key) for key, size in ordered[:count]]
+    for op in computation.values() if name not in inside else ():
+      if op.kind not in FREE or op.kind == "parameter":
+        origin = op.label.rpartition("jit(")[2] or op.name
+        for array in op.arrays:
+          found.setdefault(str(array), (array.bytes, origin))
+  ordered = sorted(found.items(), key=lambda item: -item[1][0])
+  return [(size, shape, name) for shape, (size, name) in ordered[:count]]
 
 
 def _given(op: Op, around: Computation) -> list[Array]:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
@@ -122,10 +123,14 @@ def make_mesh(
   """The mesh over `devices`, all if not given; its axes are `Auto`."""
   devices = jax.devices() if devices is None else devices
   sizes = config.sizes(len(devices))
-  kinds = (AxisType.Auto,) * len(sizes)
-  return jax.make_mesh(
-    tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices
-  )
+  kinds, shape = (AxisType.Auto,) * len(sizes), tuple(sizes.values())
+  try:
+    grid = mesh_utils.create_device_mesh(shape, devices)
+  except NotImplementedError:  # an axis is a part of one of the torus
+    grid = mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  return Mesh(grid, tuple(sizes), axis_types=kinds)
 
 
 def check_batch(rows: int, mesh: Mesh | AbstractMesh) -> None:

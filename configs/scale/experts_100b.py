@@ -1,4 +1,4 @@
-"""A hundred billion parameters: eight of 128 experts, spread over 32 devices.
+"""A hundred billion parameters: eight of 128 experts, spread over 16 devices.
 
 The routing of DeepSeek-V3 (2024): sigmoid scores, a bias that balances, two
 shared experts; attention with grouped queries instead of latent ones.  256
@@ -27,7 +27,7 @@ MODEL = DecoderConfig(
   tied=False,
 )
 EXPERTS, SHARED = 128, 2
-MESH = MeshConfig(fsdp=8, expert=32)
+MESH = MeshConfig(fsdp=16, expert=16)
 DATA = DataConfig(context=4096, batch=256)
 
 

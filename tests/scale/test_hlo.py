@@ -7,10 +7,10 @@ as often as they run, and what is sent by the mesh axes that it goes over.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
 
+from adaptivejax import core
 from adaptivejax.training.collectives import branches, collectives, kernels
 from adaptivejax.training.hlo import Module
 from adaptivejax.training.hlo_cost import largest, work
@@ -75,4 +75,67 @@ def test_what_a_program_holds_and_computes():
   assert kernels(module) == {"blocks": 1}
   # the dearest branch, and of the kernel what is asked for
   assert work(module).flops == 2 * 8 * 8 * 4 + 400 * 2 / 8
-  assert largest(module, 1)[0][:2] == (256, "f32[8,8]") or True
+  assert [a[:2] for a in largest(module, 2)] == [
+    (256, "f32[16,4]"),
+    (256, "f32[8,8]"),
+  ]
+
+
+def compiled(f, *shapes):
+  specs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  return Module.parse(jax.jit(f).lower(*specs).compile().as_text())
+
+
+def layers(x, w):
+  return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+
+def test_a_scan_counts_every_layer():
+  x, w = (8, 16), (5, 16, 16)
+  once = 2 * 8 * 16 * 16
+  assert work(compiled(layers, x, w)).flops == 5 * once
+  loss = lambda x, w: layers(x, w).sum()
+  both = work(compiled(jax.grad(loss, (0, 1)), x, w))
+  assert both.flops == 3 * 5 * once and both.unknown == 0
+  twice = lambda x, w: lax.scan(lambda x, _: (layers(x, w), None), x, length=3)
+  assert work(compiled(twice, x, w)).flops == 3 * 5 * once
+
+
+def test_a_loop_that_may_end_early_counts_the_most_apart():
+  def early(x, w, limit):
+    more = lambda state: (state[0] < 5) & (state[1].max() < limit[0])
+    step = lambda state: (state[0] + 1, jnp.tanh(state[1] @ w[0]))
+    return lax.while_loop(more, step, (jnp.int32(0), x))
+
+  found = work(compiled(early, (8, 16), (5, 16, 16), (1,)))
+  assert (found.flops, found.data_flops) == (0, 5 * 2 * 8 * 16 * 16)
+  assert found.at(0.4)[0] == 2 * 2 * 8 * 16 * 16
+
+  def endless(x, w):
+    return lax.while_loop(lambda x: x.max() < 9, lambda x: x @ w[0], x)
+
+  assert work(compiled(endless, (8, 16), (5, 16, 16))).unknown == 1
+
+
+def test_chosen_rows_count_as_many_as_there_are():
+  def chosen(x, w, score):
+    return core.bucketed(lambda r: r @ w, x, score > 0)[0]
+
+  found = work(compiled(chosen, (256, 16), (16, 16), (256,)))
+  assert (found.flops, found.data_flops) == (0, 2 * 256 * 16 * 16)
+
+
+@pytest.mark.parametrize(
+  ("dims", "padding"),
+  [((1, 1), "SAME"), ((2, 1), "VALID"), ((2, 3), "SAME")],
+)
+def test_convolutions_count_as_the_compiler_counts(dims, padding):
+  x = jax.ShapeDtypeStruct((2, 9, 8, 4), jnp.float32)
+  k = jax.ShapeDtypeStruct((3, 3, 4, 6), jnp.float32)
+  numbers = ("NHWC", "HWIO", "NHWC")
+  f = lambda x, k: lax.conv_general_dilated(
+    x, k, dims, padding, dimension_numbers=numbers
+  )
+  text = jax.jit(f).lower(x, k).compiler_ir("hlo").as_hlo_text()
+  told = jax.jit(f).lower(x, k).cost_analysis()["flops"]
+  assert work(Module.parse(text)).flops == told

@@ -20,7 +20,6 @@ Axes: L layers, B batch, T tokens, D features, V vocabulary, S sub-models.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.cost import Cost, Signals
@@ -58,9 +57,9 @@ def sorted_loss(
       " of them 0."
     )
 
-  at = np.asarray(exits) - 1
   w = jnp.asarray(weights, jnp.float32)
-  return exit_cross_entropy(hidden[at], readout, targets, w)
+  left = jnp.stack([hidden[n - 1] for n in exits])
+  return exit_cross_entropy(left, readout, targets, w)
 
 
 def _check(total, *, depth=1, **settings):
