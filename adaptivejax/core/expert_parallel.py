@@ -10,8 +10,8 @@ choices and their weights, and comes back as one weighted sum.
 
 * Exact and dropless under any skew.  An all_to_all has a static size, C rows
   from each device to each; a cover (`core.covers`) of the fullest destination
-  says which sizes are exchanged, and how often.  The default is a ladder around
-  the balanced load whose top repeats, so memory is bounded, too.
+  says which sizes are exchanged, and how often.  The default is a little above
+  the balanced load, and repeats, so memory is bounded, too.
 * No deadlock: the fullest destination is `pmax`-ed over all devices, so each
   runs the same exchanges, backward as forward; operands are made device-varying
   before (`core.varying`), so no other collective gets in.
@@ -135,9 +135,10 @@ def expert_apply_parallel(
 def exchange_cover(
   items: int, choices: int, groups: int, chunks: int = 1
 ) -> Cover:
-  """Rows from one device to another: 1.25 and 2 times the balanced load.
+  """Rows from one device to another: 1.25 times the balanced load.
 
-  Where routing is skewed beyond, the larger is exchanged again and again.
+  Where routing is skewed beyond, as many are exchanged again and again.  Each
+  size more is a program more to compile, on a TPU some dozen kernels.
 
   Args:
     items: of one device (static), as are all others.
@@ -152,8 +153,7 @@ def exchange_cover(
     )
   balanced = items * (1 - (1 - 1 / groups) ** choices)
   unit = chunks * max(1, 8 // chunks)
-  sizes = {min(items, slack * balanced) / unit for slack in (1.25, 2)}
-  return ladder(*sorted({math.ceil(size) * unit for size in sizes}))
+  return ladder(math.ceil(min(items, 1.25 * balanced) / unit) * unit)
 
 
 _of_the_batch = with_rule(

@@ -214,6 +214,10 @@ def op_bytes(module: Module, op: Op, around: Computation) -> float:
     return 2.0 * out
   if op.kind == "dynamic-update-slice":
     return 2.0 * _hbm(given[1])
+  if op.kind in ("copy-start", "slice-start"):  # of one memory into the other
+    sides = [a for a in op.arrays if a.dims]
+    least = min((a.bytes for a in sides), default=0)
+    return 1.0 * least * sum(a.in_hbm for a in sides)
   if op.kind == "scatter":
     return 3.0 * _hbm(given[-1])
   if op.kind == "fusion":
@@ -242,11 +246,17 @@ def _fusion(module: Module, op: Op, given: list[Op]) -> float:
     if number >= len(given) or parameter.name == placed:
       continue
     uses = users.get(parameter.name, [])
-    if uses and all(u.kind in ("dynamic-slice", "gather") for u in uses):
+    if uses and all(_picks(u, parameter) for u in uses):
       total += sum(map(_size, uses))
     else:
       total += _hbm(given[number])
   return total
+
+
+def _picks(op: Op, array: Op) -> bool:
+  """Whether it takes a part out of an array."""
+  takes = op.kind in ("dynamic-slice", "gather", "slice")
+  return takes and op.operands[0] == array.name
 
 
 def largest(module: Module, count: int = 5) -> list[tuple[int, str, str]]:

@@ -20,7 +20,6 @@ from adaptivejax import cli
 from adaptivejax.core.cost import flops
 from adaptivejax.training import aot, chips
 from adaptivejax.training.data import DataConfig
-from adaptivejax.training.decoding import Decoding
 from adaptivejax.training.mesh import MeshConfig
 
 NARROW = {"vocab": 64, "features": 32, "hidden": 64, "heads": 4, "kv_heads": 2}

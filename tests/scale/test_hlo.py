@@ -139,3 +139,71 @@ def test_convolutions_count_as_the_compiler_counts(dims, padding):
   text = jax.jit(f).lower(x, k).compiler_ir("hlo").as_hlo_text()
   told = jax.jit(f).lower(x, k).cost_analysis()["flops"]
   assert work(Module.parse(text)).flops == told
+
+
+TPU = """
+%body.1 (wide.param.263: (s32[], bf16[8,16], s32[], bf16[5,16,16])) -> (s32[], bf16[8,16], s32[], bf16[5,16,16]) {
+  %wide.param.263 = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)S(1)}, s32[]{:T(128)}, /*index=3*/bf16[5,16,16]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %get-tuple-element.1 = s32[]{:T(128)} get-tuple-element(%wide.param.263), index=0
+  %copy.691 = s32[]{:T(128)} copy(%get-tuple-element.1)
+  %constant.36 = s32[]{:T(128)} constant(1)
+  %add.2694 = s32[]{:T(128)} add(%copy.691, %constant.36), metadata={op_name="jit(step)/jvp()/while/body/add" stack_frame_id=234}
+  %get-tuple-element.2 = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%wide.param.263), index=1
+  %get-tuple-element.3 = s32[]{:T(128)} get-tuple-element(%wide.param.263), index=2
+  %get-tuple-element.4 = bf16[5,16,16]{2,1,0:T(8,128)(2,1)} get-tuple-element(%wide.param.263), index=3
+  %fusion.7 = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} fusion(%get-tuple-element.2, %get-tuple-element.4, %get-tuple-element.1), kind=kOutput, calls=%fused_computation.7
+  ROOT %tuple.1418 = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)S(1)}, s32[]{:T(128)}, /*index=3*/bf16[5,16,16]{2,1,0:T(8,128)(2,1)}) tuple(%add.2694, %fusion.7, %get-tuple-element.3, %get-tuple-element.4)
+}
+
+%fused_computation.7 (p.0: bf16[8,16], p.1: bf16[5,16,16], p.2: s32[]) -> bf16[8,16] {
+  %p.0 = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %p.1 = bf16[5,16,16]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %p.2 = s32[]{:T(128)} parameter(2)
+  %constant.9 = s32[]{:T(128)} constant(0)
+  %dynamic-slice.3 = bf16[1,16,16]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p.1, %p.2, %constant.9, %constant.9), dynamic_slice_sizes={1,16,16}
+  %bitcast.4 = bf16[16,16]{1,0:T(8,128)(2,1)} bitcast(%dynamic-slice.3)
+  ROOT %convolution.5 = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} convolution(%p.0, %bitcast.4), dim_labels=bf_io->bf
+}
+
+%cond.fused (p.0: s32[], p.1: s32[]) -> pred[] {
+  %p.0 = s32[]{:T(128)} parameter(0)
+  %p.1 = s32[]{:T(128)} parameter(1)
+  ROOT %lt.439 = pred[]{:T(512)} compare(%p.0, %p.1), direction=LT
+}
+
+%cond.1 (wide.param.264: (s32[], bf16[8,16], s32[], bf16[5,16,16])) -> pred[] {
+  %wide.param.264 = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)S(1)}, s32[]{:T(128)}, /*index=3*/bf16[5,16,16]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %get-tuple-element.8 = s32[]{:T(128)} get-tuple-element(%wide.param.264), index=0
+  LIMIT
+  ROOT %fusion.8 = pred[]{:T(512)} fusion(%get-tuple-element.8, %limit), kind=kLoop, calls=%cond.fused
+}
+
+ENTRY %main.1 (x.1: bf16[8,16], w.1: bf16[5,16,16]) -> bf16[8,16] {
+  %x.1 = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  %w.1 = bf16[5,16,16]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %constant.2 = s32[]{:T(128)} constant(0)
+  %constant.3 = s32[]{:T(128)} constant(5)
+  %copy.2 = s32[]{:T(128)} copy(%constant.2)
+  %copy.3 = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} copy(%x.1)
+  %tuple.1361 = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)S(1)}, s32[]{:T(128)}, /*index=3*/bf16[5,16,16]{2,1,0:T(8,128)(2,1)}) tuple(%copy.2, %copy.3, %constant.3, %w.1)
+  %while.256 = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)S(1)}, s32[]{:T(128)}, /*index=3*/bf16[5,16,16]{2,1,0:T(8,128)(2,1)}) while(%tuple.1361), condition=%cond.1, body=%body.1, metadata={op_name="jit(step)/jvp()/while" stack_frame_id=227}
+  ROOT %get-tuple-element.9 = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%while.256), index=1
+}
+"""  # noqa: E501
+LIMITS = {
+  "%limit = s32[]{:T(128)} constant(5)": 5,
+  "%limit = s32[]{:T(128)} get-tuple-element(%wide.param.264), index=2": 5,
+  "%limit = s32[]{:T(128)} get-tuple-element(%wide.param.264), index=0": None,
+}
+"""Where the end of a loop may be: there, or carried along."""
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_loops_of_the_tpu_compiler_whose_rounds_nobody_tells(limit):
+  rounds = LIMITS[limit]
+  found = work(Module.parse(TPU.replace("LIMIT", limit)))
+  assert found.unknown == (rounds is None)
+  assert found.flops == (rounds or 1) * 2 * 8 * 16 * 16
+  # the weights of one layer a round, from large memory; once the input
+  moved = (rounds or 1) * 16 * 16 * 2 + 8 * 16 * 2
+  assert moved <= found.bytes < moved + 50 * (rounds or 1)  # and counters
