@@ -39,6 +39,7 @@ from pallas_kernels.block_sparse_attention.scores import (
   scaled,
 )
 from pallas_kernels.block_sparse_attention.types import BlockLists, Marks, Rule
+from pallas_kernels.varying import alike
 
 LANES = 128
 AWAY = 1e30
@@ -135,6 +136,7 @@ def backward(
       return dq + part, of_keys
 
     like = jnp.zeros(inputs["q"].array.shape, jnp.float32)
+    like, *_ = alike((like, q, k, v, dout, lists.index))  # in `shard_map`
     dq, of_keys = lax.scan(add, like, jnp.arange(passes))
   dq = dq.astype(q.dtype).reshape(*q.shape[:2], -1, q.shape[3])
   dq = dq[:, :, : q.shape[2]]

@@ -17,10 +17,13 @@ import pytest
 from flax import nnx
 
 from adaptivejax import cli
+from adaptivejax.core.attention import Keys
+from adaptivejax.core.block_lists import lists_from_mask
 from adaptivejax.core.cost import flops
+from adaptivejax.core.sparse_attention import attend_blocks
 from adaptivejax.training import aot, chips
 from adaptivejax.training.data import DataConfig
-from adaptivejax.training.mesh import MeshConfig
+from adaptivejax.training.mesh import MeshConfig, make_mesh
 
 NARROW = {"vocab": 64, "features": 32, "hidden": 64, "heads": 4, "kv_heads": 2}
 ROOT = Path(__file__).parents[2]
@@ -98,9 +101,9 @@ def test_tokens_are_sent_to_experts_not_to_all(narrow):
   assert {c.axes for c in gathered} == {"fsdp"}, gathered
   assert "32,64]" in max(gathered, key=lambda c: c.bytes).largest
   # a token runs two of eight experts, of three products each, beside the rest;
-  # a step computes a product once, and twice for its gradient
+  # a step computes a product, again for the gradient, and twice in it
   rows, layers = 8 * 32 // 8, 2
-  experts = 3 * layers * rows * 2 * (3 * 2 * 32 * 64)
+  experts = 4 * layers * rows * 2 * (3 * 2 * 32 * 64)
   assert found.work.data_flops == pytest.approx(experts, rel=0.01)
 
 
@@ -212,3 +215,23 @@ def test_a_mesh_that_does_not_divide_names_the_array(narrow):
   module = narrow("depths_8b", 4, MeshConfig(model=5), EXITS=(1,))
   with pytest.raises(ValueError, match="mesh.model=5 .* 64 of params/emb"):
     aot.compile_step(module.config(1.0), "cpu:5")
+
+
+def test_long_gradients_trace_where_tokens_are_spread():
+  """More keys than the kernel holds at once, in several passes."""
+  tokens, block = 131_072, 512
+  shape = jax.ShapeDtypeStruct
+  q = shape((1, tokens, 2, 128), jnp.bfloat16)
+  k = shape((1, 1, tokens, 128), jnp.bfloat16)
+  at = shape((1, tokens), jnp.int32)
+  mask = shape((1, 2, tokens // block, tokens // block), jnp.bool_)
+
+  def loss(q, k, at, mask):
+    keys = Keys(k, k, at[:, None])
+    lists = lists_from_mask(mask, block_q=block, block_kv=block)
+    return attend_blocks(q, keys, lists, at)[0].out.astype(jnp.float32).sum()
+
+  mesh = make_mesh(MeshConfig(seq=8), jax.devices("cpu")[:8])
+  with jax.set_mesh(mesh):
+    dq, dk = jax.eval_shape(jax.grad(loss, (0, 1)), q, k, at, mask)
+  assert (dq.shape, dk.shape) == (q.shape, k.shape)
