@@ -81,8 +81,8 @@ def kernels(module: Module) -> Counter[str]:
   for op in module.ops():
     target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
     if target and KERNEL.match(target[1]):
-      named = re.search(r'"?kernel_name"?\s*[=:]\s*"(\w+)"', op.attributes)
-      found[named[1] if named else op.label.rpartition("/")[2]] += 1
+      path = op.label.removesuffix("/pallas_call")
+      found[path.rpartition("/")[2] or op.name] += 1
   return found
 
 

@@ -99,7 +99,9 @@ class Op(NamedTuple):
     `rows` there are, the rows `of` a round, how many are `asked` for; or
     whether it runs `once` or not at all, where the load is even.
     """
-    own = self.label.rpartition("/body/")[2]  # not those of a loop around
+    own = self.label
+    if self.kind in ("while", "conditional"):
+      own = own.rpartition("/body/")[2]  # not those of a loop around
     asked = [m for m in MARKS.findall(self.label) if m[0] == "asked"]
     return {name: int(n) for name, n in asked + MARKS.findall(own)}
 

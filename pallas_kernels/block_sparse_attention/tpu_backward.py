@@ -120,7 +120,7 @@ def backward(
       | stream.scratch(cut, q.dtype, key_marks is not None),
       first=first,
       name="block_sparse_attention_backward",
-      flops=calls.flops(cut, 3 * q.shape[3] + 2 * v.shape[3]),
+      flops=calls.flops(cut, 3 * q.shape[3] + 2 * v.shape[3]) // passes,
       interpret=interpret,
       debug=debug,
     )
