@@ -3,6 +3,8 @@
 The routing of DeepSeek-V3 (2024): sigmoid scores, a bias that balances, two
 shared experts; attention with grouped queries instead of latent ones.  256
 chips, 256 sequences of 4096.
+
+  adaptivejax compile configs/scale/experts_100b.py --topology v6e:16x16
 """
 
 from flax import nnx
