@@ -5,9 +5,9 @@ The block-sparse heads of MInference (Jiang et al., 2024), trained with: of the
 best, at the first and at its own, by the block-sparse kernel.  Shaped as Llama
 3.1 8B.  512 chips, 32 sequences, each spread over 16 of them.
 
-Compiled for v5p:8x8x8, a device holds 41.1 of 102.0 GB in a train step, computes
-7.05e14 FLOPs, half of them in the kernel, and receives 99.7 GB, a third of it
-keys and values.
+Compiled for v5p:8x8x8, in a train step a device holds 41.1 of 102.0 GB,
+computes 7.05e14 FLOPs, half of them in the kernel, and receives 99.7 GB, half
+of it keys, values and their gradients.
 
   adaptivejax compile configs/scale/context_131k.py --topology v5p:8x8x8
 """
