@@ -19,6 +19,7 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from flax import nnx
@@ -98,7 +99,8 @@ def device_rows(axis: str, sizes: tuple[int, ...]) -> Iterator[Row]:
   """One mesh axis of 1 to 8 devices, a batch of four rows on each."""
   alone: dict[str, float] = {}
   for count in sizes:
-    mesh = dataclasses.replace(MeshConfig(), **{axis: count})
+    split: dict[str, Any] = {axis: count}
+    mesh = MeshConfig(**split)
     run = config(SMALL, LAYERS[axis], 4 * count, 64, mesh)
     found = aot.compile_step(run, f"cpu:{count}")
     work = {"compiled": found.flops, "Cost": spent(run, count)}
@@ -127,8 +129,8 @@ def pod_rows(topology: str, layer: str) -> Iterator[Row]:
   from adaptivejax.training.chips import devices_of
 
   count = len(devices_of(topology)[1])
-  split = min(count, 16) if layer == "fsdp" else 8
-  mesh = dataclasses.replace(MeshConfig(data=-1), **{layer: split})
+  split: dict[str, Any] = {layer: min(count, 16) if layer == "fsdp" else 8}
+  mesh = MeshConfig(data=-1, **split)
   run = config(LARGE, LAYERS[layer], 2 * count, 1024, mesh)
   run = dataclasses.replace(run, precision="bfloat16")
   found = aot.compile_step(run, topology)

@@ -40,5 +40,5 @@ def trained(module: ModuleType, quick: bool, console: Console) -> Any:
 
 def windows(docs, config: DataConfig, quick: bool) -> np.ndarray:
   """Windows of documents, i32[W, S]; two, if quick."""
-  cut = data.validation_batches(docs, config, 1)
-  return cut.reshape(-1, cut.shape[-1])[: 2 if quick else None]
+  (cut,) = data.validation_batches(docs, config, 1)
+  return np.asarray(cut)[: 2 if quick else None]

@@ -24,11 +24,13 @@ from adaptivejax.adapt.measure import Trial
 from adaptivejax.adapt.text import Text
 from adaptivejax.core.budget import solve_setting
 from adaptivejax.methods.attention import (
+  DELTA,
   Budgets,
   FlexPrefill,
   Kinetics,
   MInference,
   Quest,
+  TokenSelect,
   XAttention,
 )
 from adaptivejax.methods.depth import (
@@ -103,11 +105,15 @@ class Bench:
 
   @functools.cached_property
   def dense(self) -> Any:
-    """The model, reading prompts by blocks: all keys, but not the future.
+    """The model, reading prompts by blocks.
 
     Much faster than plain attention, and so what methods have to beat there.
     """
-    return with_look(self.fast, self.a_shape(4 * self.config.long))
+    return self.by_blocks(self.fast)
+
+  def by_blocks(self, model) -> Any:
+    """Reads prompts by blocks: all keys, but not the future."""
+    return with_look(model, self.a_shape(4 * self.config.long))
 
   @functools.cached_property
   def probe(self) -> jax.Array:
@@ -145,6 +151,13 @@ class Bench:
 
 
 Recipe = Callable[[Bench], Iterator[Trial]]
+
+
+def in_both(bench: Bench, trial: Trial) -> Iterator[Trial]:
+  """In decoding, and in reading prompts: by blocks, as `Bench.dense` does."""
+  model = bench.by_blocks(trial.model)
+  yield dataclasses.replace(trial, model=model, regimes=("prompt",))
+  yield trial
 
 
 def exits(bench: Bench) -> Iterator[Trial]:
@@ -195,14 +208,14 @@ def plans(bench: Bench) -> Iterator[Trial]:
     progress=bench.tick,
   )
   whole = Partial(by_plan, plan=jnp.ones((total, 2), bool))
-  yield Trial(
+  trial = Trial(
     "EvoPress",
     f"{drops[0]} attention, {drops[1]} feed-forward dropped",
     bench.fast,
     Partial(by_plan, plan=jnp.asarray(found.plan)),
-    regimes=("decode", "prompt"),
     exact=bench.exact(bench.fast, whole),
   )
+  yield from in_both(bench, trial)
 
 
 def skips(bench: Bench) -> Iterator[Trial]:
@@ -272,13 +285,9 @@ def modules(bench: Bench) -> Iterator[Trial]:
   student = bench.teach(student, at_budget(0.8, 0.3), rates)
   for share in (0.9, 0.8):
     made = bench.settled(student, share, 8.0)
-    yield Trial(
-      "ACM",
-      f"{share:.0%} of FLOPs",
-      out_major(made),
-      regimes=("decode", "prompt"),
-      exact=exact,
-    )
+    setting = f"{share:.0%} of FLOPs"
+    trial = Trial("ACM", setting, out_major(made), exact=exact)
+    yield from in_both(bench, trial)
 
 
 def experts(bench: Bench) -> Iterator[Trial]:
@@ -290,12 +299,9 @@ def experts(bench: Bench) -> Iterator[Trial]:
   bench.say("FactorLLM: end to end")
   rates = {"router": 3e-4, "experts|norm": 5e-5}
   student = bench.teach(student, end_to_end, rates)
-  yield Trial(
-    "FactorLLM",
-    "3 of 4 experts",
-    out_major(student),
-    regimes=("decode", "prompt"),
-    exact=exact,
+  made = out_major(student)
+  yield from in_both(
+    bench, Trial("FactorLLM", "3 of 4 experts", made, exact=exact)
   )
 
 
@@ -307,13 +313,9 @@ def depths(bench: Bench) -> Iterator[Trial]:
   bench.say("Mixture-of-Depths: end to end")
   rates = {"router|predictor": 1e-3, "norm|mlp|attention": 5e-5}
   student = bench.teach(student, end_to_end, rates)
-  yield Trial(
-    "Mixture-of-Depths",
-    f"70 % of the tokens in every {every}th layer",
-    out_major(student),
-    regimes=("decode", "prompt"),
-    exact=exact,
-  )
+  setting = f"70 % of the tokens in every {every}th layer"
+  trial = Trial("Mixture-of-Depths", setting, out_major(student), exact=exact)
+  yield from in_both(bench, trial)
 
 
 def long(bench: Bench) -> Iterator[Trial]:
@@ -324,6 +326,9 @@ def long(bench: Bench) -> Iterator[Trial]:
   keys, decoding, prompts = f"{few} keys", ("long decode",), ("prompt",)
   snap = lambda n: SnapKV(n, window=min(32, n), extra=bench.config.context)
   flex = lambda gamma: FlexPrefill(gamma, min_budget=few, **blocks)
+  choose = sorted({0, 1, 2, bench.layers // 2, 3 * bench.layers // 4})
+  delta = lambda n: DELTA(tuple(choose), pages=n, recent=min(8, n))
+  voted = lambda n: TokenSelect(n // 2, initial=n // 8, local=n - n * 5 // 8)
   looks: tuple[tuple[str, str, Any, Any, tuple[str, ...]], ...] = (
     (
       "MInference, A-shape",
@@ -345,7 +350,7 @@ def long(bench: Bench) -> Iterator[Trial]:
       keys,
       StreamingLLM(4, few),
       StreamingLLM(4, 4 * size),
-      (*decoding, *prompts),
+      decoding,
     ),
     ("Quest", keys, Quest(max(few // 16, 1)), Quest(size), decoding),
     (
@@ -355,6 +360,8 @@ def long(bench: Bench) -> Iterator[Trial]:
       Kinetics(size),
       decoding,
     ),
+    ("DELTA", keys, delta(max(few // 16, 1)), delta(size), decoding),
+    ("TokenSelect", keys, voted(few), voted(4 * size), decoding),
     ("SnapKV", keys, snap(few), snap(4 * size), decoding),
   )
   for name, setting, look, whole, regimes in looks:

@@ -6,6 +6,7 @@ Axes: W held-out windows, P prompt tokens, T tokens, L layers.
 
 import dataclasses
 import math
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -134,11 +135,13 @@ def adapt(
   )
   run = Run(bench, console)
   for name in config.recipes:
+    begin = time.perf_counter()
     if name == "drafts":
       run.draft()
     else:
       for trial in RECIPES[name](bench):
         run.add(trial)
+    bench.say(f"{name}: {time.perf_counter() - begin:.0f} s")
   made = _report(run)
   page = report.write_report(made, out)
   report.print_table(made, console)

@@ -37,6 +37,21 @@ def parse(kind: Any, args: Sequence[str], command: str, **options: Any) -> Any:
   return value
 
 
+def take(args: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+  """The value of `name value` or `name=value`, and the other arguments."""
+  found, rest, words = None, [], iter(args)
+  for word in words:
+    if word.startswith(f"{name}="):
+      found = word.partition("=")[2]
+    elif word == name:
+      found = next(words, None)
+      if found is None:
+        raise ValueError(f"{name} needs a value; --help shows one")
+    else:
+      rest.append(word)
+  return found, rest
+
+
 def suggestion(word: str, names: Iterable[str]) -> str:
   """The name that is meant by `word`, whole or by its last part, as words."""
   word = word.partition("=")[0].replace("-", "_").lstrip("_")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All experts at once by the grouped-matmul kernel: how a TPU runs them.
+"""All experts at once by a grouped-matmul kernel: on TPUs and Hopper GPUs.
 
 The slots are gathered, sorted by expert as they are, every matrix product of
 the layer is one grouped product over all slots, and the rows are added up by
@@ -29,7 +29,8 @@ from adaptivejax.core.rowwise import (
   with_none,
 )
 from adaptivejax.core.varying import varying_axes
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import gpu, grouped_matmul
+from pallas_kernels.mosaic_gpu import on_hopper
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -44,6 +45,26 @@ def fits(x: Array, params: Any, plan: Dispatch) -> bool:
   alike = len({a.dtype for a in leaves}) == 1 and x.dtype in DTYPES
   axes = {varying_axes(a) for a in (*leaves, plan.weight)}
   return alike and x.ndim == 2 and axes == {varying_axes(x, plan)}
+
+
+def kernels(
+  together: Callable[..., Array],
+  f: RowFunction,
+  tree: Any,
+  chunks: Callable,
+  theta: Any,
+  x: Array,
+  plan: Dispatch,
+) -> dict[str, Callable]:
+  """Platform -> executor as `kernel_executor` makes it, where a kernel fits."""
+  if not fits(x, theta, plan):
+    return {}
+  products: dict[str, Callable] = {"tpu": grouped_matmul}
+  if on_hopper() and not varying_axes(x):
+    products["cuda"] = gpu.grouped_matmul
+  make = functools.partial(kernel_executor, together, f, tree, chunks)
+  made = {name: make(product) for name, product in products.items()}
+  return {k: run for k, run in made.items() if has_tiles(run, theta, x, plan)}
 
 
 def has_tiles(run: Callable, theta, x: Array, plan: Dispatch) -> bool:
@@ -72,26 +93,24 @@ def kernel_executor(
   f: RowFunction,
   tree: Any,
   chunks: Callable,
-  *,
-  interpret: bool = False,
+  product: Callable[..., Array],
 ) -> Callable:
   """`(theta, x, plan) -> (y, slots)` and its gradient, which `vmap` loops.
 
-  The kernel makes a row for every slot.  Where each item may run all experts
-  it is given the slots that `kept` bounds, and if they are not enough `chunks`,
-  an executor as this one, runs instead.
+  `product` is the grouped matmul, which makes a row for every slot.  Where each
+  item may run all experts it is given the slots that `kept` bounds, and if they
+  are not enough `chunks`, an executor as this one, runs instead.
   """
   (out,) = f.out_avals
 
   def value(theta, x, plan):
     slots = kept(plan, x.shape[0])
     plan = plan._replace(item=plan.item[:slots], weight=plan.weight[:slots])
-    product = functools.partial(
-      grouped_matmul, sizes=plan.sizes, interpret=interpret
-    )
     params = jax.tree.unflatten(tree, theta[: tree.num_leaves])
     with jax.named_scope(f"rows_{slots}"):  # see `chunk_scope`
-      rows = together(spread(x, plan), params, product)
+      rows = together(
+        spread(x, plan), params, functools.partial(product, sizes=plan.sizes)
+      )
     y = combine(rows, plan, x.shape[0], out.dtype)
     return y, plan.sizes.sum().astype(jnp.float32)
 

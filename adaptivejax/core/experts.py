@@ -36,7 +36,7 @@ from adaptivejax.core.covers import MIN_CHUNK, Cover, cheapest
 from adaptivejax.core.dispatch import Dispatch
 from adaptivejax.core.expert_executor import executor
 from adaptivejax.core.expert_folding import fold_items
-from adaptivejax.core.expert_kernel import fits, has_tiles, kernel_executor
+from adaptivejax.core.expert_kernel import kernels
 from adaptivejax.core.rowwise import RowFunction, trace_rows
 from adaptivejax.core.varying import vary, varying_axes
 
@@ -59,10 +59,11 @@ def expert_apply(
     plan: who runs what (`dispatch`); dropless.
     params: pytree whose leaves all have the leading axis E.
     together: `f` of all slots at once, `together(rows, params, product)` with
-      `product(rows, w)` for each `rows @ w`; on a TPU this is what runs, by the
-      grouped-matmul kernel, whose padding `cost` leaves out; elsewhere, in
-      `shard_map`, and where the kernel has no tiles, `f` runs in chunks.  It
-      closes over nothing that is traced.
+      `product(rows, w)` for each `rows @ w`; on a TPU, and in 16 bits on Hopper
+      GPUs, this is what runs, by the grouped-matmul kernel, whose padding
+      `cost` leaves out; elsewhere, where arrays differ over different axes of a
+      mesh, and where the kernel has no tiles, `f` runs in chunks.  It closes
+      over nothing that is traced.
     cover: chunk sizes for the slots of one expert (static); `expert_cover` if
       not given.
 
@@ -86,13 +87,12 @@ def _executor(f: RowFunction, shared: int, together, tree) -> Callable:
   def run(cover, theta, x, plan):
     cover = cover or _default(f, x.shape[0])
     chunks = executor(f, cover, shared)
-    if together is not None and fits(x, theta, plan):
-      kernel = kernel_executor(together, f, tree, chunks)
-      if has_tiles(kernel, theta, x, plan):
-        return lax.platform_dependent(
-          theta, x, plan, tpu=kernel, default=chunks
-        )
-    return chunks(theta, x, plan)
+    found = {}
+    if together is not None:
+      found = kernels(together, f, tree, chunks, theta, x, plan)
+    if not found:
+      return chunks(theta, x, plan)
+    return lax.platform_dependent(theta, x, plan, **found, default=chunks)
 
   return run
 

@@ -14,10 +14,10 @@ import hashlib
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int, Int32, UInt8
 
 if TYPE_CHECKING:
   import grain
@@ -57,6 +57,34 @@ class DataConfig:
       raise ValueError(
         f"validation={self.validation} must be a share, in (0, 1)"
       )
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+  """Windows of a text, read where they are asked for.
+
+  `np.asarray(batch)` reads all of it; of many hosts each reads the rows of its
+  own devices.
+  """
+
+  cut: UInt8[np.ndarray, "N S"]
+  """All windows."""
+
+  numbers: Int[np.ndarray, " B"]
+  """Those of the batch."""
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """Of the whole batch, `(B, S)`."""
+    return len(self.numbers), self.cut.shape[1]
+
+  def read(self, part: Any) -> Int32[np.ndarray, "b s"]:
+    """A part, given as an index of the whole: a slice for each axis."""
+    rows, bytes_ = part
+    return self.cut[self.numbers[rows], :][:, bytes_].astype(np.int32)
+
+  def __array__(self, dtype=None, copy=None) -> Int[np.ndarray, "B S"]:
+    return self.read((slice(None), slice(None))).astype(dtype or np.int32)
 
 
 class Corpus(NamedTuple):
@@ -107,28 +135,28 @@ def windows(documents: Documents, context: int) -> UInt8[np.ndarray, "N S"]:
 def training_batches(
   documents: Documents, config: DataConfig
 ) -> "grain.DatasetIterator":
-  """Endless shuffled batches i32[B,S], each epoch in another order.
+  """Endless shuffled batches (`Batch`), each epoch in another order.
 
-  The place of the iterator is data: `get_state`, `set_state`.
+  What step n reads is a function of `config.seed` and n, whatever the number of
+  hosts.  The place of the iterator is data: `get_state`, `set_state`.
   """
   import grain  # an extra: `pip install adaptivejax[data]`
 
   cut = windows(documents, config.context)
   order = grain.MapDataset.range(len(cut)).seed(config.seed).shuffle().repeat()
-  dataset = order.map(lambda i: cut[i].astype(np.int32)).batch(config.batch)
+  dataset = order.batch(config.batch).map(lambda numbers: Batch(cut, numbers))
   in_line = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   return iter(dataset.to_iter_dataset(in_line))
 
 
 def validation_batches(
   documents: Documents, config: DataConfig, count: int
-) -> Int32[np.ndarray, "N B S"]:
+) -> list[Batch]:
   """Up to `count` batches of windows, spread evenly over the documents."""
   cut = windows(documents, config.context)
   count = min(count, len(cut) // config.batch)
   chosen = np.linspace(0, len(cut) - 1, count * config.batch).astype(int)
-  shape = (count, config.batch, config.context + 1)
-  return cut[chosen].astype(np.int32).reshape(shape)
+  return [Batch(cut, numbers) for numbers in chosen.reshape(count, -1)]
 
 
 def _read(corpus: str) -> Documents:

@@ -6,25 +6,26 @@ the optimizer's moments, the step and the place of the data iterator; noise is
 folded from the step.  So a run that was stopped and resumed equals one that was
 not.
 
-Axes: N batches, B batch, S context + 1, the bytes of a window.
+Axes: B batch, S context + 1, the bytes of a window.
 """
 
 import math
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int32, Key
+from jaxtyping import Array, Key
 
-from adaptivejax.training import data, run
+from adaptivejax.training import agreement, data, profile, run
 from adaptivejax.training.checkpoint import Checkpoints, load_params
 from adaptivejax.training.config import FREE, TrainConfig, load_config, settings
 from adaptivejax.training.optimizer import make_optimizer
 from adaptivejax.training.placement import Placement, start
+from adaptivejax.training.profile import Profiler, Window
 from adaptivejax.training.progress import Display, Stop, stoppable
 from adaptivejax.training.step import (
   Join,
@@ -52,33 +53,52 @@ def train(
   out: Path,
   progress: bool = True,
   source: Path | None = None,
+  window: Window | None = None,
 ) -> TrainResult:
   """Trains, or goes on with the run in `out`; a finished run is only loaded.
 
-  SIGINT and SIGTERM end it after the step they meet, with a checkpoint.
+  SIGINT and SIGTERM end it after the step they meet, with a checkpoint; on many
+  hosts, where each calls this alike (`hosts.start`), one step later.
 
   Args:
     config: the run.
     out: its folder, such as runs/NAME.
     progress: whether to show a bar and the evaluations.
     source: the config file, kept with the run for `adaptivejax generate`.
+    window: steps to trace into out/profile.
 
   Raises:
     ValueError: before a step is compiled: no such corpus, or one too small; a
-      folder that is no run; a run of other settings or another architecture.
+      folder that is no run; a run of other settings or another architecture; a
+      window outside of the steps that are left; hosts that do not agree.
   """
   corpus = data.load_corpus(config.data)
-  run.claim(out)
+  writer, fixed = agreement.is_writer(), settings(config)
+  free = {name: getattr(config, name) for name in FREE}
+  agreement.check_same(
+    {
+      "the text": [zlib.crc32(data.stream(part).data) for part in corpus],
+      "the config": (fixed, free, config.mesh, source and source.read_text()),
+    }
+  )
+  agreement.by_writer(lambda: run.claim(out))
+  agreement.check_same({f"the content of {out}": run.content(out)})
   parts, state = _prepare(config, corpus)
-  fixed = settings(config)
   with Checkpoints(out / "checkpoints", fixed, keep=config.keep) as checkpoints:
     if checkpoints.latest is not None:
       state, place = checkpoints.restore(state)
       parts.batches.set_state(place)
-    run.describe(out, {n: getattr(config, n) for n in FREE} | fixed, source)
-    recorder = _Recorder(config, out, int(state.step), visible=progress)
-    with parts.placement.ambient(), stoppable() as stop, recorder.display:
-      state = _steps(config, parts, state, checkpoints, recorder, stop)
+    profile.check(window, int(state.step), config.steps)
+    if writer:
+      run.describe(out, free | fixed, source)
+    show = progress and writer
+    recorder = _Recorder(config, out, int(state.step), show=show, write=writer)
+    profiler = Profiler(out / "profile", window if writer else None)
+    ambient, display = parts.placement.ambient(), recorder.display
+    with ambient, stoppable() as stop, display, profiler:
+      state = _steps(
+        config, parts, state, checkpoints, recorder, stop, profiler
+      )
   step = int(state.step)
   return TrainResult(
     model=parts.join(state.params),
@@ -106,8 +126,8 @@ class _Parts(NamedTuple):
   join: Join
   placement: Placement
   optimizer: Any
-  batches: Any  # grain's iterator over i32[B,S]
-  held_out: Int32[np.ndarray, "N B S"]
+  batches: Any  # grain's iterator over `data.Batch`
+  held_out: list[data.Batch]
   noise: Key[Array, ""]
 
 
@@ -136,16 +156,21 @@ def _steps(
   checkpoints: Checkpoints,
   recorder: "_Recorder",
   stop: Stop,
+  profiler: Profiler,
 ) -> TrainState:
   """The steps that are left, or those until a signal."""
   at = parts.placement
+  agreed = agreement.Agreement(at.mesh)
   update = make_step(config, parts.join, parts.optimizer, at.shardings)
   for step in range(int(state.step) + 1, config.steps + 1):
     batch = at.batch(next(parts.batches))
-    state, metrics = update(state, batch, parts.noise)
+    state, metrics = profiler.step(step, update, state, batch, parts.noise)
     recorder.add(step, metrics)
     last = step == config.steps
-    ends = last or stop.number != 0
+    told = agreed(stop.number)
+    if told:
+      stop.number = told  # it may have come to another host
+    ends = last or told != 0
     if ends or step % config.log_every == 0:
       recorder.write_training(step)
     if last or step % config.eval_every == 0:
@@ -162,10 +187,10 @@ def _steps(
 class _Recorder:
   """Times the run, and sends its metrics to the log and the display."""
 
-  def __init__(self, config: TrainConfig, out: Path, step: int, *, visible):
+  def __init__(self, config: TrainConfig, out: Path, step: int, *, show, write):
     self.tokens = config.data.batch * config.data.context
-    self.log = run.MetricsLog(out, step)
-    self.display = Display(config.name, step, config.steps, visible=visible)
+    self.log = run.MetricsLog(out, step, write=write)
+    self.display = Display(config.name, step, config.steps, visible=show)
     self.began = time.perf_counter() - self.log.seconds
     self.mark = time.perf_counter()
     self.waiting: list[Metrics] = []

@@ -120,17 +120,45 @@ class MeshConfig:
 def make_mesh(
   config: MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """The mesh over `devices`, all if not given; its axes are `Auto`."""
+  """The mesh over `devices`, all if not given; its axes are `Auto`.
+
+  Between slices of TPUs, whose network is slow, only `data` goes: gradients.
+
+  Raises:
+    ValueError: the sizes do not make up the devices, or `data` not the slices.
+  """
   devices = jax.devices() if devices is None else devices
   sizes = config.sizes(len(devices))
   kinds, shape = (AxisType.Auto,) * len(sizes), tuple(sizes.values())
+  if devices[0].platform == "tpu" and slices_of(devices) > 1:
+    return Mesh(over_slices(sizes, devices), tuple(sizes), axis_types=kinds)
   try:
     grid = mesh_utils.create_device_mesh(shape, devices)
-  except NotImplementedError:  # an axis is a part of one of the torus
+  except NotImplementedError:  # a mesh axis is a part of one of the torus
     grid = mesh_utils.create_device_mesh(
       shape, devices, allow_split_physical_axes=True
     )
   return Mesh(grid, tuple(sizes), axis_types=kinds)
+
+
+def slices_of(devices: Sequence[Any]) -> int:
+  """How many slices the devices are of."""
+  return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def over_slices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+  """The devices by mesh axis, `data` outermost over their slices."""
+  slices = slices_of(devices)
+  if sizes["data"] % slices:
+    raise ValueError(
+      f"mesh.data={sizes['data']} must be a multiple of the {slices} slices:"
+      " between them only gradients should travel"
+    )
+  inside = dict(sizes) | {"data": sizes["data"] // slices}
+  between = {name: slices if name == "data" else 1 for name in sizes}
+  return mesh_utils.create_hybrid_device_mesh(
+    tuple(inside.values()), tuple(between.values()), devices
+  )
 
 
 def check_batch(rows: int, mesh: Mesh | AbstractMesh) -> None:

@@ -3,8 +3,8 @@
 
 On one device nothing is said and arrays are where JAX puts them.  On a mesh the
 state is made where it lies, no device ever holding all of it; each process
-makes the rows of a batch that its devices hold, from the same stream of text,
-so a run is the same on any number of processes.
+reads the rows of a batch that its devices hold, from the same order of the same
+text, so a run is the same on any number of processes.
 
 Axes: B batch, S context + 1, the bytes of a window.
 """
@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PyTree
 
 from adaptivejax.training.config import TrainConfig
+from adaptivejax.training.data import Batch
 from adaptivejax.training.mesh import (
   MeshConfig,
   batch_spec,
@@ -49,14 +50,12 @@ class Placement(NamedTuple):
       return contextlib.nullcontext()
     return jax.set_mesh(self.mesh)
 
-  def batch(
-    self, rows: Int[np.ndarray, "B S"]
-  ) -> Int[Array | np.ndarray, "B S"]:
+  def batch(self, rows: Batch) -> Int[Array | np.ndarray, "B S"]:
     """A batch, each device holding its rows."""
     if self.mesh is None:
-      return rows
+      return np.asarray(rows)
     where = NamedSharding(self.mesh, batch_spec())
-    return jax.make_array_from_callback(rows.shape, where, rows.__getitem__)
+    return jax.make_array_from_callback(rows.shape, where, rows.read)
 
 
 def start(
@@ -68,7 +67,8 @@ def start(
     ValueError: the mesh does not fit the devices, or a parameter (`mesh`).
   """
   build = lambda: config.build(nnx.Rngs(config.seed))
-  if config.mesh == MeshConfig(rules=config.mesh.rules):
+  alone = jax.process_count() == 1
+  if alone and config.mesh == MeshConfig(rules=config.mesh.rules):
     join, params = split(build())
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     return Placement(None, None), join, state

@@ -6,6 +6,7 @@ runs/NAME/config.py       the config file, when the run came from one
 runs/NAME/metrics.jsonl   {"step", "split": "train" | "validation",
                            "seconds": since the start, metric: number ...}
 runs/NAME/checkpoints/    the newest checkpoints (`training.checkpoint`)
+runs/NAME/profile/        a window of steps, if asked for (`training.profile`)
 """
 
 import json
@@ -28,6 +29,12 @@ def claim(out: Path) -> None:
   record.touch()
 
 
+def content(out: Path) -> list[str]:
+  """What is in the folder of a run, and which checkpoints."""
+  found = (*out.glob("*"), *out.glob("checkpoints/*"))
+  return sorted(path.relative_to(out).as_posix() for path in found)
+
+
 def describe(out: Path, fields: Mapping[str, Any], source: Path | None) -> None:
   """Writes the plain fields of the config, and a copy of its file, `source`."""
   (out / "run.json").write_text(json.dumps(fields, indent=2) + "\n")
@@ -40,12 +47,15 @@ class MetricsLog:
   """Appends to metrics.jsonl.
 
   Opened at `step`, it drops the lines of later steps, which a run that was
-  killed after its newest checkpoint leaves behind and is about to repeat.
+  killed after its newest checkpoint leaves behind and is about to repeat.  With
+  `write` false it only remembers.
   """
 
-  def __init__(self, out: Path, step: int):
-    self.path = out / "metrics.jsonl"
+  def __init__(self, out: Path, step: int, *, write: bool = True):
+    self.path = out / "metrics.jsonl" if write else None
     self.lines = [line for line in read_metrics(out) if line["step"] <= step]
+    if self.path is None:
+      return
     draft = self.path.with_suffix(".draft")
     draft.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
     draft.replace(self.path)
@@ -71,6 +81,8 @@ class MetricsLog:
     """Adds a line."""
     line = {"step": step, "split": split, "seconds": round(seconds, 3)}
     self.lines.append(line | dict(metrics))
+    if self.path is None:
+      return
     with self.path.open("a") as file:
       file.write(json.dumps(self.lines[-1]) + "\n")
 

@@ -27,7 +27,7 @@ PAPER = (
   " degrading accuracy for a wide interval of budgets"
 )
 LEARNERS, TARGET, STEPS = 4, 0.5, 400
-TILTS = (-0.5, 0.0, 0.5, 1.0)
+TILTS = (-3.0, 0.0, 1.5, 3.0)
 HALF = dataclasses.replace(beds.MODEL, hidden=beds.MODEL.hidden // 2)
 
 

@@ -2,8 +2,8 @@
 """Block-sparse attention on Hopper GPUs, forward: the call.
 
 The kernel is in `gpu_kernel`, how the work is cut in `gpu_plan`.  Needs jax >=
-0.12 (Mosaic GPU).  `interpret=plgpu.InterpretGPUParams()` runs it on any
-machine.
+0.11 (Mosaic GPU); with 0.12 `interpret=plgpu.InterpretGPUParams()` runs it on
+any machine.
 
 Axes: as in `types`.
 """
@@ -27,6 +27,7 @@ from pallas_kernels.block_sparse_attention.types import (
   Marks,
   Rule,
 )
+from pallas_kernels.mosaic_gpu import kernel, too_old
 
 
 def forward(
@@ -71,7 +72,7 @@ def forward(
     named = dict(zip(names, refs))
     attend(SimpleNamespace(**named, **scratch), sizes, rule)
 
-  out, lse = plgpu.kernel(
+  out, lse = kernel(
     body,
     out_type=tuple(outputs.values()),
     grid=(sizes.grid,),
@@ -102,11 +103,8 @@ def unfit(
     q, k, v: anything with shape and dtype.
     lists, rule, mass: as in `forward`.
   """
-  if jax.__version_info__ < (0, 12):
-    return (
-      f"the GPU kernel needs jax >= 0.12 and this is {jax.__version__}: use"
-      " `xla.forward`, or Python 3.12 with a newer jax"
-    )
+  if reason := too_old():
+    return reason
   if q.dtype not in (jnp.bfloat16, jnp.float16) or {k.dtype, v.dtype} != {
     jnp.dtype(q.dtype)
   }:
@@ -129,15 +127,6 @@ def unfit(
   if mass:
     return "the GPU kernel does not return mass: use `xla.forward`"
   return None
-
-
-def on_hopper() -> bool:
-  """Whether there are GPUs, and all of them have wgmma."""
-  try:
-    found = jax.local_devices(backend="cuda")
-  except RuntimeError:
-    return False
-  return all(device.compute_capability == "9.0" for device in found)
 
 
 def _scratch(sizes: gpu_plan.Sizes, dtype: Any, interpreted: bool) -> dict:

@@ -21,6 +21,7 @@ from pallas_kernels.block_sparse_attention.types import (
   Marks,
   Rule,
 )
+from pallas_kernels.mosaic_gpu import on_hopper
 from pallas_kernels.varying import alike, axes_of
 
 
@@ -109,7 +110,7 @@ def _forward(rule, mass, q, k, v, lists, marks):
     return run
 
   on_gpu = None
-  if not gpu.unfit(q, k, v, lists, **how) and gpu.on_hopper():
+  if not gpu.unfit(q, k, v, lists, **how) and on_hopper():
     on_gpu = cleaned(gpu.forward)
   default = functools.partial(xla.forward, **how)
   operands = q, k, v, lists, marks

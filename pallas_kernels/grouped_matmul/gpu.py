@@ -10,8 +10,8 @@ rows is not multiplied.  Loads start at multiples of eight rows: up to seven
 rows of the group before come along, are computed and not stored; in dw, where
 they would be summed, rows of others are set to zero (whatever they hold).
 
-Needs jax >= 0.12 (Mosaic GPU).  `interpret=plgpu.InterpretGPUParams()` runs it
-on any machine.
+Needs jax >= 0.11 (Mosaic GPU); with 0.12 `interpret=plgpu.InterpretGPUParams()`
+runs it on any machine.
 
 Axes: M rows (slots), T tokens, E groups, K features in, N features out.
 """
@@ -43,6 +43,7 @@ from pallas_kernels.grouped_matmul.hopper import (
   store,
   walk,
 )
+from pallas_kernels.mosaic_gpu import too_old
 
 H100_SMS = 132
 
@@ -76,7 +77,7 @@ def grouped_matmul(
   Raises:
     ValueError: x and w are not both bfloat16 or both float16, K or N is not a
       multiple of 64, shapes do not fit, the tile cannot be, or jax is older
-      than 0.12.
+      than 0.11.
   """
   inner, outer = (2, 1) if transpose_w else (1, 2)
   _check(x, w, tile, num_sms)
@@ -118,11 +119,8 @@ def grouped_matmul_dw(
 
 def _check(x: Array, other: Array, tile: Tile | None, num_sms: int) -> None:
   """Refuses what the kernels cannot do, in words."""
-  if jax.__version_info__ < (0, 12):
-    raise ValueError(
-      f"the GPU kernel needs jax >= 0.12 and this is {jax.__version__}: use the"
-      " reference, or Python 3.12 with a newer jax."
-    )
+  if reason := too_old():
+    raise ValueError(reason)
   if x.dtype not in (jnp.bfloat16, jnp.float16) or other.dtype != x.dtype:
     raise ValueError(
       f"{x.dtype} with {other.dtype}: both operands must be bfloat16 or both"

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.grouped_matmul.groups import BLOCK
+from pallas_kernels.mosaic_gpu import kernel
 
 SHARED_MEMORY = 232_448  # bytes that one thread block may have
 # Shared memory holds operands in blocks of 8 rows x 64 features (128 bytes), as
@@ -243,7 +244,7 @@ def launch(
     return plgpu.SMEM(shape, out.dtype, transforms=(blocks, swizzle))
 
   a, b = operands
-  return plgpu.kernel(
+  return kernel(
     lambda *refs, **scratch: body(*refs, Scratch(**scratch)),
     out_type=out,
     grid=(num_sms,),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law: a TPU makes of items and experts what all others make."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from adaptivejax.core.expert_executor import KEPT
 from adaptivejax.core.expert_kernel import kernel_executor
 from adaptivejax.core.experts import expert_apply, expert_apply_dense
 from adaptivejax.core.rowwise import RowFunction
+from pallas_kernels.grouped_matmul import grouped_matmul
 from tests.core.test_experts import (
   KEYS,
   PARAMS,
@@ -34,8 +37,9 @@ def by_kernel(experts, together, chunks=lambda *args: args):
     plan = dispatch(experts, weights, E)
     leaves, tree = jax.tree.flatten(params)
     row = jax.ShapeDtypeStruct((N, D), jnp.float32)
+    product = functools.partial(grouped_matmul, interpret=True)
     function = RowFunction({}, {}, len(leaves), None, [row])
-    go = kernel_executor(together, function, tree, chunks, interpret=True)
+    go = kernel_executor(together, function, tree, chunks, product)
     return go(leaves, x, plan)[0]
 
   return run

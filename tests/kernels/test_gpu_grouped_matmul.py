@@ -14,6 +14,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from adaptivejax import core
+from adaptivejax.core import expert_kernel
 from pallas_kernels.grouped_matmul.groups import BLOCK, row_tiles
 
 if jax.__version_info__ >= (0, 12):
@@ -258,12 +260,36 @@ def test_refuses(unchecked_shapes, change, says):
     gpu.grouped_matmul(x, w, sizes, tile=tile, num_sms=sms)
 
 
+@interpreted
+def test_experts_run_it_on_hopper(monkeypatch):
+  """In 16 bits, where all GPUs are Hopper; a gradient is y, dx and dw."""
+
+  def kernels(platform, dtype=jnp.bfloat16):
+    def loss(x, w):
+      experts = jnp.arange(M)[:, None] % E
+      plan = core.dispatch(experts, jnp.ones((M, 1), dtype), E)
+      f = lambda rows, w: jnp.tanh(rows @ w)
+      together = lambda rows, w, product: jnp.tanh(product(rows, w))
+      return core.expert_apply(f, x, plan, w, together=together)[0].sum()
+
+    x, w = jnp.ones((M, K), dtype), jnp.ones((E, K, N), dtype)
+    f = jax.jit(jax.grad(loss, (0, 1)))
+    made = jax.export.export(f, platforms=[platform])(x, w)
+    return made.mlir_module().count("@mosaic_gpu_v2")
+
+  assert kernels("cuda") == 0, "this machine has no GPU"
+  monkeypatch.setattr(expert_kernel, "on_hopper", lambda: True)
+  assert kernels("cuda") == 3
+  assert kernels("cuda", jnp.float32) == 0
+  assert kernels("cpu") == 0
+
+
 @pytest.mark.skipif(
-  jax.__version_info__ >= (0, 12), reason="jax is new enough for the kernel"
+  jax.__version_info__ >= (0, 11), reason="jax is new enough for the kernel"
 )
 def test_refuses_an_old_jax():
   from pallas_kernels.grouped_matmul import gpu
 
   x, w = jnp.zeros((8, 64), jnp.bfloat16), jnp.zeros((1, 64, 64), jnp.bfloat16)
-  with pytest.raises(ValueError, match=r"jax >= 0\.12"):
+  with pytest.raises(ValueError, match=r"jax >= 0\.11"):
     gpu.grouped_matmul(x, w, jnp.array([8]))

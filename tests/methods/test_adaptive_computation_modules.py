@@ -66,8 +66,10 @@ def test_a_level_is_a_prefix_of_the_sum(gated, level):
 
 
 def test_mixed_levels_are_those_of_the_gate():
-  acm = adjust(module(), 0.5)
-  logits = acm.gate(X) - 0.5 * np.arange(M + 1)
+  acm = adjust(module(), 3.0)
+  kernel = acm.gate.outer.kernel
+  kernel.set_value(8 * kernel.get_value())  # a gate with opinions
+  logits = acm.gate(X) - 3.0 * np.arange(M + 1)
   level = np.asarray(logits).argmax(-1)
   assert len(np.unique(level)) > 2
   want = reference.mlp(acm, X, level)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mesh of a config, and the rules of its arrays."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from adaptivejax.training.chips import devices_of
-from adaptivejax.training.mesh import AXES, MeshConfig, place
+from adaptivejax.training.mesh import AXES, MeshConfig, over_slices, place
 
 
 def abstract(**sizes):
@@ -30,6 +32,27 @@ def test_data_takes_the_devices_that_are_left():
     MeshConfig(data=3).sizes(8)
   with pytest.raises(ValueError, match="there are 6"):
     MeshConfig(data=-1, model=4).sizes(6)
+
+
+def chips(slices, each):
+  return [
+    SimpleNamespace(
+      slice_index=i, id=i * each + j, platform="none", device_kind="none"
+    )
+    for j in range(each)  # neighbours in the list are of different slices
+    for i in range(slices)
+  ]
+
+
+def test_between_slices_only_data_goes():
+  sizes = MeshConfig(data=4, model=2).sizes(8)
+  mesh = over_slices(sizes, chips(2, 4))
+  assert mesh.shape == tuple(sizes[axis] for axis in AXES)
+  slices = np.vectorize(lambda chip: chip.slice_index)(mesh)
+  for data in range(4):
+    assert (slices[data] == data // 2).all()
+  with pytest.raises(ValueError, match="data=1 must be a multiple of the 2 sl"):
+    over_slices(MeshConfig(fsdp=8).sizes(8), chips(2, 4))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_an_epoch_is_a_permutation_and_epochs_differ(config):
   numbers = {bytes(window): i for i, window in enumerate(cut)}
   config = dataclasses.replace(config, batch=len(cut))
   batches = module.training_batches(documents, config)
-  first, second = next(batches), next(batches)
+  first, second = np.asarray(next(batches)), np.asarray(next(batches))
   assert first.dtype == np.int32 and first.shape == cut.shape
   counts = lambda rows: sorted(numbers[bytes(r.astype(np.uint8))] for r in rows)
   assert counts(first) == counts(second) == counts(cut)
@@ -63,16 +63,27 @@ def test_batches_go_on_from_their_place(config):
   expected = [next(batches) for _ in range(3)]
   again = module.training_batches(documents, config)
   again.set_state(place)
-  np.testing.assert_array_equal([next(again) for _ in range(3)], expected)
+  for batch in expected:
+    np.testing.assert_array_equal(next(again), batch)
+
+
+def test_a_batch_reads_what_is_asked_for():
+  cut = np.arange(20, dtype=np.uint8).reshape(5, 4)
+  batch = module.Batch(cut, np.array([4, 0, 2]))
+  assert batch.shape == (3, 4)
+  np.testing.assert_array_equal(batch, cut[[4, 0, 2]].astype(np.int32))
+  part = batch.read(np.s_[1:, 0:2])
+  assert part.dtype == np.int32
+  np.testing.assert_array_equal(part, [[0, 1], [8, 9]])
 
 
 def test_validation_is_spread_over_the_documents(config):
   documents = load_corpus(config).validation
   batches = module.validation_batches(documents, config, 3)
-  assert batches.shape == (3, 4, 9) and batches.dtype == np.int32
+  assert [batch.shape for batch in batches] == [(4, 9)] * 3
   cut = module.windows(documents, 8)
-  np.testing.assert_array_equal(batches[0, 0], cut[0])
-  np.testing.assert_array_equal(batches[-1, -1], cut[-1])
+  np.testing.assert_array_equal(batches[0].read(np.s_[0:1, 0:]), cut[:1])
+  np.testing.assert_array_equal(batches[-1].read(np.s_[-1:, 0:]), cut[-1:])
   assert len(module.validation_batches(documents, config, 10**6)) * 4 <= len(
     cut
   )

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Trains on all VMs of the TPU, or goes on: train.sh CONFIG.py [--field value ...]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+. examples/tpu_vm/settings.sh
+
+everywhere "cd adaptivejax && . .venv/bin/activate && adaptivejax train $*"
