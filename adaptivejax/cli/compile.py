@@ -68,7 +68,7 @@ def run(args: Sequence[str]) -> int:
 
   configs = []
   for share in shares:
-    given = {} if share is None else {"budget": share}
+    given: dict[str, Any] = {} if share is None else {"budget": share}
     config = run_config(Path(path), TrainConfig, **given)
     configs.append(parse(TrainConfig, rest, f"compile {path}", default=config))
   if explain:

@@ -3,7 +3,7 @@
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -46,8 +46,9 @@ class Collective(NamedTuple):
 def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
   """All of a program for the devices of a mesh, the largest first."""
   groups = _groups_by_axes(mesh)
-  count: dict[tuple[str, str], float] = Counter()
-  sites, size, widest = Counter(count), Counter(count), {}
+  count: dict[tuple[str, str], float] = defaultdict(float)
+  sites: Counter[tuple[str, str]] = Counter()
+  size, widest = defaultdict(float), {}
   for visit in walk(module):
     op = visit.op
     kind = op.kind.removesuffix("-start")

@@ -75,7 +75,10 @@ def abstract_decoding(
   numbers, one = shape((rows,), jnp.int32), shape((rows, 1), jnp.int32)
   cache = jax.eval_shape(lambda: model.empty_cache(rows, slots))
   logits = shape((rows, model.config.vocab), jnp.float32)
-  start = lambda *args: policy.start(*args[:3], slots, args[3])[0]
+
+  def start(model, prompt, lengths, logits):
+    return policy.start(model, prompt, lengths, slots, logits)[0]
+
   memory = jax.eval_shape(start, model, one, numbers, logits)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
   live = shape((rows,), jnp.bool_)
