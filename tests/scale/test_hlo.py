@@ -83,7 +83,7 @@ def test_what_a_program_holds_and_computes():
 
 def compiled(f, *shapes):
   specs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  return Module.parse(jax.jit(f).lower(*specs).compile().as_text())
+  return Module.parse(jax.jit(f).lower(*specs).compile().as_text() or "")
 
 
 def layers(x, w):
