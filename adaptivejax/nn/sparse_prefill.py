@@ -35,13 +35,10 @@ class Chosen(NamedTuple):
   Attributes:
     mask: key blocks of each tile and head, bool[B, H, Q, K].
     columns: keys that all tiles of a head see besides, bool[B, H, S], or None.
-    most: blocks that a tile is meant to list, if that is known: no bound, but
-      what a reader of the program may reckon with (static).
   """
 
   mask: Array
   columns: Array | None = None
-  most: int | None = None
 
 
 class SparsePrefill(Look):
@@ -88,6 +85,18 @@ class SparsePrefill(Look):
     """What the level leaves of all."""
     return 1 - self.level.get_value().astype(jnp.float32)
 
+  def meant(self, blocks: int) -> int:
+    """Of so many blocks, those that a tile is meant to list: no bound, but what
+    a reader of the program may reckon with.
+
+    Both are static.
+    """
+    return blocks
+
+  def _told(self, blocks: int) -> contextlib.AbstractContextManager:
+    """Names the kernel's work in the program: see `core.chunks.chunk_scope`."""
+    return jax.named_scope(f"rows_{blocks}/asked_{self.meant(blocks)}")
+
   def choose(
     self,
     q: Float[Array, "B T H W"],
@@ -116,7 +125,7 @@ class SparsePrefill(Look):
     chosen = self.choose(q, keys, positions, layer)
     if chosen.columns is None:
       lists = lists_from_mask(chosen.mask, **self.blocks)
-      with _told(chosen):
+      with self._told(chosen.mask.shape[-1]):
         found, cost = attend_blocks(q, keys, lists, positions)
       out, spent = found.out, cost.spent
     else:
@@ -132,13 +141,6 @@ class SparsePrefill(Look):
     spent += flops(self.choose, q, keys, positions, layer)
     cost = look_cost(q, keys.k.shape[2], live)
     return Looked(out, cost._replace(spent=spent))
-
-
-def _told(chosen: Chosen) -> contextlib.AbstractContextManager:
-  """Names the kernel's work in the program: see `core.chunks.chunk_scope`."""
-  there = chosen.mask.shape[-1]
-  asked = there if chosen.most is None else min(chosen.most, there)
-  return jax.named_scope(f"rows_{there}/asked_{asked}")
 
 
 class Watch(Look):

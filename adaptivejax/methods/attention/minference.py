@@ -74,9 +74,7 @@ class MInference(SparsePrefill):
     if q.shape[2] != kinds.shape[1]:
       raise ValueError(f"{kinds.shape[1]} patterns for {q.shape[2]} heads.")
     if {*kinds.flat} == {PATTERNS.index("block_sparse")}:  # has no columns
-      found = self.block_sparse(q, keys, positions)
-      ends = -(-self.block_q // self.block_kv) + 1
-      return Chosen(found.mask, None, self.budgets.blocks + ends)
+      return Chosen(self.block_sparse(q, keys, positions).mask)
     kind = jnp.asarray(kinds)[layer if len(kinds) > 1 else 0][None, :, None]
     mask = columns = jnp.zeros((), bool)
     for number in sorted(set(kinds.flat)):
@@ -84,6 +82,12 @@ class MInference(SparsePrefill):
       mask |= (kind == number)[..., None] & here.mask
       columns |= (kind == number) & here.columns
     return Chosen(mask, columns)
+
+  def meant(self, blocks: int) -> int:
+    if {name for row in self.patterns for name in row} != {"block_sparse"}:
+      return blocks
+    ends = -(-self.block_q // self.block_kv) + 1
+    return min(self.budgets.blocks + ends, blocks)
 
   def a_shape(self, q, keys, positions) -> Chosen:
     near = jnp.arange(keys.pos.shape[-1]) < self.left(self.budgets.window)
