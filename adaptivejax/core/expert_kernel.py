@@ -127,7 +127,8 @@ def kernel_executor(
       if slots == plan.item.shape[0]:
         return kernel(theta, x, plan, *more)
       enough = plan.sizes.sum() <= slots
-      return lax.cond(enough, kernel, chunks, theta, x, plan, *more)
+      with jax.named_scope("takes_1"):  # as a rule
+        return lax.cond(enough, kernel, chunks, theta, x, plan, *more)
 
     return choose
 

@@ -52,7 +52,13 @@ class SparsePrefill(Look):
     block_kv: keys of a block (static).
     room: columns that a head may choose (static); any number if not given.
     level: of the `Setting`: 0 is the whole budget, 1 what is always seen.
+
+  Attributes:
+    most: blocks that a tile is meant to list, if known: no bound, but what who
+      reads the compiled program may reckon with (static).
   """
+
+  most: int | None = None
 
   def __init__(
     self,
@@ -85,17 +91,10 @@ class SparsePrefill(Look):
     """What the level leaves of all."""
     return 1 - self.level.get_value().astype(jnp.float32)
 
-  def meant(self, blocks: int) -> int:
-    """Of so many blocks, those that a tile is meant to list: no bound, but what
-    a reader of the program may reckon with.
-
-    Both are static.
-    """
-    return blocks
-
   def _told(self, blocks: int) -> contextlib.AbstractContextManager:
     """Names the kernel's work in the program: see `core.chunks.chunk_scope`."""
-    return jax.named_scope(f"rows_{blocks}/asked_{self.meant(blocks)}")
+    asked = blocks if self.most is None else min(self.most, blocks)
+    return jax.named_scope(f"rows_{blocks}/asked_{asked}")
 
   def choose(
     self,

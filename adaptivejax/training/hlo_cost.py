@@ -5,7 +5,8 @@ XLA's own `cost_analysis` counts the body of a loop once, so that of 32 scanned
 layers it sees one.  Here products count 2 m n k, convolutions as XLA counts
 them (the TPU compiler writes a product as one), kernels what they declare.
 
-Of a conditional the branch with most products counts.  A loop whose rounds are
+Of a conditional the branch with most products counts, or that which is said to
+be the usual one (`core.expert_kernel`).  A loop whose rounds are
 data counts the most there can be, and its share is kept apart: such loops are
 where a budget acts.  Loops over the rows that were chosen (`core.chunks`,
 `core.groups`) say how many rows there are; of those of several chunk sizes the
@@ -106,10 +107,10 @@ def walk(module: Module) -> Iterator[Visit]:
         for inner in op.calls("body", "condition"):
           yield from go(inner, times * rounds, moves, fused)
       elif op.kind == "conditional":
-        names = op.calls(
-          "branch_computations", "true_computation", "false_computation"
-        )
-        best = max(names, key=price)
+        names = [*op.calls("false_computation"), *op.calls("true_computation")]
+        names += op.calls("branch_computations")
+        usual = op.marks.get("takes")
+        best = max(names, key=price) if usual is None else names[usual]
         moves = by_data or "of" in op.marks
         for inner in names:
           yield from go(inner, times * (inner == best), moves, fused)

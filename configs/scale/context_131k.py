@@ -51,6 +51,7 @@ def config(budget: float = 0.125) -> TrainConfig:
       block_q=BLOCK,
       block_kv=BLOCK,
     )
+    look.most = blocks + 2  # and the ends, which are always seen
     return decoder_block(MODEL, rngs, look=look)
 
   return TrainConfig(

@@ -73,21 +73,13 @@ class MInference(SparsePrefill):
     kinds = np.array([[*map(PATTERNS.index, row)] for row in self.patterns])
     if q.shape[2] != kinds.shape[1]:
       raise ValueError(f"{kinds.shape[1]} patterns for {q.shape[2]} heads.")
-    if {*kinds.flat} == {PATTERNS.index("block_sparse")}:  # has no columns
-      return Chosen(self.block_sparse(q, keys, positions).mask)
     kind = jnp.asarray(kinds)[layer if len(kinds) > 1 else 0][None, :, None]
     mask = columns = jnp.zeros((), bool)
     for number in sorted(set(kinds.flat)):
       here = getattr(self, PATTERNS[number])(q, keys, positions)
       mask |= (kind == number)[..., None] & here.mask
       columns |= (kind == number) & here.columns
-    return Chosen(mask, columns)
-
-  def meant(self, blocks: int) -> int:
-    if {name for row in self.patterns for name in row} != {"block_sparse"}:
-      return blocks
-    ends = -(-self.block_q // self.block_kv) + 1
-    return min(self.budgets.blocks + ends, blocks)
+    return Chosen(mask, columns if (kinds < 2).any() else None)  # 2: none
 
   def a_shape(self, q, keys, positions) -> Chosen:
     near = jnp.arange(keys.pos.shape[-1]) < self.left(self.budgets.window)
