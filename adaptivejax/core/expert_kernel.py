@@ -127,8 +127,7 @@ def kernel_executor(
       if slots == plan.item.shape[0]:
         return kernel(theta, x, plan, *more)
       enough = plan.sizes.sum() <= slots
-      with jax.named_scope("takes_1"):  # as a rule
-        return lax.cond(enough, kernel, chunks, theta, x, plan, *more)
+      return lax.cond(enough, kernel, chunks, theta, x, plan, *more)
 
     return choose
 

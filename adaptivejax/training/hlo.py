@@ -24,7 +24,7 @@ CALLS = re.compile(
   r"|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 HANDS_ON = {"copy", "copy-start", "copy-done", "bitcast", "opt-barrier"}
-MARKS = re.compile(r"\b(rows|of|asked|once|takes)_(\d+)\b")
+MARKS = re.compile(r"\b(rows|of|asked|once)_(\d+)\b")
 
 
 class Array(NamedTuple):

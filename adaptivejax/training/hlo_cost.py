@@ -5,12 +5,12 @@ XLA's own `cost_analysis` counts the body of a loop once, so that of 32 scanned
 layers it sees one.  Here products count 2 m n k, convolutions as XLA counts
 them (the TPU compiler writes a product as one), kernels what they declare.
 
-Of a conditional the branch with most products counts, or that which is said to
-be the usual one (`core.expert_kernel`).  A loop whose rounds are
-data counts the most there can be, and its share is kept apart: such loops are
-where a budget acts.  Loops over the rows that were chosen (`core.chunks`,
-`core.groups`) say how many rows there are; of those of several chunk sizes the
-largest counts, for all rows.
+Of a conditional the branch with most products counts; where one runs a kernel
+and one does not, the kernel's, which is the usual one (`core.expert_kernel`).
+A loop whose rounds are data counts the most there can be, and its share is kept
+apart, as is that of kernels over what was chosen: there a budget acts.  Loops
+over the rows that were chosen (`core.chunks`, `core.groups`) say how many rows
+there are; of those of several chunk sizes the largest counts, for all rows.
 """
 
 import math
@@ -28,6 +28,9 @@ FREE = {
   "opt-barrier", "domain",
 }  # fmt: skip
 """Instructions that move nothing, or whose insides are counted."""
+
+
+KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
 class Visit(NamedTuple):
@@ -76,10 +79,11 @@ def work(module: Module) -> Work:
   """Of one run of the program."""
   flops, moved, unknown = [0.0, 0.0], [0.0, 0.0], 0
   for visit in walk(module):
-    op = visit.op
-    flops[visit.by_data] += visit.times * op_flops(op, visit.around)
+    op, some = visit.op, visit.by_data
+    some |= op.kind == "custom-call" and "asked" in op.marks
+    flops[some] += visit.times * op_flops(op, visit.around)
     if not visit.fused and visit.times:
-      moved[visit.by_data] += visit.times * op_bytes(module, op, visit.around)
+      moved[some] += visit.times * op_bytes(module, op, visit.around)
     if op.kind == "while" and visit.times:
       unknown += not _rounds(module, op, visit.around)[2]
   return Work(flops[0], flops[1], moved[0], moved[1], unknown)
@@ -87,14 +91,14 @@ def work(module: Module) -> Work:
 
 def walk(module: Module) -> Iterator[Visit]:
   """Every instruction that runs, from the entry on."""
-  dear: dict[str, float] = {}
+  dear: dict[str, tuple[bool, float]] = {}
 
-  def price(name: str) -> float:
-    """FLOPs of a computation, at most."""
+  def price(name: str) -> tuple[bool, float]:
+    """Whether a computation runs a kernel, and its FLOPs, at most."""
     if name not in dear:
-      dear[name] = sum(
-        v.times * op_flops(v.op, v.around) for v in go(name, 1, False, False)
-      )
+      runs = [v for v in go(name, 1, False, False) if v.times]
+      flops = sum(v.times * op_flops(v.op, v.around) for v in runs)
+      dear[name] = any(KERNEL in v.op.attributes for v in runs), flops
     return dear[name]
 
   def go(name, times, by_data, fused):
@@ -109,8 +113,7 @@ def walk(module: Module) -> Iterator[Visit]:
       elif op.kind == "conditional":
         names = [*op.calls("false_computation"), *op.calls("true_computation")]
         names += op.calls("branch_computations")
-        usual = op.marks.get("takes")
-        best = max(names, key=price) if usual is None else names[usual]
+        best = max(names, key=price)
         moves = by_data or "of" in op.marks
         for inner in names:
           yield from go(inner, times * (inner == best), moves, fused)

@@ -4,6 +4,10 @@ The routing of DeepSeek-V3 (2024): sigmoid scores, a bias that balances, two
 shared experts; attention with grouped queries instead of latent ones.  256
 chips, 256 sequences of 4096.
 
+Compiled for v6e:16x16, in a train step a device holds 33.3 of 34.4 GB, computes
+3.34e14 FLOPs, most of them in the grouped matmul, and receives 114.9 GB: tokens
+go to their experts by all-to-all, and what is gathered are weights.
+
   adaptivejax compile configs/scale/experts_100b.py --topology v6e:16x16
 """
 

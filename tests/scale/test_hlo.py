@@ -74,7 +74,8 @@ def test_what_a_program_holds_and_computes():
   assert branches(module) == (1, 1)
   assert kernels(module) == {"blocks": 1}
   # the dearest branch, and of the kernel what is asked for
-  assert work(module).flops == 2 * 8 * 8 * 4 + 400 * 2 / 8
+  found = work(module)
+  assert (found.flops, found.data_flops) == (2 * 8 * 8 * 4, 400 * 2 / 8)
   assert [a[:2] for a in largest(module, 2)] == [
     (256, "f32[16,4]"),
     (256, "f32[8,8]"),
