@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from adaptivejax.files import write_atomically
+
 METHODS = Path(__file__).parent / "methods"
 LAWS = Path(__file__).parents[1] / "tests" / "laws" / "held.json"
 RESULTS = Path(__file__).parents[1] / "benchmarks/headlines/results.json"
@@ -122,4 +124,4 @@ def _entry(path: Path) -> Entry:
 
 
 if __name__ == "__main__":
-  Path(*sys.argv[1:2] or ["METHODS.md"]).write_text(render(), encoding="utf-8")
+  write_atomically({Path(*sys.argv[1:2] or ["METHODS.md"]): render()})

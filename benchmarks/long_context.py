@@ -23,6 +23,7 @@ Axes: B texts, T tokens, K pairs.
 """
 
 import functools
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ from jaxtyping import Array, Float, Int
 
 from adaptivejax.core.losses import cross_entropy
 from adaptivejax.decode import score
+from adaptivejax.files import write_atomically
 from adaptivejax.methods.attention import DELTA, Kinetics, Quest, TokenSelect
 from adaptivejax.methods.kv import H2O, SnapKV, StreamingLLM
 from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
@@ -254,7 +256,9 @@ def trained(
     batch = needles(*LESSONS[len(LESSONS) * i // steps], seed=i)
     params, state = step(params, state, batch.tokens, batch.answer)
   path.parent.mkdir(parents=True, exist_ok=True)
-  np.savez(path, *map(np.asarray, params))
+  packed = io.BytesIO()
+  np.savez(packed, *map(np.asarray, params))
+  write_atomically({path: packed.getvalue()})
   return jax.tree.unflatten(tree, params)
 
 

@@ -118,7 +118,7 @@ def test_trains_resumes_refuses_and_reports(here, capsys):
   assert cli.main(train) == 0
   assert "step 4" in capsys.readouterr().out
   assert (here / "runs/tiny/config.py").exists()
-  assert cli.main([*train, "--steps", "6"]) == 0
+  assert cli.main([*train, "--steps", "6", "--debug-nans"]) == 0
   out = capsys.readouterr().out
   assert "step 6" in out and "step 3" not in out
   assert cli.main([*train, "--seed", "1"]) == 2
@@ -128,10 +128,10 @@ def test_trains_resumes_refuses_and_reports(here, capsys):
 
 
 def test_a_signal_is_the_exit_code(here, capsys, monkeypatch):
-  from adaptivejax.training import loop
+  from adaptivejax.training import progress
 
   monkeypatch.setattr(
-    loop.Display, "advance", lambda *_: signal.raise_signal(signal.SIGTERM)
+    progress.Display, "advance", lambda *_: signal.raise_signal(signal.SIGTERM)
   )
   assert cli.main(["train", "config.py"]) == 128 + signal.SIGTERM
   assert (

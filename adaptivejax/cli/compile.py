@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptivejax.cli.parsing import parse, take
+from adaptivejax.files import write_atomically
 
 HELP = """\
 usage: adaptivejax compile CONFIG.py --topology CHIP:SHAPE [--json FILE]
@@ -110,9 +111,7 @@ def _share(text: str) -> float:
 
 def _write(out: str | None, found: Any) -> None:
   if out is not None:
-    draft = Path(out).with_suffix(".draft")
-    draft.write_text(json.dumps(found, indent=2) + "\n")
-    draft.replace(out)
+    write_atomically({Path(out): json.dumps(found, indent=2) + "\n"})
 
 
 def _explain(config: Any, topology: str, out: str | None) -> int:

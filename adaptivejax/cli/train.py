@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`adaptivejax train`."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,9 @@ usage: adaptivejax train CONFIG.py [--field value ...] [--profile STEP:COUNT]
 Trains the run that CONFIG.py describes, in runs/NAME, or goes on with it from
 its newest checkpoint.  Ctrl-C or SIGTERM stops after a step, with a checkpoint.
 CONFIG.py is Python, with a function `config() -> TrainConfig`.
+
+  --debug-nans   stop at the first step whose loss or gradient is not finite,
+                 and name the operation that it comes from
 
 Example:
   adaptivejax train configs/NAME.py --steps 500 --optimizer.learning_rate 3e-4
@@ -46,12 +50,14 @@ class Command(NamedTuple):
     path: of the config file.
     peers: `coordinator`, `processes`, `process`; None where nothing is said.
     profile: `STEP:COUNT`, or None.
+    debug_nans: whether to stop at the first step that is not finite.
     fields: arguments that are for the config.
   """
 
   path: Path
   peers: tuple[str | None, int | None, int | None]
   profile: str | None
+  debug_nans: bool
   fields: list[str]
 
 
@@ -69,11 +75,18 @@ def run(args: Sequence[str]) -> int:
     hosts.start(hosts.Peers(*command.peers))
   config = configured(command)
   out = Path("runs") / config.name
-  result = training.train(config, out=out, source=command.path, window=window)
+  result = training.train(
+    config,
+    out=out,
+    source=command.path,
+    window=window,
+    debug_nans=command.debug_nans,
+  )
   if result.stopped:
     _say(f"stopped after step {result.step}; the same command goes on")
     return 128 + result.stopped
-  _say(f"{out}: {result.metrics['validation/bits_per_byte']:.3f} bits/byte")
+  quality = result.metrics.get("validation/bits_per_byte", math.nan)
+  _say(f"{out}: {quality:.3f} bits/byte")
   return 0
 
 
@@ -90,8 +103,11 @@ def read(args: Sequence[str]) -> Command:
   processes, rest = take(rest, "--processes")
   process, rest = take(rest, "--process")
   profile, rest = take(rest, "--profile")
+  debug = "--debug-nans" in rest
+  rest = [arg for arg in rest if arg != "--debug-nans"]
   numbers = _whole("--processes", processes), _whole("--process", process)
-  return Command(Path(path), (coordinator, *numbers), profile, rest)
+  peers = coordinator, *numbers
+  return Command(Path(path), peers, profile, debug, rest)
 
 
 def configured(command: Command) -> Any:

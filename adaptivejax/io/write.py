@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
+from adaptivejax.files import to_disk
 from adaptivejax.io.source import INDEX, SINGLE
 
 
@@ -91,22 +92,13 @@ def _whole(path: Path) -> Iterator[Path]:
   try:
     yield folder
     for file in [*folder.iterdir(), folder]:
-      _to_disk(file)
+      to_disk(file)
     folder.chmod(0o777 & ~_umask())
     os.replace(folder, path)
-    _to_disk(path.parent)
+    to_disk(path.parent)
   except BaseException:
     shutil.rmtree(folder, ignore_errors=True)
     raise
-
-
-def _to_disk(path: Path) -> None:
-  """Waits until a file, or the names in a folder, would outlive a crash."""
-  handle = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
 
 
 def _umask() -> int:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports: plain data in, one self-contained page and the same as JSON out."""
 
+from adaptivejax.files import write_atomically
 from adaptivejax.report.data import (
   Curve,
   Grid,
@@ -11,7 +12,6 @@ from adaptivejax.report.data import (
   Snippet,
 )
 from adaptivejax.report.environment import environment
-from adaptivejax.report.files import write_atomically
 from adaptivejax.report.runs import curve, rebuild
 from adaptivejax.report.store import load_report, write_report
 from adaptivejax.report.table import print_table

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the report of a run folder again, from what the run left there."""
 
+import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from adaptivejax.report.data import Curve, Report
 from adaptivejax.report.store import load_report, write_report
-from adaptivejax.training.run import read_metrics
+from adaptivejax.training.run import METRICS, read_metrics
 
 
 def rebuild(run_dir: Path) -> Path:
@@ -22,7 +24,7 @@ def rebuild(run_dir: Path) -> Path:
     report = load_report(run_dir)
     if any((report.points, report.snippets, report.samples, report.mixtures)):
       return write_report(report, run_dir)
-  found = sorted(path.parent for path in run_dir.rglob("metrics.jsonl"))
+  found = sorted(_runs(run_dir))
   curves = [
     curve(folder, str(folder.relative_to(run_dir.parent))) for folder in found
   ]
@@ -34,6 +36,14 @@ def rebuild(run_dir: Path) -> Path:
   command = shlex.join(["adaptivejax", "report", str(run_dir)])
   report = Report(f"Training of {run_dir.name}", command, {}, curves=(*curves,))
   return write_report(report, run_dir)
+
+
+def _runs(folder: Path) -> Iterator[Path]:
+  """Folders of runs at or below; checkpoints come and go, and hold none."""
+  for parent, below, names in os.walk(folder):
+    if METRICS in names:
+      yield Path(parent)
+      below[:] = [name for name in below if name != "checkpoints"]
 
 
 def curve(folder: Path, name: str) -> Curve:

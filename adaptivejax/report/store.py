@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from adaptivejax.files import write_atomically
 from adaptivejax.report import data
-from adaptivejax.report.files import write_atomically
 from adaptivejax.report.page import page
 from adaptivejax.report.typed import typed
 from adaptivejax.untrusted import read_object

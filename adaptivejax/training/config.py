@@ -26,7 +26,7 @@ from adaptivejax.training.schedules import Schedule
 C = TypeVar("C")
 CALLABLES = ("build", "loss", "budget")
 FREE = ("name", "steps", "eval_every", "eval_batches", "log_every")
-FREE += ("checkpoint_every", "keep")
+FREE += ("checkpoint_every", "keep", "max_skips")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,12 @@ class TrainConfig:
   """Steps between checkpoints; the last step always is one."""
 
   keep: int = 2
-  """Checkpoints to keep, the newest."""
+  """Checkpoints to keep, the newest.  With 1, nothing is left to go on from
+  when its files decay."""
+
+  max_skips: int = 10
+  """Steps in a row that may be skipped, since their loss or gradient is not
+  finite, before the run stops."""
 
   def __post_init__(self):
     """Refuses a name that is a way out, and sizes that are not positive."""
@@ -91,6 +96,8 @@ class TrainConfig:
       _positive(name, getattr(self, name))
     for name in ("checkpoint_every", "keep"):
       _positive(name, getattr(self, name))
+    if self.max_skips < 0:
+      raise ValueError(f"max_skips={self.max_skips} must be at least 0")
     accumulate = self.optimizer.accumulate
     if self.data.batch % accumulate:
       raise ValueError(

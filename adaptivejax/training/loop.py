@@ -2,17 +2,15 @@
 """The training loop: resumes by default, stops gracefully, never clobbers.
 
 A run is a function of its config.  Its state after a step is the parameters,
-the optimizer's moments, the step and the place of the data iterator; noise is
-folded from the step.  So a run that was stopped and resumed equals one that was
-not.
+the optimizer's moments, the step, the place of the data iterator, and what was
+measured since the last line of the log; noise is folded from the step.  So a
+run that was stopped or killed, and resumed, equals one that was not.
 
 Axes: B batch, S context + 1, the bytes of a window.
 """
 
-import math
-import time
+import contextlib
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +21,14 @@ from jaxtyping import Array, Key
 from adaptivejax.training import agreement, data, profile, run
 from adaptivejax.training.checkpoint import Checkpoints, load_params
 from adaptivejax.training.config import FREE, TrainConfig, load_config, settings
+from adaptivejax.training.debug import first_bad_operation
 from adaptivejax.training.optimizer import make_optimizer
 from adaptivejax.training.placement import Placement, start
 from adaptivejax.training.profile import Profiler, Window
-from adaptivejax.training.progress import Display, Stop, stoppable
+from adaptivejax.training.progress import Stop, stoppable
+from adaptivejax.training.recorder import Recorder
 from adaptivejax.training.step import (
   Join,
-  Metrics,
   TrainState,
   evaluate,
   make_step,
@@ -54,6 +53,7 @@ def train(
   progress: bool = True,
   source: Path | None = None,
   window: Window | None = None,
+  debug_nans: bool = False,
 ) -> TrainResult:
   """Trains, or goes on with the run in `out`; a finished run is only loaded.
 
@@ -66,12 +66,19 @@ def train(
     progress: whether to show a bar and the evaluations.
     source: the config file, kept with the run for `adaptivejax generate`.
     window: steps to trace into out/profile.
+    debug_nans: stop at the first step that is not finite, and say where it
+      comes from; takes more memory, and one process.
 
   Raises:
     ValueError: before a step is compiled: no such corpus, or one too small; a
-      folder that is no run; a run of other settings or another architecture; a
-      window outside of the steps that are left; hosts that do not agree.
+      folder that is no run, or that another process writes in; a run of other
+      settings or another architecture; a window outside of the steps that are
+      left; hosts that do not agree.  Later: too many steps in a row whose loss
+      or gradient is not finite.
+    OSError: the disk is full; the same command goes on.
   """
+  if debug_nans and jax.process_count() > 1:
+    raise ValueError("--debug-nans takes one process: run it on one host")
   corpus = data.load_corpus(config.data)
   writer, fixed = agreement.is_writer(), settings(config)
   free = {name: getattr(config, name) for name in FREE}
@@ -81,24 +88,28 @@ def train(
       "the config": (fixed, free, config.mesh, source and source.read_text()),
     }
   )
-  agreement.by_writer(lambda: run.claim(out))
-  agreement.check_same({f"the content of {out}": run.content(out)})
-  parts, state = _prepare(config, corpus)
-  with Checkpoints(out / "checkpoints", fixed, keep=config.keep) as checkpoints:
-    if checkpoints.latest is not None:
-      state, place = checkpoints.restore(state)
-      parts.batches.set_state(place)
-    profile.check(window, int(state.step), config.steps)
+  with contextlib.ExitStack() as held:
+    enter = held.enter_context
+    agreement.by_writer(lambda: enter(run.claim(out)))
+    saved = enter(Checkpoints(out / "checkpoints", fixed, keep=config.keep))
+    agreement.check_same({f"the content of {out}": run.content(out)})
+    parts, state, place = _prepare(config, corpus, saved)
+    step = int(state.step)
+    profile.check(window, step, config.steps)
     if writer:
       run.describe(out, free | fixed, source)
     show = progress and writer
-    recorder = _Recorder(config, out, int(state.step), show=show, write=writer)
-    profiler = Profiler(out / "profile", window if writer else None)
-    ambient, display = parts.placement.ambient(), recorder.display
-    with ambient, stoppable() as stop, display, profiler:
-      state = _steps(
-        config, parts, state, checkpoints, recorder, stop, profiler
-      )
+    recorder = Recorder(config, out, step, place, show=show, write=writer)
+    profiler = enter(Profiler(out / "profile", window if writer else None))
+    enter(parts.placement.ambient())
+    stop = enter(stoppable())
+    enter(recorder.display)
+    for text in saved.damaged:
+      recorder.note(step, "damaged", text)
+    if 0 < step < config.steps:
+      recorder.note(step, "resumed", "goes on from its checkpoint")
+    steps = _Steps(config, parts, saved, recorder, profiler, debug_nans)
+    state = steps.run(state, stop)
   step = int(state.step)
   return TrainResult(
     model=parts.join(state.params),
@@ -141,8 +152,11 @@ class _Parts(NamedTuple):
 
 
 def _prepare(
-  config: TrainConfig, corpus: data.Corpus
-) -> tuple[_Parts, TrainState]:
+  config: TrainConfig, corpus: data.Corpus, saved: Checkpoints
+) -> tuple[_Parts, TrainState, Any]:
+  """The parts, the first state or that of the newest checkpoint, and then the
+  place of the recorder.
+  """
   optimizer = make_optimizer(config.optimizer, config.steps)
   placement, join, state = start(config, optimizer)
   parts = _Parts(
@@ -155,83 +169,61 @@ def _prepare(
     ),
     noise=nnx.Rngs(config.seed).noise(),
   )
-  return parts, state
+  if saved.latest is None:
+    return parts, state, None
+  state, place = saved.restore(state)
+  parts.batches.set_state(place["data"])
+  return parts, state, place["log"]
 
 
-def _steps(
-  config: TrainConfig,
-  parts: _Parts,
-  state: TrainState,
-  checkpoints: Checkpoints,
-  recorder: "_Recorder",
-  stop: Stop,
-  profiler: Profiler,
-) -> TrainState:
-  """The steps that are left, or those until a signal."""
-  at = parts.placement
-  agreed = agreement.Agreement(at.mesh)
-  update = make_step(config, parts.join, parts.optimizer, at.shardings)
-  for step in range(int(state.step) + 1, config.steps + 1):
-    batch = at.batch(next(parts.batches))
-    state, metrics = profiler.step(step, update, state, batch, parts.noise)
-    recorder.add(step, metrics)
+class _Steps(NamedTuple):
+  """What the steps of a run need, beside their state."""
+
+  config: TrainConfig
+  parts: _Parts
+  saved: Checkpoints
+  recorder: Recorder
+  profiler: Profiler
+  debug_nans: bool
+
+  def run(self, state: TrainState, stop: Stop) -> TrainState:
+    """The steps that are left, or those until a signal."""
+    config, parts, at = self.config, self.parts, self.parts.placement
+    agreed = agreement.Agreement(at.mesh)
+    keep = self.debug_nans
+    update = make_step(
+      config, parts.join, parts.optimizer, at.shardings, donate=not keep
+    )
+    for step in range(int(state.step) + 1, config.steps + 1):
+      batch, before = at.batch(next(parts.batches)), state
+      state, metrics = self.profiler.step(
+        step, update, state, batch, parts.noise
+      )
+      if self.debug_nans and metrics["skipped"]:
+        found = first_bad_operation(update, before, batch, parts.noise)
+        raise ValueError(f"step {step} is not finite: {found}")
+      self.recorder.add(step, metrics)
+      told = agreed(stop.number)
+      if told:
+        stop.number = told  # it may have come to another host
+      self._write(step, state, ends=step == config.steps or told != 0)
+      if told:
+        break
+    return state
+
+  def _write(self, step: int, state: TrainState, *, ends: bool) -> None:
+    """A line, an evaluation, a checkpoint: what is due after this step."""
+    config, parts, recorder = self.config, self.parts, self.recorder
     last = step == config.steps
-    told = agreed(stop.number)
-    if told:
-      stop.number = told  # it may have come to another host
-    ends = last or told != 0
-    if ends or step % config.log_every == 0:
+    if last or step % config.log_every == 0:
       recorder.write_training(step)
     if last or step % config.eval_every == 0:
       model = parts.join(state.params)
-      held_out = map(at.batch, parts.held_out)
+      held_out = map(parts.placement.batch, parts.held_out)
       recorder.write_validation(step, evaluate(model, held_out))
     if ends or step % config.checkpoint_every == 0:
-      checkpoints.save(state, parts.batches.get_state())
-    if ends:
-      break
-  return state
-
-
-class _Recorder:
-  """Times the run, and sends its metrics to the log and the display."""
-
-  def __init__(self, config: TrainConfig, out: Path, step: int, *, show, write):
-    self.tokens = config.data.batch * config.data.context
-    self.log = run.MetricsLog(out, step, write=write)
-    self.display = Display(config.name, step, config.steps, visible=show)
-    self.began = time.perf_counter() - self.log.seconds
-    self.mark = time.perf_counter()
-    self.waiting: list[Metrics] = []
-
-  def add(self, step: int, metrics: Metrics) -> None:
-    self.waiting.append(metrics)  # on the device: nothing waits for them yet
-    self.display.advance(step)
-
-  def write_training(self, step: int) -> None:
-    """Logs the mean since the last line.
-
-    Raises:
-      ValueError: the loss is not finite; the checkpoints so far stay.
-    """
-    found = jax.device_get(self.waiting)
-    now = time.perf_counter()
-    means = {
-      name: float(sum(metrics[name] for metrics in found) / len(found))
-      for name in found[0]
-    }
-    if not math.isfinite(means["loss"]):
-      raise ValueError(
-        f"the loss is {means['loss']} at step {step}: lower"
-        " optimizer.learning_rate or optimizer.clip; older checkpoints are kept"
-      )
-    means["tokens_per_second"] = self.tokens * len(found) / (now - self.mark)
-    self.log.write(step, "train", now - self.began, means)
-    self.display.figures(means)
-    self.waiting, self.mark = [], now
-
-  def write_validation(self, step: int, metrics: Mapping[str, float]) -> None:
-    now = time.perf_counter()
-    self.log.write(step, "validation", now - self.began, metrics)
-    self.display.line(step, metrics)
-    self.mark = now
+      recorder.settle(step)
+      if last or not recorder.streak:  # else it would hold what makes no sense
+        recorder.sync()
+        data = parts.batches.get_state()
+        self.saved.save(state, {"data": data, "log": recorder.place})

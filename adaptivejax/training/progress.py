@@ -55,8 +55,12 @@ class Display:
 
   def line(self, step: int, metrics: Mapping[str, float]) -> None:
     """Prints an evaluation."""
-    text = f"{self.name}  step {step}  {_figures(metrics)}"
-    self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+    self.say(f"step {step}  {_figures(metrics)}")
+
+  def say(self, text: str) -> None:
+    """Prints a line."""
+    line = f"{self.name}  {text}"
+    self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class Stop:
@@ -99,6 +103,7 @@ FIGURES = {
   "bits_per_byte": "{:.3f} bits/byte",
   "tokens_per_second": "{:,.0f} tokens/s",
   "share": "compute {:.0%}",
+  "skipped": "{:.0f} skipped",
 }
 
 

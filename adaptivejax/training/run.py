@@ -1,35 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run: who owns it, and what was measured on the way.
 
+Of the processes of a run one writes; the others are told not to.
+
 runs/NAME/run.json        the plain fields of its config, by dotted name
 runs/NAME/config.py       the config file, when the run came from one
 runs/NAME/metrics.jsonl   {"step", "split": "train" | "validation",
                            "seconds": since the start, metric: number ...}
+runs/NAME/events.jsonl    {"step", "event", "text"}: what was out of the
+                           ordinary (`training.watch`)
 runs/NAME/checkpoints/    the newest checkpoints (`training.checkpoint`)
+runs/NAME/lock            held by the process that writes here
 runs/NAME/profile/        a window of steps, if asked for (`training.profile`)
 """
 
+import contextlib
 import json
 import math
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from adaptivejax.files import to_disk, write_atomically
+from adaptivejax.training import lock
 from adaptivejax.untrusted import parse_object, read_bytes
 
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+RECORD, CONFIG = "run.json", "config.py"
+OURS = RECORD, CONFIG, METRICS, EVENTS, lock.NAME, "checkpoints"
 INFINITE = (math.inf, -math.inf)
 LARGEST = 1e30
-
 LONGEST = 1_000_000_000
-"""Bytes of a `metrics.jsonl` at most."""
-
-OURS = ("run.json", "config.py", "metrics.jsonl", "metrics.draft")
-OURS += ("checkpoints",)
+"""Bytes of a file of lines at most."""
 
 
-def claim(out: Path) -> None:
-  """Makes the folder; refuses one that holds something other than a run."""
+@contextlib.contextmanager
+def claim(out: Path) -> Iterator[None]:
+  """Makes the folder and holds it; nobody else writes in it meanwhile.
+
+  Raises:
+    ValueError: it holds something other than a run, or another process that
+      lives has it.
+  """
   for name in OURS:
     if (out / name).is_symlink():
       raise ValueError(
@@ -38,13 +50,18 @@ def claim(out: Path) -> None:
       )
   if out.exists() and not out.is_dir():
     raise ValueError(f"{out} is a file: give the run another name")
-  record = out / "run.json"
-  if out.is_dir() and any(out.iterdir()) and not record.exists():
+  names = {path.name for path in out.iterdir()} if out.exists() else set()
+  if RECORD not in names and names - {lock.NAME}:
     raise ValueError(
       f"{out} holds something else than a run: give the run another name"
     )
   out.mkdir(parents=True, exist_ok=True)
-  record.touch()
+  with lock.locked(out):
+    (out / RECORD).touch()
+    for name in (RECORD, CONFIG, METRICS, EVENTS):
+      for draft in out.glob(f".{name}.*.part"):  # of a process that was killed
+        draft.unlink()
+    yield
 
 
 def content(out: Path) -> list[str]:
@@ -55,28 +72,60 @@ def content(out: Path) -> list[str]:
 
 def describe(out: Path, fields: Mapping[str, Any], source: Path | None) -> None:
   """Writes the plain fields of the config, and a copy of its file, `source`."""
-  (out / "run.json").write_text(json.dumps(fields, indent=2) + "\n")
-  copy = out / "config.py"
+  files: dict[Path, str | bytes] = {
+    out / RECORD: json.dumps(fields, indent=2) + "\n"
+  }
+  copy = out / CONFIG
   if source is not None and source.resolve() != copy.resolve():
-    shutil.copyfile(source, copy)
+    files[copy] = source.read_bytes()
+  write_atomically(files)
 
 
-class MetricsLog:
-  """Appends to metrics.jsonl.
+class Lines:
+  """Appends to a file of JSON objects, a line each, each with its `step`.
 
   Opened at `step`, it drops the lines of later steps, which a run that was
   killed after its newest checkpoint leaves behind and is about to repeat.  With
   `write` false it only remembers.
   """
 
-  def __init__(self, out: Path, step: int, *, write: bool = True):
-    self.path = out / "metrics.jsonl" if write else None
-    self.lines = [line for line in read_metrics(out) if line["step"] <= step]
-    if self.path is None:
+  def __init__(self, path: Path, step: int, *, write: bool = True):
+    self.path = path
+    self.writes = write
+    self.lines = [line for line in read_lines(path) if line["step"] <= step]
+    if write:
+      write_atomically({path: "".join(map(_line, self.lines))})
+
+  def add(self, line: dict[str, Any]) -> None:
+    """Appends a line; a crash may cut it short, which no reader minds.
+
+    Raises:
+      OSError: there is no room for it, with what to do.
+    """
+    self.lines.append(line)
+    if not self.writes:
       return
-    draft = self.path.with_suffix(".draft")
-    draft.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-    draft.replace(self.path)
+    try:
+      with self.path.open("a") as file:
+        file.write(_line(line))
+    except OSError as error:
+      raise OSError(
+        f"{self.path} cannot be written ({error.strerror}): make room; the same"
+        " command goes on from the newest checkpoint"
+      ) from None
+
+  def sync(self) -> None:
+    """Waits until all lines would outlive a crash."""
+    if self.writes:
+      to_disk(self.path)
+
+
+class MetricsLog(Lines):
+  """metrics.jsonl of a run, opened at a step."""
+
+  def __init__(self, out: Path, step: int, *, write: bool = True):
+    read_metrics(out)  # refuses what is none
+    super().__init__(out / METRICS, step, write=write)
 
   @property
   def seconds(self) -> float:
@@ -98,31 +147,56 @@ class MetricsLog:
   ) -> None:
     """Adds a line."""
     line = {"step": step, "split": split, "seconds": round(seconds, 3)}
-    self.lines.append(line | dict(metrics))
-    if self.path is None:
-      return
-    with self.path.open("a") as file:
-      file.write(json.dumps(self.lines[-1]) + "\n")
+    self.add(line | dict(metrics))
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-  """The lines of metrics.jsonl; a last line cut short by a crash is dropped."""
-  path = out / "metrics.jsonl"
+  """The lines of metrics.jsonl.
+
+  Raises:
+    ValueError: one is not of metrics.
+  """
+  lines = read_lines(out / METRICS)
+  for i, line in enumerate(lines, 1):
+    where = f"{out / METRICS}, line {i}"
+    if not isinstance(line.get("split"), str) or line.get("seconds") is None:
+      raise ValueError(f"{where} must say a step, a split and the seconds.")
+    if not all(map(_number, (x for k, x in line.items() if k != "split"))):
+      raise ValueError(f"{where}: every metric must be a number.")
+  return lines
+
+
+def read_events(out: Path) -> list[dict[str, Any]]:
+  """The lines of events.jsonl."""
+  return read_lines(out / EVENTS)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+  """Its objects; a last line cut short, by a crash or as yet, is left out.
+
+  Raises:
+    ValueError: a line is not of a run.
+  """
   if not path.exists():
     return []
   lines = read_bytes(path, LONGEST).split(b"\n")[:-1]
-  return [_line(text, f"{path}, line {i}") for i, text in enumerate(lines, 1)]
+  return [_parsed(text, f"{path}, line {i}") for i, text in enumerate(lines, 1)]
 
 
-def _line(text: bytes, where: str) -> dict[str, Any]:
-  """A line of metrics; NaN is a number here."""
+def _parsed(text: bytes, where: str) -> dict[str, Any]:
+  """A line with its step; NaN is a number here."""
   line = parse_object(text, where, finite=False)
-  number = lambda x: type(x) in (int, float) and not abs(x) > LARGEST
-  step, split, seconds = map(line.get, ("step", "split", "seconds"))
-  rest = [x for name, x in line.items() if name not in ("step", "split")]
-  good = type(step) is int and step >= 0 and number(step)
-  if not good or not isinstance(split, str) or seconds is None:
-    raise ValueError(f"{where} must say a step, a split and the seconds.")
-  if not all(x is None or number(x) or x in INFINITE for x in rest):
-    raise ValueError(f"{where}: every metric must be a number.")
+  step = line.get("step")
+  if type(step) is not int or not 0 <= step <= LARGEST:
+    raise ValueError(f"{where} must say a step.")
   return line
+
+
+def _number(x: Any) -> bool:
+  """Whether it may be a metric: None was not measured."""
+  plain = type(x) in (int, float) and not abs(x) > LARGEST
+  return x is None or plain or x in INFINITE
+
+
+def _line(values: Mapping[str, Any]) -> str:
+  return json.dumps(values) + "\n"

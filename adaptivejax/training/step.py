@@ -9,6 +9,12 @@ function that joins them with the rest.  Only `nnx.Param` leaves are trained.
 summed in a scan over the A parts of a batch, so the memory is that of one part
 and the result that of the whole batch.
 
+A step whose loss or gradient is not finite changes nothing but its number.
+`optax.apply_if_finite` is not it: it sees no loss, after its limit it lets the
+update through, and its state moves every moment to another path, which is how
+placement and checkpoints find them.  A choice between old and new values is
+fused into the update; a branch would copy them.
+
 Axes: A accumulated parts of a batch, B batch, N batches, S context + 1, the
 bytes of a window.
 """
@@ -63,25 +69,37 @@ def make_step(
   join: Join,
   optimizer: optax.GradientTransformation,
   shardings: TrainState | None = None,
+  *,
+  donate: bool = True,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """`step(state, batch i32[B,S], key) -> (state, metrics)`, jitted.
 
-  The buffers of `state` are donated.  `key` is that of the run; each step folds
-  its number in.  To the metrics of the loss it adds `loss` and `gradient_norm`.
-  The new state lies as `shardings` say, if given.
+  The buffers of `state` are donated, unless told not to.  `key` is that of the
+  run; each step folds its number in.  To the metrics of the loss it adds
+  `loss`, `gradient_norm`, the `budget` if there is one, and `skipped`: 1 if the
+  loss or the gradient is not finite, and so nothing was learned, else 0.  The
+  new state lies as `shardings` say, if given.
   """
 
   def step(state, batch, key):
     grads, metrics = gradients(
       config, join, state, batch, jax.random.fold_in(key, state.step)
     )
-    metrics["gradient_norm"] = optax.tree.norm(grads)
+    norm = optax.tree.norm(grads)
     updates, moments = optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    params, moments = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
+      (params, moments),
+      (state.params, state.optimizer),
+    )
+    metrics |= {"gradient_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
     return TrainState(state.step + 1, params, moments), metrics
 
   where = None if shardings is None else (shardings, None)
-  return jax.jit(step, donate_argnums=0, out_shardings=where)
+  donated = 0 if donate else ()
+  return jax.jit(step, donate_argnums=donated, out_shardings=where)
 
 
 def gradients(
@@ -98,7 +116,8 @@ def gradients(
   def loss(params, rows, key):
     model = join(cast(params, config.precision))
     value, metrics = config.loss(model, rows, key, *budget)
-    return value, {**metrics, "loss": value}
+    target = {"budget": budget[0]} if budget else {}
+    return value, {**target, **metrics, "loss": value}
 
   def part(rows, key):
     return jax.grad(loss, has_aux=True)(state.params, rows, key)

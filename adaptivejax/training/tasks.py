@@ -51,24 +51,53 @@ def language_modeling(
   return loss, metrics | balance_metrics(out)
 
 
+DEAD = 0.01
+"""An expert with less than this of the mean load is dead."""
+
+
 def balance_metrics(out) -> dict[str, Array]:
   """How evenly the experts of a model are loaded; nothing if it has none.
 
   Returns:
     `imbalance`, the load of the fullest expert over the mean, mean over layers;
-    `dropped`, the share of choices that no expert had room for.
+    `dropped`, the share of choices that no expert had room for;
+    `dead`, the share of experts with next to no load;
+    `collapse` of the worst layer, from 0, all experts are loaded alike, to 1,
+    all items go to the same ones.
   """
   if not out.signals.load:
     return {}
   worst = [
     load.max(-1) / jnp.maximum(load.mean(-1), 1e-9) for load in out.signals.load
   ]
+  dead = [l < DEAD * l.mean(-1, keepdims=True) for l in out.signals.load]
+  collapse = map(_collapse, out.signals.load, out.signals.choices)
   served = sum(load.sum() for load in out.signals.load)
   asked = served + out.cost.dropped
+  join = lambda values: jnp.concatenate([jnp.ravel(v) for v in values])
   return {
-    "imbalance": jnp.concatenate([jnp.atleast_1d(w) for w in worst]).mean(),
+    "imbalance": join(worst).mean(),
     "dropped": out.cost.dropped / jnp.maximum(asked, 1),
+    "dead": join(dead).mean(dtype=jnp.float32),
+    "collapse": join(collapse).max(),
   }
+
+
+def _collapse(
+  load: Float[Array, "*L E"], choices: Float[Array, "*L B T"]
+) -> Float[Array, "*L"]:
+  """(E - e) / (E - K), with e = exp(entropy of the load) experts in use.
+
+  e is K, the choices of an item, where all items go to the same experts.
+  """
+  count, total = load.shape[-1], load.sum(-1)
+  p = load / jnp.maximum(total, 1e-9)[..., None]
+  used = jnp.exp(jax.scipy.special.entr(p).sum(-1))
+  served = jnp.maximum((choices > 0).sum((-2, -1)), 1)
+  spare = count - choices.sum((-2, -1)) / served
+  chosen = (spare > 0) & (total > 0)  # else there was nothing to choose
+  found = (count - used) / jnp.where(chosen, spare, 1)
+  return jnp.where(chosen, jnp.clip(found, 0, 1), 0)
 
 
 def sorted_language_modeling(

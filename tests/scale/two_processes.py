@@ -14,7 +14,12 @@ import jax
 from adaptivejax.methods.experts import MixtralRouter
 from adaptivejax.models import DecoderConfig, DecoderLM, decoder_block
 from adaptivejax.nn import MixtureOfExperts, Mlp, stacked
-from adaptivejax.training import DataConfig, OptimizerConfig, TrainConfig, loop
+from adaptivejax.training import (
+  DataConfig,
+  OptimizerConfig,
+  TrainConfig,
+  progress,
+)
 from adaptivejax.training.data import Batch
 from adaptivejax.training.tasks import language_modeling
 
@@ -68,11 +73,11 @@ def _note_reads():
 
 
 def _stop_at(at):
-  advance = loop.Display.advance
+  advance = progress.Display.advance
 
   def advance_and_signal(display, step):
     advance(display, step)
     if step == at and jax.process_index() == 1:
       signal.raise_signal(signal.SIGTERM)
 
-  loop.Display.advance = advance_and_signal
+  progress.Display.advance = advance_and_signal

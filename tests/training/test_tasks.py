@@ -27,8 +27,10 @@ CONFIG = DecoderConfig(
 BATCH = jnp.asarray(np.random.default_rng(0).integers(0, 13, (3, 9)))
 
 
-def said(*loads, dropped=0.0):
-  signals = Signals.none()._replace(load=tuple(map(jnp.float32, loads)))
+def said(*loads, dropped=0.0, k=1):
+  each = tuple(jnp.full((len(load), 1, 1), float(k)) for load in loads)
+  load = tuple(map(jnp.float32, loads))
+  signals = Signals.none()._replace(load=load, choices=each)
   cost = Cost.zero()._replace(dropped=jnp.float32(dropped))
   return types.SimpleNamespace(signals=signals, cost=cost)
 
@@ -39,6 +41,31 @@ def test_imbalance_is_the_fullest_over_the_mean_of_every_layer():
   found = balance_metrics(said(layers, others))
   assert found["imbalance"] == pytest.approx((1 + 4 + 1.5 + 0) / 4)
   assert found["dropped"] == 0
+
+
+def test_dead_experts_have_next_to_no_load():
+  layers = [[100, 0, 100, 0], [100, 100, 100, 100]]
+  others = [[100, 1], [0, 0]]  # 1 is 2 % of the mean; nothing ran: none died
+  assert balance_metrics(said(layers, others))["dead"] == 2 / 12
+  few = [[1000, 4]]  # 0.8 % of the mean
+  assert balance_metrics(said(few))["dead"] == 1 / 2
+
+
+@pytest.mark.parametrize(
+  ("load", "k", "wanted"),
+  [
+    ([[5, 5, 5, 5]], 1, 0),
+    ([[20, 0, 0, 0]], 1, 1),
+    ([[10, 10, 0, 0]], 2, 1),
+    ([[10, 10, 0, 0]], 1, 2 / 3),  # two of four: 4 - 2 of 4 - 1
+    ([[5, 5, 5, 5], [0, 9, 0, 0]], 1, 1),  # the worst layer
+    ([[5, 5]], 2, 0),  # all of them, always: nothing to choose
+    ([[0, 0, 0]], 1, 0),  # nothing ran
+  ],
+)
+def test_collapse_is_how_far_the_load_is_from_even(load, k, wanted):
+  found = balance_metrics(said(load, k=k))["collapse"]
+  assert found == pytest.approx(wanted, abs=1e-6)
 
 
 def test_dropped_is_the_share_of_what_was_asked_for():
