@@ -11,6 +11,7 @@ Axes: D features, E experts, K choices per item.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
