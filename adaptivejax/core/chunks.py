@@ -4,9 +4,11 @@
 Axes: N items, C rows of one chunk.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
@@ -77,14 +79,27 @@ def run_cover(
 
     # The conditional: XLA hoists the invariant part of a body out of its loop,
     # and would run it even where the loop has no rounds.
-    state = lax.cond(
-      rounds > 0,
-      lambda s, rounds=rounds, body=body: lax.fori_loop(0, rounds, body, s),
-      lambda s: s,
-      state,
-    )
+    with chunk_scope(cover, size, n):
+      state = lax.cond(
+        rounds > 0,
+        lambda s, rounds=rounds, body=body: lax.fori_loop(0, rounds, body, s),
+        lambda s: s,
+        state,
+      )
     done += rounds * size
   return state, done.astype(jnp.float32)
+
+
+def chunk_scope(
+  cover: Cover, size: int, rows: int
+) -> contextlib.AbstractContextManager:
+  """Names the loop over the chunks of one size, for who reads the program.
+
+  How often it runs is data: the name says of how many `rows` at most, counted
+  once, for the largest size of a cover (`training.hlo_cost`).
+  """
+  rows = rows if size == max(cover.sizes) else 0
+  return jax.named_scope(f"rows_{rows}/of_{size}")
 
 
 def fill(a: Array, mask: Bool[Array, " N"], order: Int[Array, " N"]) -> Array:

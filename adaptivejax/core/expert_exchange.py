@@ -45,6 +45,7 @@ class Layout(NamedTuple):
     local: L.
     chunks: independent parts of an exchange.
     axes: mesh axes over which anything differs.
+    asked: rows that a device computes where the load is even.
   """
 
   axis: Axis
@@ -52,6 +53,7 @@ class Layout(NamedTuple):
   local: int
   chunks: int
   axes: frozenset[str]
+  asked: int
 
 
 class Queue(NamedTuple):
@@ -114,7 +116,9 @@ def home(experts: Array, local: int) -> Array:
   return jnp.where(experts >= 0, experts // local, NOBODY)
 
 
-def _exchange(f: RowFunction, at: Layout, cover: Cover, own: int) -> Callable:
+def _exchange(
+  f: RowFunction, at: Layout, cover: Cover, own: int, together
+) -> Callable:
   """`(rows [G, C, ...], weight, expert, theta) -> (sums, slots)`."""
   send = lambda a: lax.all_to_all(a, at.axis, 0, 0, tiled=True)
   fold = lambda a: a.reshape(-1, *a.shape[2:])
@@ -123,14 +127,17 @@ def _exchange(f: RowFunction, at: Layout, cover: Cover, own: int) -> Callable:
     params, shared = theta[:own], theta[own:]
     plan = dispatch(fold(expert), fold(weight), at.local)
     apply = lambda r, p: f.apply([r], [*p, *shared])[0]
-    y, cost = expert_apply(apply, fold(rows), plan, params, cover=cover)
+    y, cost = expert_apply(
+      apply, fold(rows), plan, params, together=together, cover=cover
+    )
     return y.reshape(*rows.shape[:2], *y.shape[1:]), cost.capacity
 
   def run(rows, weight, expert, theta):
     split = lambda a: jnp.split(a, at.chunks, axis=1)
     parts = zip(split(rows), split(weight), split(expert))
     arrived = [[send(a) for a in part] for part in parts]
-    made = [compute(r, w, e, theta) for r, w, e in arrived]
+    with jax.named_scope(f"asked_{at.asked // at.chunks}"):
+      made = [compute(r, w, e, theta) for r, w, e in arrived]
     sums = jnp.concatenate([send(y) for y, _ in made], axis=1)
     return vary(sums, at.axes), sum(slots for _, slots in made)
 
@@ -138,7 +145,12 @@ def _exchange(f: RowFunction, at: Layout, cover: Cover, own: int) -> Callable:
 
 
 def executor(
-  f: RowFunction, at: Layout, capacity: Cover, cover: Cover, own: int
+  f: RowFunction,
+  at: Layout,
+  capacity: Cover,
+  cover: Cover,
+  own: int,
+  together: Callable[..., Array] | None = None,
 ) -> Callable:
   """`(theta, x, weights, experts, queue, trips) -> (y, slots)`, and gradient.
 
@@ -147,10 +159,11 @@ def executor(
     at: where the experts are.
     capacity: sizes of one exchange; `trips` says how often each takes place.
     cover: chunk sizes for the rows of one expert.
+    together: as in `expert_apply`, of those leaves as a list.
   """
   (out,) = f.out_avals
   wide = jnp.promote_types(out.dtype, jnp.float32)  # a sum over devices
-  exchange = _exchange(f, at, cover, own)
+  exchange = _exchange(f, at, cover, own, together)
   zeros = lambda shape, dtype: vary(jnp.zeros(shape, dtype), at.axes)
   total = lambda a: zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32))
   narrow = lambda total, a: total.astype(a.dtype)
@@ -207,11 +220,13 @@ def _rounds(capacity: Cover, trips, step: Callable, state: Any) -> Any:
   done = jnp.zeros((), jnp.int32)
   for size, rounds in zip(capacity.sizes, trips, strict=True):
     body = lambda i, s, size=size, done=done: step(done + i * size, size, s)
-    state = lax.cond(  # see `run_cover`
-      rounds > 0,
-      lambda s, n=rounds, body=body: lax.fori_loop(0, n, body, s),
-      lambda s: s,
-      state,
-    )
+    even = int(size == min(capacity.sizes))  # one will do: see `chunk_scope`
+    with jax.named_scope(f"once_{even}"):
+      state = lax.cond(  # see `run_cover`
+        rounds > 0,
+        lambda s, n=rounds, body=body: lax.fori_loop(0, n, body, s),
+        lambda s: s,
+        state,
+      )
     done += rounds * size
   return state

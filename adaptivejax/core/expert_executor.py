@@ -116,7 +116,9 @@ def executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
       return add_rows(chunk, y, plan.item, new)
 
     start = zeros((x.shape[0], *out.shape[1:]), wide, axes)
-    y, slots = run_groups(cover, plan.sizes, step, start)
+    y, slots = run_groups(
+      cover, plan.sizes, step, start, rows=plan.item.shape[0]
+    )
     return y.astype(out.dtype), slots
 
   def forward(theta, x, plan):
@@ -138,7 +140,9 @@ def executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
     keep = kept(plan, x.shape[0])
     store = [zeros((keep, *a.shape[1:]), a.dtype, axes) for a in shapes]
     start = zeros((x.shape[0], *out.shape[1:]), wide, axes), store
-    (y, store), slots = run_groups(cover, plan.sizes, step, start)
+    (y, store), slots = run_groups(
+      cover, plan.sizes, step, start, rows=plan.item.shape[0]
+    )
     return y.astype(out.dtype), slots, store
 
   def backward(theta, x, plan, store, dy):
@@ -188,7 +192,9 @@ def executor(f: RowFunction, cover: Cover, shared: int) -> Callable:
       zeros(plan.weight.shape, wide, axes),
       [zeros(a.shape, wider(a), axes) for a in differentiable(theta)],
     )
-    (dx, dweight, dtheta), _ = run_groups(cover, plan.sizes, step, start)
+    (dx, dweight, dtheta), _ = run_groups(
+      cover, plan.sizes, step, start, rows=plan.item.shape[0]
+    )
     narrow = [d.astype(a.dtype) for d, a in zip(dtheta, differentiable(theta))]
     return narrow, dx.astype(x.dtype), dweight.astype(plan.weight.dtype)
 

@@ -107,9 +107,10 @@ def kernel_executor(
     slots = kept(plan, x.shape[0])
     plan = plan._replace(item=plan.item[:slots], weight=plan.weight[:slots])
     params = jax.tree.unflatten(tree, theta[: tree.num_leaves])
-    rows = together(
-      spread(x, plan), params, functools.partial(product, sizes=plan.sizes)
-    )
+    with jax.named_scope(f"rows_{slots}"):  # see `chunk_scope`
+      rows = together(
+        spread(x, plan), params, functools.partial(product, sizes=plan.sizes)
+      )
     y = combine(rows, plan, x.shape[0], out.dtype)
     return y, plan.sizes.sum().astype(jnp.float32)
 

@@ -10,8 +10,8 @@ choices and their weights, and comes back as one weighted sum.
 
 * Exact and dropless under any skew.  An all_to_all has a static size, C rows
   from each device to each; a cover (`core.covers`) of the fullest destination
-  says which sizes are exchanged, and how often.  The default is a ladder around
-  the balanced load whose top repeats, so memory is bounded, too.
+  says which sizes are exchanged, and how often.  The default is a little above
+  the balanced load, and repeats, so memory is bounded, too.
 * No deadlock: the fullest destination is `pmax`-ed over all devices, so each
   runs the same exchanges, backward as forward; operands are made device-varying
   before (`core.varying`), so no other collective gets in.
@@ -59,6 +59,7 @@ def expert_apply_parallel(
   axis: Axis = "expert",
   width: Axis | None = None,
   chunks: int = 1,
+  together: Callable[..., Array] | None = None,
   capacity: Cover | None = None,
   cover: Cover | None = None,
 ) -> tuple[Float[Array, "N ..."], Cost]:
@@ -77,6 +78,8 @@ def expert_apply_parallel(
     chunks: independent parts that each exchange is cut into, so that one may
       travel while another is computed (static).  On TPU it does with
       `xla_tpu_enable_async_all_to_all`, by the compiler's schedule for v5e.
+    together: `f` of all rows of a device at once, as in `expert_apply`, which
+      is what runs on a TPU.
     capacity: cover of the rows from one device to another (static);
       `exchange_cover` if not given.
     cover: chunk sizes for the rows of one expert, as for `expert_apply`.
@@ -109,13 +112,19 @@ def expert_apply_parallel(
   leaves = jax.tree.leaves(params)
   theta = [*leaves, *theta[len(leaves) :]]
 
-  at = Layout(axis, groups, local, chunks, axes)
+  at = Layout(axis, groups, local, chunks, axes, n * k)
   queue = Queue.of(experts, at, max(capacity.sizes))
   everyone = jax.sharding.get_abstract_mesh().manual_axes
   need = vary(queue.count.max(), frozenset(everyone) if own else own)
   need = lax.pmax(need, everyone)
   trips = capacity.trips(_of_the_batch(need))
-  run = executor(function, at, capacity, cover, len(leaves))
+  of_leaves = None
+  if together is not None and len(theta) == len(leaves):  # nothing is shared
+    tree = jax.tree.structure(params)
+    of_leaves = lambda rows, leaves, product: together(
+      rows, jax.tree.unflatten(tree, leaves), product
+    )
+  run = executor(function, at, capacity, cover, len(leaves), of_leaves)
   y, slots = run(theta, x, weights, experts, queue, trips)
   if width is not None:
     y = lax.psum(y, width)
@@ -132,9 +141,10 @@ def expert_apply_parallel(
 def exchange_cover(
   items: int, choices: int, groups: int, chunks: int = 1
 ) -> Cover:
-  """Rows from one device to another: 1.25 and 2 times the balanced load.
+  """Rows from one device to another: 1.25 times the balanced load.
 
-  Where routing is skewed beyond, the larger is exchanged again and again.
+  Where routing is skewed beyond, as many are exchanged again and again.  Each
+  size more is a program more to compile, on a TPU some dozen kernels.
 
   Args:
     items: of one device (static), as are all others.
@@ -149,8 +159,7 @@ def exchange_cover(
     )
   balanced = items * (1 - (1 - 1 / groups) ** choices)
   unit = chunks * max(1, 8 // chunks)
-  sizes = {min(items, slack * balanced) / unit for slack in (1.25, 2)}
-  return ladder(*sorted({math.ceil(size) * unit for size in sizes}))
+  return ladder(math.ceil(min(items, 1.25 * balanced) / unit) * unit)
 
 
 _of_the_batch = with_rule(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from adaptivejax.core.chunks import chunk_scope
 from adaptivejax.core.covers import Cover
 
 
@@ -47,6 +48,8 @@ def run_groups(
   sizes: Int[Array, " G"],
   step: Callable[[GroupChunk, Any], Any],
   state: Any,
+  *,
+  rows: int,
 ) -> tuple[Any, Array]:
   """Runs `step(chunk, state)` over the chunks of all groups.
 
@@ -55,6 +58,7 @@ def run_groups(
     sizes: slots of each group, which follow one another.
     step: what to do with a chunk.
     state: of the loop.
+    rows: M, slots of all groups at most (static).
 
   Returns:
     The state, and the slots that were executed, f32[].
@@ -71,12 +75,13 @@ def run_groups(
       live = jnp.arange(size) < sizes[group] - before
       return step(GroupChunk(group, first[group] + before, live), state)
 
-    state = lax.cond(  # see `run_cover`
-      ends[-1] > 0,
-      lambda s, n=ends[-1], body=body: lax.fori_loop(0, n, body, s),
-      lambda s: s,
-      state,
-    )
+    with chunk_scope(cover, size, rows):
+      state = lax.cond(  # see `run_cover`
+        ends[-1] > 0,
+        lambda s, n=ends[-1], body=body: lax.fori_loop(0, n, body, s),
+        lambda s: s,
+        state,
+      )
     done += rounds * size
     slots += (ends[-1] * size).astype(jnp.float32)
   return state, slots

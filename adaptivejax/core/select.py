@@ -14,6 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from adaptivejax.core.per_device import (
+  BATCH_AXES,
+  Layout,
+  dividing,
+  on_each_device,
+)
+
 
 def compact(mask: Bool[Array, " N"]) -> tuple[Int[Array, " N"], Int[Array, ""]]:
   """Lists the selected items in ascending order.
@@ -54,14 +61,20 @@ def top_k(
 def best(scores: Float[Array, "... N"], k: int) -> Int[Array, "... K"]:
   """The `k` items of highest score (static) as a list, the best first.
 
-  There are always k: NaN counts as -inf, and -0 as 0.
+  There are always k: NaN counts as -inf, and -0 as 0.  Under an ambient mesh
+  each device ranks its own rows: some compilers would bring all together.
   """
   n = scores.shape[-1]
   if not 1 <= k <= n:
     raise ValueError(f"{k=} must be at least 1 and at most the {n} items.")
-  scores = scores.astype(jnp.float32)
+  scores = jax.lax.stop_gradient(scores).astype(jnp.float32)
   scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-  return jax.lax.top_k(jnp.where(scores == 0, 0, scores), k)[1]
+  scores = jnp.where(scores == 0, 0, scores)
+  rank = lambda scores, _: (jax.lax.top_k(scores, k)[1], ())
+  rows = dividing(BATCH_AXES, scores.shape[0]) if scores.ndim > 1 else ()
+  if rows:
+    return on_each_device(rank, scores, (), Layout(rows))[0]
+  return rank(scores, ())[0]
 
 
 def top_p(

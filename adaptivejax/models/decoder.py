@@ -25,6 +25,7 @@ from adaptivejax.nn.block import Layer
 from adaptivejax.nn.linear import linear
 from adaptivejax.nn.looks import empty_cache_of, refuse_drafts
 from adaptivejax.nn.stack import plain
+from adaptivejax.nn.stacked import stacked
 
 
 class LMOutput(NamedTuple):
@@ -69,15 +70,7 @@ class DecoderLM(nnx.Module):
     rngs: nnx.Rngs,
   ):
     make = layer or (lambda rngs: decoder_block(config, rngs))
-    first = make(rngs)
-    _refuse_looking_ahead(first)
-    if config.layers % first.depth:
-      raise ValueError(
-        f"{config.layers=} must be a multiple of the {first.depth} layers that"
-        " repeat together."
-      )
-    rest = [make(rngs) for _ in range(config.layers // first.depth - 1)]
-    self.layers = jax.tree.map(lambda *a: jnp.stack(a), first, *rest)
+    self.layers = stacked(make, lambda one: _repeats(config, one), rngs)
     init = jax.nn.initializers.normal(config.features**-0.5)
     self.embedding = nnx.Param(
       init(rngs.params(), (config.vocab, config.features))
@@ -207,6 +200,17 @@ def _check_cache(cache: KVCache, model: DecoderLM, batch: int) -> None:
       f" {wanted.k.shape}, with what its looks keep beside: make it with"
       f" `model.empty_cache({batch}, slots)`."
     )
+
+
+def _repeats(config: DecoderConfig, layer: Layer) -> int:
+  """How many such layers are stacked."""
+  _refuse_looking_ahead(layer)
+  if config.layers % layer.depth:
+    raise ValueError(
+      f"{config.layers=} must be a multiple of the {layer.depth} layers that"
+      " repeat together."
+    )
+  return config.layers // layer.depth
 
 
 def _refuse_looking_ahead(layer: Layer) -> None:

@@ -28,7 +28,6 @@ from adaptivejax.nn.experts import (
   apply_experts,
   apply_masked_experts,
   expert_signals,
-  stacked,
 )
 from adaptivejax.nn.functional import functional
 from adaptivejax.nn.lens import Lens, Through, lens_loss, through_lens
@@ -66,6 +65,7 @@ from adaptivejax.nn.stack import (
   present,
   run_layers,
 )
+from adaptivejax.nn.stacked import stacked
 from adaptivejax.nn.window import Window
 from adaptivejax.nn.zero_computation import ZeroComputationExperts
 

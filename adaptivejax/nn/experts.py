@@ -12,7 +12,6 @@ Axes: D features, E experts, K choices per item.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,15 +40,6 @@ from adaptivejax.nn.routing import Routing, only_live
 
 Here = Callable[[Mlp, Array, Array, Array], tuple[Array, Cost]]
 """`(experts, x [N, D], chosen i32[N, K], weights [N, K]) -> (y, cost)`."""
-
-
-def stacked(make: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:
-  """`count` modules of the same shape as one, parameters stacked in front."""
-  if count < 1:
-    raise ValueError(f"there must be at least 1 expert; got {count=}.")
-  return jax.tree.map(
-    lambda *a: jnp.stack(a), *[make(rngs) for _ in range(count)]
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +287,7 @@ def _there(
       axis=over.axis,
       width=over.width,
       chunks=over.chunks,
+      together=lambda r, m, product: m.rows(r, product),
     )
   # what is the same on all slices is summed over them outside of the loops
   x, weights = vary((x, weights), varying_axes(experts))

@@ -9,9 +9,11 @@ Axes: B batch, T queries, S keys, H query heads, W head width, Q query tiles, K
 key blocks, L layers, C looks.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -50,7 +52,13 @@ class SparsePrefill(Look):
     block_kv: keys of a block (static).
     room: columns that a head may choose (static); any number if not given.
     level: of the `Setting`: 0 is the whole budget, 1 what is always seen.
+
+  Attributes:
+    most: blocks that a tile is meant to list, if known: no bound, but what who
+      reads the compiled program may reckon with (static).
   """
+
+  most: int | None = None
 
   def __init__(
     self,
@@ -83,6 +91,11 @@ class SparsePrefill(Look):
     """What the level leaves of all."""
     return 1 - self.level.get_value().astype(jnp.float32)
 
+  def _told(self, blocks: int) -> contextlib.AbstractContextManager:
+    """Names the kernel's work in the program: see `core.chunks.chunk_scope`."""
+    asked = blocks if self.most is None else min(self.most, blocks)
+    return jax.named_scope(f"rows_{blocks}/asked_{asked}")
+
   def choose(
     self,
     q: Float[Array, "B T H W"],
@@ -111,7 +124,8 @@ class SparsePrefill(Look):
     chosen = self.choose(q, keys, positions, layer)
     if chosen.columns is None:
       lists = lists_from_mask(chosen.mask, **self.blocks)
-      found, spent = attend_blocks(q, keys, lists, positions)
+      with self._told(chosen.mask.shape[-1]):
+        found, spent = attend_blocks(q, keys, lists, positions)
       out = found.out
     else:
       out, spent = attend_columns(

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The train step of a config, compiled for devices that need not be here.
+"""The programs of a config, compiled for devices that need not be here.
 
-The real compiler of the chip makes the program, and says what it holds and
-sends; a time is estimated from the peaks of the data sheet, as if computing,
-memory and network each ran at theirs: no program is faster.
+The real compiler of the chip makes the train step and the decode step, from
+shapes alone, and its text is read: what it holds, computes, moves and sends
+(`training.hlo_cost`).  A time is estimated from the peaks of the data sheet, as
+if computing, memory and network each ran at theirs: no program is faster.
 """
 
 import dataclasses
 import math
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +22,14 @@ from jax.sharding import PartitionSpec as P
 from adaptivejax.training.chips import Chip, devices_of
 from adaptivejax.training.collectives import (
   Collective,
+  branches,
   collectives,
-  conditionals,
   kernels,
 )
 from adaptivejax.training.config import TrainConfig
+from adaptivejax.training.decoding import Decoding, abstract_decoding
+from adaptivejax.training.hlo import Module
+from adaptivejax.training.hlo_cost import Work, largest, work
 from adaptivejax.training.mesh import (
   Placed,
   batch_spec,
@@ -35,6 +40,9 @@ from adaptivejax.training.mesh import (
 from adaptivejax.training.optimizer import make_optimizer
 from adaptivejax.training.placement import abstract_start
 from adaptivejax.training.step import make_step
+
+SHARES = (1.0, 0.5, 0.25)
+"""Of what the data could ask for, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +57,13 @@ class Compiled:
     memory: bytes of HBM there are.
     arguments: bytes of the state and the batch.
     temporaries: bytes beside them while it runs.
-    flops: as the compiler counts them: of a conditional the dearest branch, of
-      a loop one round where it does not know how many.
-    bytes: that it reads and writes.
+    work: FLOPs and bytes, those that data decide about apart.
     collectives: what it sends.
-    branches: conditionals and loops in the text of the program.
-    kernels: custom calls of kernels.
+    conditionals, loops: in the text of the program.
+    kernels: custom calls of kernels, by name.
+    largest: bytes, shape and origin of its largest arrays.
     seconds: least time of computing, memory and network, by name.
-    compile_seconds: tracing and compiling, here.
+    trace_seconds, compile_seconds: of processor time, here.
   """
 
   name: str
@@ -66,22 +73,39 @@ class Compiled:
   memory: float
   arguments: int
   temporaries: int
-  flops: float
-  bytes: float
+  work: Work
   collectives: list[Collective]
-  branches: int
+  conditionals: int
+  loops: int
   kernels: dict[str, int]
+  largest: list[tuple[int, str, str]]
   seconds: dict[str, float]
+  trace_seconds: float
   compile_seconds: float
 
   @property
+  def held(self) -> int:
+    """Bytes of memory."""
+    return self.arguments + self.temporaries
+
+  @property
   def fits(self) -> bool:
-    return self.arguments + self.temporaries <= self.memory
+    return self.held <= self.memory
+
+  @property
+  def flops(self) -> float:
+    """At most, whatever the data ask for."""
+    return self.work.at(1.0)[0]
 
   def as_json(self) -> dict[str, Any]:
     """Plain values."""
-    sent = [c._asdict() for c in self.collectives]
-    plain = dataclasses.asdict(self) | {"collectives": sent}
+    plain = dataclasses.asdict(self)
+    plain["work"] = self.work._asdict()
+    plain["collectives"] = [c._asdict() for c in self.collectives]
+    plain["shares"] = {
+      str(share): dict(zip(("flops", "bytes"), self.work.at(share)))
+      for share in SHARES
+    }
     return plain | {"fits": self.fits}
 
 
@@ -89,36 +113,99 @@ def compile_step(config: TrainConfig, topology: str) -> Compiled:
   """Compiles the train step of `config` for a topology.
 
   Raises:
-    ValueError: no such topology or compiler, or the mesh does not fit it.
+    ValueError: no such topology or compiler, the mesh does not fit it, or the
+      compiler finds no room for the program.
   """
   chip, devices = devices_of(topology)
-  began = time.perf_counter()
   mesh = make_mesh(config.mesh, devices)
-  check_batch(config.data.batch, mesh)
-  optimizer = make_optimizer(config.optimizer, config.steps)
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+  check_batch(config.data.batch, mesh, config.data.context)
+
+  def lower():
+    optimizer = make_optimizer(config.optimizer, config.steps)
     where, join, state = abstract_start(config, optimizer, mesh)
     shape = config.data.batch, config.data.context + 1
-    batch = jax.ShapeDtypeStruct(
-      shape, jnp.int32, sharding=NamedSharding(mesh, batch_spec())
-    )
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(
-      key.shape, key.dtype, sharding=NamedSharding(mesh, P())
-    )
+    batch = _laid(jax.ShapeDtypeStruct(shape, jnp.int32), mesh, batch_spec())
+    key = _laid(jax.eval_shape(lambda: jax.random.key(0)), mesh, P())
     step: Any = make_step(config, join, optimizer, where)
-    program = step.lower(state, batch, key).compile()
-  took = time.perf_counter() - began
-  return read(program, "train step", topology, chip, dict(mesh.shape), took)
+    return step.lower(state, batch, key)
+
+  return _compiled("train step", lower, topology, chip, mesh)
+
+
+def compile_decoding(
+  config: TrainConfig, decoding: Decoding, topology: str
+) -> Compiled:
+  """Compiles one step of `decoding` with the model of `config`.
+
+  Raises:
+    ValueError: as `compile_step`.
+  """
+  chip, devices = devices_of(topology)
+  mesh = make_mesh(decoding.mesh or config.mesh, devices)
+
+  def lower():
+    step, arguments = abstract_decoding(config, decoding, mesh)
+    return step.lower(*arguments)
+
+  return _compiled("decode step", lower, topology, chip, mesh)
 
 
 def places(config: TrainConfig, devices: Sequence[jax.Device]) -> list[Placed]:
   """Where each array of the state of `config` lies on these devices."""
   mesh = make_mesh(config.mesh, devices)
-  check_batch(config.data.batch, mesh)
+  check_batch(config.data.batch, mesh, config.data.context)
   optimizer = make_optimizer(config.optimizer, config.steps)
   _, _, state = abstract_start(config, optimizer, mesh)
   return place(state, config.mesh, mesh)
+
+
+def _laid(shape: jax.ShapeDtypeStruct, mesh, spec: P) -> jax.ShapeDtypeStruct:
+  where = NamedSharding(mesh, spec)
+  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+
+def _compiled(
+  name: str,
+  lower: Callable[[], jax.stages.Lowered],
+  topology: str,
+  chip: Chip,
+  mesh: jax.sharding.Mesh,
+) -> Compiled:
+  began = time.process_time()
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    lowered = lower()
+    traced = time.process_time()
+    try:
+      program = lowered.compile()
+    except Exception as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      told = f"the {name} does not fit {topology}: {no_room(str(error))}"
+      raise ValueError(told) from None
+  took = traced - began, time.process_time() - traced
+  return read(program, name, topology, chip, dict(mesh.shape), took)
+
+
+def no_room(said: str) -> str:
+  """In one line, what the TPU compiler says where memory is too small."""
+  used = re.search(
+    r"Used (\S+) of (\S+) hbm\. Exceeded hbm capacity by (\S+?)\.?\s", said
+  )
+  sizes = re.findall(
+    r"Size: (\S+)\s+(?:Operator: [^\n]*?op_name=\"([^\"]*)\"[^\n]*\s+)?"
+    r"Shape: ([^\s{]+)",
+    said,
+  )
+  arrays = "; ".join(
+    f"{shape} {size}" + (f" ({label.rpartition('jit(')[2]})" if label else "")
+    for size, label, shape in sizes[:5]
+  )
+  room = (
+    f"it needs {used[1]} of {used[2]} on a device, {used[3]} too much"
+    if used
+    else said.splitlines()[0]
+  )
+  return room + (f"; the largest arrays: {arrays}" if arrays else "")
 
 
 def read(
@@ -127,14 +214,14 @@ def read(
   topology: str,
   chip: Chip,
   mesh: dict[str, int],
-  compile_seconds: float,
+  took: tuple[float, float],
 ) -> Compiled:
-  """What a compiled program says of itself."""
-  hlo = program.as_text() or ""
+  """What a compiled program says of itself; it took so long to make."""
+  module = Module.parse(program.as_text() or "")
   memory: Any = program.memory_analysis()
-  costs: Any = program.cost_analysis() or {}
-  sent = collectives(hlo, mesh)
-  flops, moved = costs.get("flops", 0.0), costs.get("bytes accessed", 0.0)
+  sent, done = collectives(module, mesh), work(module)
+  flops, moved = done.at(1.0)
+  conditionals, loops = branches(module)
   return Compiled(
     name=name,
     topology=topology,
@@ -145,15 +232,17 @@ def read(
     temporaries=memory.temp_size_in_bytes
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes,
-    flops=flops,
-    bytes=moved,
+    work=done,
     collectives=sent,
-    branches=conditionals(hlo),
-    kernels=dict(kernels(hlo)),
+    conditionals=conditionals,
+    loops=loops,
+    kernels=dict(kernels(module)),
+    largest=largest(module),
     seconds={
       "compute": flops / chip.flops,
       "memory": moved / chip.bandwidth,
       "network": sum(c.bytes for c in sent) / chip.network,
     },
-    compile_seconds=compile_seconds,
+    trace_seconds=took[0],
+    compile_seconds=took[1],
   )

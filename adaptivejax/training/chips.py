@@ -5,6 +5,7 @@ A topology is `chip:shape`: `v5e:16x16`, `v5p:8x8x8`, `h100:8`, and `cpu:8` for
 fake devices of this machine.
 """
 
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -42,7 +43,10 @@ CHIPS = {
   "h100": Chip("cuda", 989e12, 80 * GB, 3352 * GB, 450 * GB),
   "cpu": Chip("cpu", 1e11, 8 * GIB, 20 * GB, 10 * GB),
 }
-"""Peaks of data sheets; those of `cpu` are of no particular machine."""
+"""Peaks of data sheets, as published at
+https://cloud.google.com/tpu/docs/v4 (and v5e, v5p, v6e) and
+https://www.nvidia.com/en-us/data-center/h100/ (SXM, without sparsity; NVLink in
+one direction); those of `cpu` are of no particular machine."""
 
 
 def devices_of(topology: str) -> tuple[Chip, list[jax.Device]]:
@@ -63,17 +67,17 @@ def devices_of(topology: str) -> tuple[Chip, list[jax.Device]]:
 
 
 def _tpu(topology: str, shape: str) -> list[jax.Device]:
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError(
+      "the compiler of TPUs is not installed: pip install 'adaptivejax[tpu]'"
+      " (700 MB)"
+    )
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   try:
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
   except Exception as error:
     reason = str(error).splitlines()[0]
-    if "libtpu" in reason.lower() or "plugin" in reason.lower():
-      raise ValueError(
-        "the compiler of TPUs is not installed: pip install 'adaptivejax[tpu]'"
-        f" (700 MB) ({reason})"
-      ) from None
     raise ValueError(f"there is no topology {topology!r}: {reason}") from None
   return list(found.devices)
 
@@ -81,6 +85,12 @@ def _tpu(topology: str, shape: str) -> list[jax.Device]:
 def _h100(topology: str, shape: str) -> list[jax.Device]:
   if not shape.isdigit() or not 1 <= int(shape) <= 8:
     raise ValueError(f"topology {topology!r}: one machine has 1 to 8 H100s")
+  plugins = "jax_cuda13_plugin", "jax_cuda12_plugin"
+  if not any(map(importlib.util.find_spec, plugins)):
+    raise ValueError(
+      "the compiler of GPUs is not installed: pip install 'adaptivejax[cuda]'"
+      " (3 GB)"
+    )
   os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
   try:
     found = topologies.get_topology_desc(
@@ -88,8 +98,7 @@ def _h100(topology: str, shape: str) -> list[jax.Device]:
     )
   except Exception as error:
     raise ValueError(
-      "the compiler of GPUs is not installed: pip install 'adaptivejax[cuda]'"
-      f" (3 GB) ({str(error).splitlines()[0]})"
+      f"the compiler of GPUs does not start: {str(error).splitlines()[0]}"
     ) from None
   return list(found.devices)
 

@@ -3,11 +3,14 @@
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+
+from adaptivejax.training.hlo import Module, Op
+from adaptivejax.training.hlo_cost import walk
 
 KINDS = (
   "all-gather",
@@ -17,9 +20,7 @@ KINDS = (
   "ragged-all-to-all",
   "reduce-scatter",
 )
-BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
-LINE = re.compile(rf"= (?P<shape>.+?) (?P<kind>{'|'.join(KINDS)})(-start)?\(")
-ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+KERNEL = re.compile(r"tpu_custom_call|mosaic_gpu")
 
 
 class Collective(NamedTuple):
@@ -28,9 +29,10 @@ class Collective(NamedTuple):
   Attributes:
     kind: such as `all-gather`.
     axes: mesh axes, joined by +; `?` where no axes make up the groups.
-    count: in a run; those in a loop whose rounds are not known count once.
+    count: in a run, as `hlo_cost` counts rounds and branches.
     sites: in the text of the program.
     bytes: that one device gets by all of them.
+    largest: shape of the largest result.
   """
 
   kind: str
@@ -38,82 +40,57 @@ class Collective(NamedTuple):
   count: int
   sites: int
   bytes: int
+  largest: str
 
 
-def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
+def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
   """All of a program for the devices of a mesh, the largest first."""
   groups = _groups_by_axes(mesh)
-  count: Counter[tuple[str, str]] = Counter()
-  sites, size = Counter(count), Counter(count)
-  for rounds, line in _lines(hlo):
-    if found := LINE.search(line):
-      key = found["kind"], _axes(line, groups, mesh)
-      count[key] += rounds
-      sites[key] += 1
-      size[key] += rounds * _bytes(found["shape"], start="-start(" in line)
-  made = [Collective(*key, count[key], sites[key], size[key]) for key in count]
+  count: dict[tuple[str, str], float] = defaultdict(float)
+  sites: Counter[tuple[str, str]] = Counter()
+  size, widest = defaultdict(float), {}
+  for visit in walk(module):
+    op = visit.op
+    kind = op.kind.removesuffix("-start")
+    if kind not in KINDS:
+      continue
+    key = kind, _axes(op.attributes, groups, mesh)
+    count[key] += visit.times
+    sites[key] += 1
+    size[key] += visit.times * _bytes(op)
+    array = max(op.arrays, key=lambda a: a.bytes)
+    if key not in widest or array.bytes > widest[key].bytes:
+      widest[key] = array
+  made = [
+    Collective(
+      *key, round(count[key]), sites[key], round(size[key]), str(widest[key])
+    )
+    for key in count
+  ]
   return sorted(made, key=lambda c: -c.bytes)
 
 
-def _lines(hlo: str) -> Iterator[tuple[int, str]]:
-  """Every instruction, and how often it runs: the rounds of loops around it."""
-  bodies: dict[str, list[str]] = {}
-  entry = name = ""
-  for line in hlo.splitlines():
-    if found := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-      name = found[2]
-      bodies[name] = []
-      entry = name if found[1] else entry
-    elif name:
-      bodies[name].append(line)
-  rounds: Counter[str] = Counter({entry: 1})
-  waiting = [entry]
-  while waiting:
-    name = waiting.pop()
-    for line in bodies.get(name, ()):
-      known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-      times = rounds[name] * (int(known[1]) if known else 1)
-      for called in _called(line):
-        if called in bodies and called not in rounds:
-          rounds[called] = times
-          waiting.append(called)
-  for name, lines in bodies.items():
-    yield from ((max(rounds[name], 1), line) for line in lines)
+def branches(module: Module) -> tuple[int, int]:
+  """Conditionals, and loops, in the text of a program."""
+  kinds = Counter(op.kind for op in module.ops())
+  return kinds["conditional"], kinds["while"]
 
 
-def _called(line: str) -> list[str]:
-  """Computations that an instruction runs."""
-  many = re.findall(r"branch_computations=\{([^}]*)\}", line)
-  one = re.findall(
-    r"(?:body|condition|calls|to_apply|true_computation|false_computation)"
-    r"=%?([\w.\-]+)",
-    line,
-  )
-  listed = [name for names in many for name in names.split(",")]
-  return one + [name.strip().lstrip("%") for name in listed]
-
-
-def conditionals(hlo: str) -> int:
-  """Branches that are still branches, and loops."""
-  return len(re.findall(r"= .+? (?:conditional|while)\(", hlo))
-
-
-def kernels(hlo: str) -> Counter[str]:
+def kernels(module: Module) -> Counter[str]:
   """Custom calls of kernels by name."""
-  found = re.findall(
-    r'custom_call_target="(tpu_custom_call|mosaic_gpu[^"]*)"', hlo
-  )
-  return Counter(found)
+  found = Counter()
+  for op in module.ops():
+    target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
+    if target and KERNEL.match(target[1]):
+      path = op.label.removesuffix("/pallas_call")
+      found[path.rpartition("/")[2] or op.name] += 1
+  return found
 
 
-def _bytes(shape: str, *, start: bool) -> int:
+def _bytes(op: Op) -> int:
   """Of the result; a `start` has operands and results in a tuple."""
-  sizes = []
-  for kind, dims in ARRAY.findall(shape):
-    bits = BITS.get(kind) or int(re.sub(r"\D", "", kind) or 32)
-    elements = math.prod(int(n) for n in dims.split(",") if n)
-    sizes.append(elements * bits // 8)
-  if start and len(sizes) > 1:
+  sizes = [array.bytes for array in op.arrays]
+  if op.kind.endswith("-start") and len(sizes) > 1:
     return max(sizes)
   return sum(sizes)
 

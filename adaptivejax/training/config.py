@@ -7,11 +7,13 @@ set on the command line (`--steps 500 --data.batch 8`), the callables cannot.
 
 import dataclasses
 import importlib.util
+import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from flax import nnx
 
@@ -55,6 +57,9 @@ class TrainConfig:
 
   mesh: MeshConfig = field(default_factory=MeshConfig)
   """Devices, and where arrays lie on them; a run may go on with another."""
+
+  precision: Literal["float32", "bfloat16"] = "float32"
+  """What a step computes in; parameters and their moments stay float32."""
 
   steps: int = 1000
   """Updates of the parameters."""
@@ -113,12 +118,20 @@ def load_config(path: Path) -> TrainConfig:
   return run_config(path, TrainConfig)
 
 
-def run_config(path: Path, kind: type[C]) -> C:
+def run_config(
+  path: Path, kind: type[C], name: str = "config", **given: Any
+) -> C:
   """Runs a config file and returns what its `config()` returns.
+
+  Args:
+    path: the file.
+    kind: what is to come back.
+    name: of another function of the file.
+    given: arguments of the function.
 
   Raises:
     ValueError: no such file, or it has no function `config` that returns a
-      `kind`, or it fails; the line names the place.
+      `kind` and takes these arguments, or it fails; the line names the place.
   """
   spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
   if not path.is_file() or spec is None or spec.loader is None:
@@ -126,17 +139,29 @@ def run_config(path: Path, kind: type[C]) -> C:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-    config = module.config()
+    make = getattr(module, name)
+    missing = {*given} - {*inspect.signature(make).parameters}
+    config = make(**given) if not missing else None
   except Exception as error:
     raise ValueError(
       f"{path} fails: {type(error).__name__}: {error}"
     ) from error
+  if missing:
+    raise ValueError(
+      f"{path}: `{name}()` takes no {', '.join(sorted(missing))}: it is the"
+      f" same at all, unless it is `def {name}({missing.pop()}=...)`"
+    )
   if not isinstance(config, kind):
     article = "an" if kind.__name__[0] in "AEIOU" else "a"
     raise ValueError(
-      f"{path}: `config()` must return {article} {kind.__name__}"
+      f"{path}: `{name}()` must return {article} {kind.__name__}"
     )
   return config
+
+
+def says(path: Path, name: str) -> bool:
+  """Whether a config file has a function of this name."""
+  return bool(re.search(rf"^def {name}\(", path.read_text(), re.MULTILINE))
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:

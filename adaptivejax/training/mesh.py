@@ -129,12 +129,16 @@ def make_mesh(
   """
   devices = jax.devices() if devices is None else devices
   sizes = config.sizes(len(devices))
-  kinds = (AxisType.Auto,) * len(sizes)
+  kinds, shape = (AxisType.Auto,) * len(sizes), tuple(sizes.values())
   if devices[0].platform == "tpu" and slices_of(devices) > 1:
     return Mesh(over_slices(sizes, devices), tuple(sizes), axis_types=kinds)
-  return jax.make_mesh(
-    tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices
-  )
+  try:
+    grid = mesh_utils.create_device_mesh(shape, devices)
+  except NotImplementedError:  # a mesh axis is a part of one of the torus
+    grid = mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  return Mesh(grid, tuple(sizes), axis_types=kinds)
 
 
 def slices_of(devices: Sequence[Any]) -> int:

@@ -31,6 +31,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from adaptivejax.training.config import TrainConfig
+from adaptivejax.training.optimizer import BALANCE
 
 Metrics = dict[str, Float[Array, ""]]
 Join = Callable[[PyTree], nnx.Module]
@@ -113,7 +114,8 @@ def gradients(
   budget = () if config.budget is None else (config.budget(state.step),)
 
   def loss(params, rows, key):
-    value, metrics = config.loss(join(params), rows, key, *budget)
+    model = join(cast(params, config.precision))
+    value, metrics = config.loss(model, rows, key, *budget)
     target = {"budget": budget[0]} if budget else {}
     return value, {**target, **metrics, "loss": value}
 
@@ -128,6 +130,23 @@ def gradients(
   zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, rows[0], keys[0]))
   total, _ = jax.lax.scan(add, zero, (rows, keys))
   return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def cast(params: PyTree, precision: str) -> PyTree:
+  """Parameters in the precision that a step computes in.
+
+  Those that balance the load of experts move by steps that bfloat16 has not.
+  """
+  if precision == "float32":
+    return params
+
+  def narrow(path, leaf):
+    kept = BALANCE in jax.tree_util.keystr(path)
+    if kept or not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return leaf
+    return leaf.astype(precision)
+
+  return jax.tree_util.tree_map_with_path(narrow, params)
 
 
 def evaluate(

@@ -39,6 +39,7 @@ from pallas_kernels.block_sparse_attention.scores import (
   scaled,
 )
 from pallas_kernels.block_sparse_attention.types import BlockLists, Marks, Rule
+from pallas_kernels.varying import alike
 
 LANES = 128
 AWAY = 1e30
@@ -119,7 +120,7 @@ def backward(
       | stream.scratch(cut, q.dtype, key_marks is not None),
       first=first,
       name="block_sparse_attention_backward",
-      flops=calls.flops(cut, 3 * q.shape[3] + 2 * v.shape[3]),
+      flops=calls.flops(cut, 3 * q.shape[3] + 2 * v.shape[3]) // passes,
       interpret=interpret,
       debug=debug,
     )
@@ -134,8 +135,9 @@ def backward(
       part, of_keys = some_keys(n * blocks)
       return dq + part, of_keys
 
-    zero = jnp.zeros_like(inputs["q"].array, jnp.float32)
-    dq, of_keys = lax.scan(add, zero, jnp.arange(passes))
+    like = jnp.zeros(inputs["q"].array.shape, jnp.float32)
+    like, *_ = alike((like, q, k, v, dout, lists.index))  # in `shard_map`
+    dq, of_keys = lax.scan(add, like, jnp.arange(passes))
   dq = dq.astype(q.dtype).reshape(*q.shape[:2], -1, q.shape[3])
   dq = dq[:, :, : q.shape[2]]
   dk, dv = (_in_a_row(of_keys[n], 3, k.shape[2]) for n in ("dk", "dv"))

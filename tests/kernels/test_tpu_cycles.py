@@ -4,6 +4,7 @@ The reader of its schedules is tested on a schedule that can be run by hand.
 """
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -128,3 +129,41 @@ def test_kernels_compile_and_reach_their_targets(
     pytest.skip("it compiles; the targets are for the compiler of jax 0.10")
   missed = [f"{r.case}: {r.metric} {r.value}" for r in rows if r.met is False]
   assert not missed, missed
+
+
+@needs_compiler
+def test_few_layers_or_many_are_one_program(tmp_path):
+  """The text of a train step is the same; what it computes is not."""
+  found = []
+  for layers in (4, 8):
+    out = tmp_path / f"{layers}.json"
+    program = SCALE.format(layers=layers, out=str(out))
+    done = subprocess.run(
+      [sys.executable, "-c", program],
+      cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found += json.loads(out.read_text())
+  few, many = found
+  assert few["work"]["unknown"] == many["work"]["unknown"] == 0
+  sites = lambda run: [(c["kind"], c["sites"]) for c in run["collectives"]]
+  assert sorted(sites(few)) == sorted(sites(many))
+  # twice the layers: between one and two times the work, with the readout
+  assert 1.2 < many["work"]["flops"] / few["work"]["flops"] < 2
+
+
+SCALE = """
+import dataclasses, json, os, pathlib
+os.environ["JAX_PLATFORMS"] = "cpu"
+from adaptivejax.training import DataConfig, aot
+from adaptivejax.training.mesh import MeshConfig
+from configs.scale import depths_8b as scale
+scale.MODEL = dataclasses.replace(
+  scale.MODEL, vocab=512, layers={layers}, features=256, hidden=512, heads=4,
+  kv_heads=4,
+)
+scale.DATA, scale.EXITS = DataConfig(context=128, batch=8), (1, 2)
+scale.MESH = MeshConfig(fsdp=2, model=2)
+found = aot.compile_step(scale.config(), "v5e:2x2")
+pathlib.Path("{out}").write_text(json.dumps([found.as_json()]))
+"""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mesh of a config, the rules of its arrays, and what a program sends."""
+"""The mesh of a config, and the rules of its arrays."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,6 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from adaptivejax.training.chips import devices_of
-from adaptivejax.training.collectives import collectives, conditionals
 from adaptivejax.training.mesh import (
   AXES,
   MeshConfig,
@@ -134,34 +133,3 @@ def test_bad_configs():
 def test_topologies_that_do_not_exist(topology, says):
   with pytest.raises(ValueError, match=says):
     devices_of(topology)
-
-
-HLO = """
-%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %g = f32[16,4]{1,0} all-gather(%x), replica_groups=[4,2]<=[8]
-  ROOT %t = (s32[], f32[8]) tuple(%i, %y)
-}
-
-%cond.1 (p: (s32[], f32[8])) -> pred[] {
-  ROOT %lt = pred[] compare(%i, %n), direction=LT
-}
-
-ENTRY %main (a: f32[8]) -> f32[8] {
-  %w = f32[8] while(%t), condition=%cond.1, body=%body.1, CONFIG
-  %r = f32[10]{0} all-reduce(%a), replica_groups={{0,2,4,6},{1,3,5,7}}
-  %s = bf16[8]{0} all-reduce(%a), replica_groups=[1,8]<=[8], to_apply=%add
-  %c = f32[2]{0} conditional(%p, %a, %b), branch_computations={%x.1, %y.1}
-  ROOT %p2 = f32[4]{0} collective-permute(%a), source_target_pairs={{0,1},{1,0}}
-}
-""".replace("CONFIG", 'backend_config={"known_trip_count":{"n":"6"}}')
-
-
-def test_what_a_program_sends():
-  found = collectives(HLO, {"data": 4, "model": 2})
-  assert [tuple(c) for c in found] == [
-    ("all-gather", "model", 6, 1, 6 * 16 * 4 * 4),
-    ("all-reduce", "data", 1, 1, 40),
-    ("all-reduce", "data+model", 1, 1, 16),
-    ("collective-permute", "model", 1, 1, 16),
-  ]
-  assert conditionals(HLO) == 2

@@ -29,7 +29,8 @@ from adaptivejax.models.decoder_layer import (
   decoder_block,
   decoder_mlp,
 )
-from adaptivejax.nn.experts import MixtureOfExperts, stacked
+from adaptivejax.nn.experts import MixtureOfExperts
+from adaptivejax.nn.stacked import stacked
 
 
 def mixtral(fields: Fields) -> Plan:

@@ -9,8 +9,9 @@ Three patterns (sec. 3): *a_shape*, the first keys and the last ones;
 query of a tile (alg. 3).  `assign` finds the one that keeps most, by head.
 
 Primitive: `line_mass`, `slash_blocks`, `pooled_scores`, `attend_columns`.
-Departs: columns are gathered in a second pass, merged exactly.  block_sparse
-also sees the first block and its own, or some queries might see nothing.
+Departs: columns are gathered in a second pass, merged exactly; first keys that
+are whole blocks are blocks.  block_sparse also sees the first block and its
+own, or some queries might see nothing.
 `assign` takes budgets as given; the paper first makes them cost the same, the
 published code then turns all patterns into vertical_slash.  1024 and 4096 are
 of sec. 4, other budgets those of that code.  The last queries choose for all.
@@ -79,13 +80,21 @@ class MInference(SparsePrefill):
       here = getattr(self, PATTERNS[number])(q, keys, positions)
       mask |= (kind == number)[..., None] & here.mask
       columns |= (kind == number) & here.columns
-    return Chosen(mask, columns)
+    lone = bool(self.budgets.sinks % self.block_kv)  # keys of a_shape
+    gathers = lone if PATTERNS.index("a_shape") in kinds else False
+    gathers |= PATTERNS.index("vertical_slash") in kinds
+    return Chosen(mask, columns if gathers else None)
 
   def a_shape(self, q, keys, positions) -> Chosen:
     near = jnp.arange(keys.pos.shape[-1]) < self.left(self.budgets.window)
     near = jnp.broadcast_to(near, keys.pos.shape)
     mask = slash_blocks(near, positions, keys, **self.blocks)
-    return Chosen(mask, tokens_before(keys) < self.left(self.budgets.sinks))
+    first = tokens_before(keys) < self.left(self.budgets.sinks)
+    if self.budgets.sinks % self.block_kv:
+      return Chosen(mask, first)
+    place = jnp.where(first, keys.pos, -1)
+    mask |= visible_blocks(positions, place, **self.blocks)
+    return Chosen(mask, jnp.zeros_like(first))
 
   def vertical_slash(self, q, keys, positions) -> Chosen:
     first, recent = self.budgets.first, self.budgets.recent

@@ -57,9 +57,9 @@ def sorted_loss(
       " of them 0."
     )
 
-  at = jnp.asarray(exits) - 1
-  w = jnp.zeros(total).at[at].add(jnp.asarray(weights, jnp.float32))
-  return exit_cross_entropy(hidden, readout, targets, w)
+  w = jnp.asarray(weights, jnp.float32)
+  left = jnp.stack([hidden[n - 1] for n in exits])
+  return exit_cross_entropy(left, readout, targets, w)
 
 
 def _check(total, *, depth=1, **settings):

@@ -40,12 +40,12 @@ from adaptivejax.nn.experts import (
   apply_all_experts,
   apply_masked_experts,
   expert_signals,
-  stacked,
 )
 from adaptivejax.nn.linear import linear
 from adaptivejax.nn.mlp import Mlp
 from adaptivejax.nn.routing import router_logits
 from adaptivejax.nn.setting import Setting
+from adaptivejax.nn.stacked import stacked
 
 
 class BlockFFN(nnx.Module):

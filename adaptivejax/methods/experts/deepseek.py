@@ -89,8 +89,10 @@ class DeepSeekRouter(nnx.Module):
     if self.load_bias is not None:
       scores = scores + self.load_bias.get_value().astype(jnp.float32)
     split = scores.reshape(*scores.shape[:-1], self.groups, -1)
-    most = 1 if self.softmax else min(2, split.shape[-1])
-    group = jax.lax.top_k(split, most)[0].sum(-1)
+    group = split.max(-1)
+    if not self.softmax and split.shape[-1] > 1:
+      first = jnp.arange(split.shape[-1]) == split.argmax(-1)[..., None]
+      group += jnp.where(first, -jnp.inf, split).max(-1)
     kept = top_k(group, self.kept_groups)[..., None]
     limited = jnp.where(kept, split, -jnp.inf).reshape(scores.shape)
     return best(limited, self.top_k)
