@@ -28,7 +28,7 @@ def on_hopper() -> bool:
     found = jax.local_devices(backend="cuda")
   except RuntimeError:
     return False
-  return all(device.compute_capability == "9.0" for device in found)
+  return bool(found) and all(d.compute_capability == "9.0" for d in found)
 
 
 def kernel(

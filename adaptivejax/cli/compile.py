@@ -33,7 +33,9 @@ rows as a batch has, as long as its context, with all layers.  FLOPs count every
 round of every loop, and of a conditional the dearest branch; where the rounds
 are data, the most there can be, and lines below tell what a share of them is.
 
-The compilers are packages: pip install 'adaptivejax[tpu]', or [cuda].
+The compilers are packages: pip install 'adaptivejax[tpu]', or [cuda].  For h100
+the kernels of Hopper GPUs are part of a program only where such a GPU is; else
+their XLA forms are.
 
 Example:
   adaptivejax compile configs/scale/experts_100b.py --topology v6e:16x16

@@ -15,6 +15,7 @@ of all lists of a key head, Q tiles, U tile rows.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -92,7 +93,10 @@ def attend_chosen(
     found, cost = sparse_decode(q, keys, units, positions, rule=rule)
     out, rows = found.out, jnp.float32(batch * heads * most)
   elif by == "tile":
-    tall = _power(ROWS * lists // heads, tokens_here(tokens))
+    here = tokens_here(tokens)
+    tall = _power(ROWS * lists // heads, here)
+    if here < tokens:  # a tile stays on its device
+      tall = math.gcd(tall, here)
     blocks = -(-size // block)
     named = lists_from_tokens(
       chosen,

@@ -11,9 +11,11 @@ device; visits are joined by their log-sum-exp (`merge_lse`):
 
     out = sum_i exp(lse_i - lse) out_i,    lse = log sum_i exp(lse_i)
 
-* Memory is that of two shards of keys, forward and backward: the gradient needs
-  `out` and `lse` of the whole only, so the backward pass sends the keys round
-  again, their gradients with them in f32, and adds what each visit gives.
+* Memory is that of two shards of keys, and backward of their gradients in f32
+  besides: it needs `out` and `lse` of the whole only, so it sends the keys
+  round again, their gradients with them, and adds what each visit gives.
+* Keys travel n times, not n - 1: the last brings them home, so that one body
+  serves all turns.
 * A visit with nothing to see, all of it later than the queries or in no list,
   is skipped: a conditional around the computing, with no collective in it.
 * Nothing hangs: all devices take n turns, whatever they skip, and wait for one
@@ -115,7 +117,10 @@ def ring_attention(
     )
   _check_blocks(q, k, lists, axis)
   host = Host(lists, marks.q_pos, marks.q_segment)
-  visitor = Visitor(k, v, marks.kv_pos, marks.kv_segment, marks.kv_bias)
+  bias = marks.kv_bias
+  if bias is not None:  # its gradient is that of each row
+    bias = jnp.broadcast_to(bias, (len(k), *bias.shape[1:]))
+  visitor = Visitor(k, v, marks.kv_pos, marks.kv_segment, bias)
   axes = varying_axes(lax.axis_index(axis), q, host, visitor)
   out, lse = _ring((rule, axis), *vary((q, visitor, host), axes))
   if marks.sinks is not None:

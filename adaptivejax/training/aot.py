@@ -118,7 +118,8 @@ def compile_step(config: TrainConfig, topology: str) -> Compiled:
   """
   chip, devices = devices_of(topology)
   mesh = make_mesh(config.mesh, devices)
-  check_batch(config.data.batch, mesh, config.data.context)
+  data, parts = config.data, config.optimizer.accumulate
+  check_batch(data.batch, mesh, data.context, parts)
 
   def lower():
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -153,7 +154,8 @@ def compile_decoding(
 def places(config: TrainConfig, devices: Sequence[jax.Device]) -> list[Placed]:
   """Where each array of the state of `config` lies on these devices."""
   mesh = make_mesh(config.mesh, devices)
-  check_batch(config.data.batch, mesh, config.data.context)
+  data, parts = config.data, config.optimizer.accumulate
+  check_batch(data.batch, mesh, data.context, parts)
   optimizer = make_optimizer(config.optimizer, config.steps)
   _, _, state = abstract_start(config, optimizer, mesh)
   return place(state, config.mesh, mesh)

@@ -78,6 +78,8 @@ def _tpu(topology: str, shape: str) -> list[jax.Device]:
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
   except Exception as error:
     reason = str(error).splitlines()[0]
+    if "not installed" in reason:
+      reason += ": pip install 'adaptivejax[tpu]'"
     raise ValueError(f"there is no topology {topology!r}: {reason}") from None
   return list(found.devices)
 

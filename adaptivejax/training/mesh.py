@@ -107,7 +107,7 @@ class MeshConfig:
     sizes = {name: getattr(self, name) for name in AXES}
     rest = math.prod(size for size in sizes.values() if size > 0)
     if sizes["data"] == -1:
-      sizes["data"] = devices // rest
+      sizes["data"] = max(devices // rest, 1)
     if math.prod(sizes.values()) != devices:
       asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
       raise ValueError(
@@ -157,19 +157,34 @@ def over_slices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
   inside = dict(sizes) | {"data": sizes["data"] // slices}
   between = {name: slices if name == "data" else 1 for name in sizes}
   return mesh_utils.create_hybrid_device_mesh(
-    tuple(inside.values()), tuple(between.values()), devices
+    tuple(inside.values()),
+    tuple(between.values()),
+    devices,
+    allow_split_physical_axes=True,
   )
 
 
 def check_batch(
-  rows: int, mesh: Mesh | AbstractMesh, tokens: int | None = None
+  rows: int,
+  mesh: Mesh | AbstractMesh,
+  tokens: int | None = None,
+  parts: int = 1,
 ) -> None:
-  """Raises ValueError unless the mesh divides rows, and tokens if given."""
+  """Raises ValueError unless the mesh divides what an update computes at once.
+
+  Args:
+    rows: of a batch.
+    mesh: whose devices share them.
+    tokens: of a row, if they are split too.
+    parts: of the batch, one after the other (`optimizer.accumulate`).
+  """
   split = math.prod(mesh.shape[name] for name in BATCH_AXES)
-  if rows % split:
+  if rows % (split * parts):
+    one_by_one = f" times optimizer.accumulate={parts}" if parts > 1 else ""
     raise ValueError(
-      f"data.batch={rows} must be a multiple of {split}, the devices over which"
-      " the mesh splits it (data x fsdp x expert)"
+      f"data.batch={rows} must be a multiple of {split * parts}: the {split}"
+      " devices over which the mesh splits it (data x fsdp x expert)"
+      f"{one_by_one}"
     )
   if tokens is not None and tokens % mesh.shape[TOKEN_AXIS]:
     raise ValueError(

@@ -79,7 +79,8 @@ def start(
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     return Placement(None, None), join, state
   mesh = make_mesh(config.mesh)
-  check_batch(config.data.batch, mesh, config.data.context)
+  data, parts = config.data, config.optimizer.accumulate
+  check_batch(data.batch, mesh, data.context, parts)
   make = lambda: _first(config, optimizer)
   state, rest = jax.eval_shape(make)
   where = shardings(state, config.mesh, mesh)

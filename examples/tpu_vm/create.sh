@@ -15,6 +15,14 @@ gcloud compute tpus queued-resources create "$TPU" --node-id "$TPU" \
   --zone "$ZONE" --accelerator-type "$TYPE" --runtime-version "$IMAGE" --spot
 until [ "$(gcloud compute tpus tpu-vm describe "$TPU" --zone "$ZONE" \
   --format 'value(state)' 2>/dev/null)" = READY ]; do
+  case "$(gcloud compute tpus queued-resources describe "$TPU" --zone "$ZONE" \
+    --format 'value(state.state)' 2>/dev/null)" in
+  FAILED | SUSPENDED)
+    echo "no such TPU was given: see gcloud compute tpus queued-resources" \
+      "describe $TPU --zone $ZONE" >&2
+    exit 1
+    ;;
+  esac
   sleep 30
 done
 

@@ -6,6 +6,11 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 . examples/tpu_vm/settings.sh
 
+if [ -z "$BUCKET" ]; then
+  echo "set BUCKET: a TPU that is preempted takes its own runs/ with it" >&2
+  exit 1
+fi
+
 until bash examples/tpu_vm/train.sh "$@"; do
   sleep 120 # processes hear of a preemption before it is listed
   state=$(gcloud compute tpus tpu-vm describe "$TPU" --zone "$ZONE" \

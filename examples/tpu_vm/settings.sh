@@ -4,7 +4,7 @@ export TPU="${TPU:-adaptivejax}"
 export ZONE="${ZONE:-us-west4-a}"
 export TYPE="${TYPE:-v5litepod-8}" # one VM; v5litepod-32 is a slice of eight
 export IMAGE="${IMAGE:-v2-alpha-tpuv5-lite}"
-export BUCKET="${BUCKET:-}" # of runs/; a slice needs one, a single VM does not
+export BUCKET="${BUCKET:-}" # of runs/; a slice and keep_on.sh need one
 
 # Runs a command on every VM of the TPU.
 everywhere() {

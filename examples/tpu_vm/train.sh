@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 . examples/tpu_vm/settings.sh
 
-everywhere "cd adaptivejax && . .venv/bin/activate && adaptivejax train $*"
+command=$(printf '%q ' adaptivejax train "$@")
+everywhere "cd adaptivejax && . .venv/bin/activate && $command"

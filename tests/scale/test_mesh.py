@@ -109,6 +109,8 @@ def test_what_does_not_divide_a_batch():
   check_batch(8, mesh, 64)
   with pytest.raises(ValueError, match="data.batch=6 must be a multiple of 4"):
     check_batch(6, mesh, 64)
+  with pytest.raises(ValueError, match="multiple of 8.*accumulate=2"):
+    check_batch(4, mesh, 64, 2)
   with pytest.raises(ValueError, match="data.context=66 .* mesh.seq=4"):
     check_batch(8, mesh, 66)
 

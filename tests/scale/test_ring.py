@@ -94,7 +94,7 @@ def test_lists_over_devices_are_those_of_one():
     moving, both = {"sinks": sinks, "bias": bias}, {"data": 2, "seq": 2}
     for axes, lists, moving, given in (
       ({**both, "model": 2}, of_tiles, moving, {"segments": (segment,) * 2}),
-      ({"seq": 4}, of_rows, {}, {"window": 13, "softcap": 2.0}),
+      ({"seq": 4}, of_rows, {"bias": bias[:1]}, {"window": 13, "softcap": 2.0}),
       (both, shared, {}, {"causal": False}),
     ):
       def loss(q, k, v, moving):
