@@ -40,3 +40,17 @@ def to_disk(path: Path) -> None:
     os.fsync(handle)
   finally:
     os.close(handle)
+
+
+DAMAGED = ".damaged"
+
+
+def aside(path: Path) -> Path:
+  """Renames what is not to be used, and not to be lost; returns where it is."""
+  there = path.with_name(path.name + DAMAGED)
+  count = 1
+  while os.path.lexists(there):
+    count += 1
+    there = path.with_name(f"{path.name}{DAMAGED}-{count}")
+  path.rename(there)
+  return there

@@ -53,7 +53,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
 def refuse_links(folder: Path) -> None:
   """Raises ValueError for a link in a folder, however deep."""
   for at, folders, files in os.walk(folder):
-    for path in (Path(at) / name for name in (*folders, *files)):
+    inside = (Path(at) / name for name in (*folders, *files))
+    for path in (folder, *inside):
       if path.is_symlink():
         raise ValueError(
           f"{path} is a link, and a checkpoint has none: put the file itself"

@@ -6,6 +6,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -18,6 +21,8 @@ from adaptivejax.training import checkpoint
 from adaptivejax.training import run as run_folder
 from tests.io import folders
 from tests.report.test_report import HOSTILE, full, written
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -160,3 +165,17 @@ def test_the_name_of_a_measure_is_only_text(tmp_path):
   page = written(report.Report("t", "c", {}, budgets=(curve,)), tmp_path)
   assert page.open == [] and not {"script", "img"} & set(page.tags)
   assert HOSTILE in page.text
+
+
+def test_a_report_runs_nothing_of_where_it_is_made(tmp_path):
+  """JAX and matplotlib look for modules that are absent; none is from here."""
+  line = {"step": 1, "split": "train", "seconds": 1.0, "loss": 2.0}
+  (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+  for name in ("libtpu", "jax_cuda12_plugin", "IPython", "flatbuffers"):
+    (tmp_path / f"{name}.py").write_text("open('it-ran', 'w')\n")
+  code = "import sys; from adaptivejax.cli import main; main(['report', '.'])"
+  env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+  made = [sys.executable, "-c", code]
+  subprocess.run(made, cwd=tmp_path, env=env, timeout=90, check=True)
+  assert (tmp_path / "report.html").exists()
+  assert not (tmp_path / "it-ran").exists()

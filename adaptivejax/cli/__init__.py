@@ -43,7 +43,6 @@ def main(args: Sequence[str] | None = None) -> int:
   if name in ("-h", "--help"):
     print(HELP, end="")
     return 0
-  sys.path.append(os.getcwd())  # a config may import its neighbours
   try:
     if name not in COMMANDS:
       raise ValueError(f"no command {name!r}{suggestion(name, COMMANDS)}")

@@ -128,7 +128,7 @@ def _capped(f, x, mask, operands, keep, cover, most):
     cover = default_cover(each)
   y, cost = bucketed(f, x, runs, *operands, keep=keep, cover=cover)
   slots = parts * cover.most(min(most, each))
-  bound = cost.full * (slots / mask.size)
+  bound = cost.full * (slots / mask.size * (1 + 1e-6))  # rounded up
   return y, _with_dropped(cost, mask)._replace(bound=bound)
 
 
@@ -218,7 +218,8 @@ def _price(call: _Call, slots: Array, most: int) -> Cost:
   row = jaxpr_flops(jaxpr) / size
   full = jnp.full_like(slots, row * call.mask.shape[0])
   items = call.mask.sum(dtype=jnp.float32)
-  none, bound = jnp.zeros_like(slots), jnp.float32(most * row)
+  none = jnp.zeros_like(slots)
+  bound = jnp.float32(most) * jnp.float32(row)  # rounded as `spent` is
   return Cost(slots * row, full, items, slots, none, bound)
 
 

@@ -155,7 +155,7 @@ def most_of_layers(
 
   first = jax.tree.map(lambda a: a[0], params)
   total = _depth(params)
-  rounds = total if max_depth is None else jnp.minimum(total, max_depth)
+  rounds = total if max_depth is None else jnp.clip(max_depth, 1, total)
   return times(bound_of(one, first, x, state), rounds)
 
 

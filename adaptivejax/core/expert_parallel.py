@@ -172,7 +172,7 @@ def _price(f: RowFunction, slots, asked, pairs: int, most: int, width) -> Cost:
   size, jaxpr = max(f.jaxprs.items())
   row = jaxpr_flops(jaxpr) / size * (lax.axis_size(width) if width else 1)
   zero = jnp.zeros_like(slots)
-  bound = jnp.float32(most * row)
+  bound = jnp.float32(most) * jnp.float32(row)  # rounded as `spent` is
   full, asked = zero + row * pairs, zero + asked
   return Cost(slots * row, full, asked, slots, zero, bound)
 

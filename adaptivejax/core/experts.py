@@ -248,5 +248,5 @@ def _price(call: _Call, plan: Dispatch, slots: Array, most: int) -> Cost:
   full = row * call.x.shape[0] * plan.sizes.shape[0]
   items = plan.sizes.sum().astype(jnp.float32)
   zero = jnp.zeros_like(slots)
-  bound = jnp.float32(most * row)
+  bound = jnp.float32(most) * jnp.float32(row)  # rounded as `spent` is
   return Cost(slots * row, zero + full, items, slots, zero, bound)

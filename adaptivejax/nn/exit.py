@@ -97,7 +97,7 @@ def early_exit(
 
   live = positions[:, 0] >= 0
   rule, state = only_after(due, leave), (cache, Cost.zero())
-  most = total if max_depth is None else jnp.minimum(max_depth, total)
+  most = total if max_depth is None else jnp.clip(max_depth, 1, total)
   out = depth_loop(
     layer, layers, x, state, rule, memory, live=live, max_depth=most
   )

@@ -99,7 +99,7 @@ def row_exit(
   ran, l = out.depth.max(), jnp.arange(total)
   asked = flops(lambda x: leave(jnp.int32(0), x, x, memory), x)
   spent = out.state.spent + asked * (due(l) & (l < ran)).sum()
-  most = total if max_depth is None else jnp.minimum(max_depth, total)
+  most = total if max_depth is None else jnp.clip(max_depth, 1, total)
   bound = most_of_layers(layer, layers, x, Cost.zero(), max_depth)
   cost = out.state._replace(
     spent=spent,

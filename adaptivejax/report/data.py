@@ -198,7 +198,7 @@ class Grid:
   caption: str = ""
 
   def __post_init__(self):
-    if any(len(row) != len(self.heads) for row in self.rows):
+    if not self.heads or any(len(r) != len(self.heads) for r in self.rows):
       raise ValueError(
         f"Grid {self.title!r}: each row needs {len(self.heads)} cells, one for"
         " each head"
@@ -239,7 +239,10 @@ class Report:
     """Bits per byte relative to the dense twin: 0.01 is 1 % worse."""
     twin = self.dense(point.regime)
     if (
-      not twin or not real(twin.bits_per_byte) or not real(point.bits_per_byte)
+      not twin
+      or not real(twin.bits_per_byte)
+      or not real(point.bits_per_byte)
+      or not twin.bits_per_byte
     ):
       return None
     return point.bits_per_byte / twin.bits_per_byte - 1
@@ -247,7 +250,12 @@ class Report:
   def rise(self, point: Point) -> Number:
     """Perplexity relative to the dense twin: 0.03 is 3 % more."""
     twin = self.dense(point.regime)
-    if not twin or not real(twin.perplexity) or not real(point.perplexity):
+    if (
+      not twin
+      or not real(twin.perplexity)
+      or not real(point.perplexity)
+      or not twin.perplexity
+    ):
       return None
     return point.perplexity / twin.perplexity - 1
 

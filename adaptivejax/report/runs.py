@@ -22,7 +22,9 @@ def rebuild(run_dir: Path) -> Path:
     raise ValueError(f"{run_dir} is not a folder: name one of runs/")
   if (run_dir / "report.json").exists():
     report = load_report(run_dir)
-    if any((report.points, report.snippets, report.samples, report.mixtures)):
+    if report != Report(  # more than curves, which are read again
+      report.title, report.command, report.environment, curves=report.curves
+    ):
       return write_report(report, run_dir)
   found = sorted(_runs(run_dir))
   curves = [

@@ -29,13 +29,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from adaptivejax.files import to_disk
+from adaptivejax.files import aside, to_disk
 from adaptivejax.training import agreement, manifest
 from adaptivejax.training.quiet import no_traces
 from adaptivejax.training.step import TrainState
 from adaptivejax.untrusted import refuse_links
 
-PART, OLD, DAMAGED = ".part", ".old", ".damaged"
+PART, OLD = ".part", ".old"
+TEXT = "text"
+"""The setting that stands for what the corpus holds."""
 TRIES = 5
 """How often a reader looks again when what it reads is deleted meanwhile."""
 
@@ -132,18 +134,21 @@ class Checkpoints:
     meta = _meta(self.orbax, folder, like.params)
     for name in sorted(meta["settings"]):  # a later one was at its default
       ours, theirs = self.settings.get(name), meta["settings"].get(name)
+      if ours != theirs and name == TEXT:
+        raise ValueError(
+          f"{self.folder.parent} was trained on another text than the corpus"
+          " now is: take that text, or give the run another name"
+        )
       if ours != theirs:
         raise ValueError(
           f"{self.folder.parent} was trained with {name}={theirs!r}, not"
           f" {ours!r}: set it back, or give the run another name"
         )
-    found = self.orbax.restore(
-      folder,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(like.params),
-        state=ocp.args.StandardRestore(_beside_params(like)),
-      ),
+    args = ocp.args.Composite(
+      params=ocp.args.StandardRestore(like.params),
+      state=ocp.args.StandardRestore(_beside_params(like)),
     )
+    found = _restored(self.orbax, folder, args)
     return TrainState(params=found["params"], **found["state"]), meta["place"]
 
   def _open(self) -> None:
@@ -229,7 +234,7 @@ def load_params(folder: Path, like: PyTree) -> PyTree:
   for found in _looks(folder):
     try:
       _meta(orbax, found, like)
-      params = orbax.restore(found, args=args)["params"]
+      params = _restored(orbax, found, args)["params"]
     except Exception:
       if found.is_dir():
         raise
@@ -275,10 +280,29 @@ def _beside_params(state: TrainState) -> dict[str, PyTree]:
   return {"step": state.step, "optimizer": state.optimizer}
 
 
+def _restored(orbax, folder: Path, args: Any) -> Any:
+  """What orbax reads, or a ValueError of one line: it raises all kinds."""
+  try:
+    return orbax.restore(folder, args=args)
+  except Exception as error:
+    raise ValueError(
+      f"the checkpoint in {folder} cannot be read ({_reason(error)}): put a"
+      " copy that can in its place, or move it away"
+    ) from error
+
+
 def _meta(orbax, folder: Path, params: PyTree) -> dict[str, Any]:
   """The JSON of a checkpoint, once its parameters fit `params`."""
   args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-  meta = orbax.restore(folder, args=args)["meta"]
+  meta = _restored(orbax, folder, args)["meta"]
+  plain = isinstance(meta, dict) and "place" in meta
+  if not plain or not all(
+    isinstance(meta.get(name), dict) for name in ("settings", "shapes")
+  ):
+    raise ValueError(
+      f"the checkpoint in {folder} is not one of adaptivejax: its meta lacks"
+      " place, settings or shapes; take the file of another copy"
+    )
   ours, theirs = shapes(params), meta["shapes"]
   for name in sorted(ours | theirs):
     if ours.get(name) != theirs.get(name):
@@ -304,10 +328,5 @@ def _clear(folder: Path, *, ignore_errors: bool = False) -> None:
 
 def _aside(folder: Path, step: int, fault: str) -> str:
   """Puts a damaged checkpoint out of the way; what is said of it."""
-  aside = folder / f"{step}{DAMAGED}"
-  count = 1
-  while os.path.lexists(aside):
-    count += 1
-    aside = folder / f"{step}{DAMAGED}-{count}"
-  (folder / str(step)).rename(aside)
-  return f"the checkpoint of step {step} is damaged: {fault}; kept as {aside}"
+  there = aside(folder / str(step))
+  return f"the checkpoint of step {step} is damaged: {fault}; kept as {there}"

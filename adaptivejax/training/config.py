@@ -9,7 +9,9 @@ import dataclasses
 import importlib.util
 import inspect
 import math
+import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,6 +139,8 @@ def run_config(
   if not path.is_file() or spec is None or spec.loader is None:
     raise ValueError(f"{path} is no config file: name a Python file")
   module = importlib.util.module_from_spec(spec)
+  if os.getcwd() not in sys.path:
+    sys.path.append(os.getcwd())  # a config may import its neighbours
   try:
     spec.loader.exec_module(module)
     make = getattr(module, name)

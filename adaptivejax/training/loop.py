@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from adaptivejax.training import agreement, data, profile, run
-from adaptivejax.training.checkpoint import Checkpoints, load_params
+from adaptivejax.training.checkpoint import TEXT, Checkpoints, load_params
 from adaptivejax.training.config import FREE, TrainConfig, load_config, settings
 from adaptivejax.training.debug import first_bad_operation
 from adaptivejax.training.optimizer import make_optimizer
@@ -80,11 +80,12 @@ def train(
   if debug_nans and jax.process_count() > 1:
     raise ValueError("--debug-nans takes one process: run it on one host")
   corpus = data.load_corpus(config.data)
-  writer, fixed = agreement.is_writer(), settings(config)
+  text = [zlib.crc32(data.stream(part).data) for part in corpus]
+  writer, fixed = agreement.is_writer(), settings(config) | {TEXT: text}
   free = {name: getattr(config, name) for name in FREE}
   agreement.check_same(
     {
-      "the text": [zlib.crc32(data.stream(part).data) for part in corpus],
+      "the text": text,
       "the config": (fixed, free, config.mesh, source and source.read_text()),
     }
   )
@@ -98,14 +99,16 @@ def train(
     profile.check(window, step, config.steps)
     if writer:
       run.describe(out, free | fixed, source)
+    if writer and saved.damaged and saved.latest is None:
+      run.put_aside(out)
     show = progress and writer
     recorder = Recorder(config, out, step, place, show=show, write=writer)
     profiler = enter(Profiler(out / "profile", window if writer else None))
     enter(parts.placement.ambient())
     stop = enter(stoppable())
     enter(recorder.display)
-    for text in saved.damaged:
-      recorder.note(step, "damaged", text)
+    for told in saved.damaged:
+      recorder.note(step, "damaged", told)
     if 0 < step < config.steps:
       recorder.note(step, "resumed", "goes on from its checkpoint")
     steps = _Steps(config, parts, saved, recorder, profiler, debug_nans)

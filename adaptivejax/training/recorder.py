@@ -71,7 +71,7 @@ class Recorder:
     first = step - len(found) + 1
     self.fresh = []
     for at, metrics in enumerate(found, first):
-      values = {name: _finite(float(value)) for name, value in metrics.items()}
+      values = {name: _logged(float(value)) for name, value in metrics.items()}
       self.waiting.append(values)
       self.streak = self.streak + 1 if values["skipped"] else 0
       if self.streak > self.limit:
@@ -109,9 +109,9 @@ class Recorder:
     self.waiting, self.mark, self.since = [], now, 0
 
   def write_validation(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Logs an evaluation; what is not finite was not measured."""
+    """Logs an evaluation; what cannot be logged was not measured."""
     now = time.perf_counter()
-    found = {name: x for name, x in metrics.items() if math.isfinite(x)}
+    found = {name: x for name, x in metrics.items() if _logged(x) is not None}
     self.log.write(step, "validation", now - self.began, found)
     self.display.line(step, found)
     self.mark, self.since = now, 0
@@ -127,8 +127,9 @@ class Recorder:
     self.events.sync()
 
 
-def _finite(value: float) -> float | None:
-  return value if math.isfinite(value) else None
+def _logged(value: float) -> float | None:
+  """The value, if a reader of the log takes it."""
+  return value if abs(value) <= run.LARGEST else None
 
 
 def _means(steps: list[dict[str, float | None]]) -> dict[str, float]:

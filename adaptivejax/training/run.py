@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from adaptivejax.files import to_disk, write_atomically
+from adaptivejax.files import aside, to_disk, write_atomically
 from adaptivejax.training import lock
 from adaptivejax.untrusted import parse_object, read_bytes
 
@@ -30,7 +30,7 @@ RECORD, CONFIG = "run.json", "config.py"
 OURS = RECORD, CONFIG, METRICS, EVENTS, lock.NAME, "checkpoints"
 INFINITE = (math.inf, -math.inf)
 LARGEST = 1e30
-LONGEST = 1_000_000_000
+LONGEST = 100_000_000
 """Bytes of a file of lines at most."""
 
 
@@ -68,6 +68,13 @@ def content(out: Path) -> list[str]:
   """What is in the folder of a run, and which checkpoints."""
   found = (*out.glob("*"), *out.glob("checkpoints/*"))
   return sorted(path.relative_to(out).as_posix() for path in found)
+
+
+def put_aside(out: Path) -> None:
+  """Keeps what was logged of a run that has to begin anew."""
+  for name in (METRICS, EVENTS):
+    if (out / name).exists():
+      aside(out / name)
 
 
 def describe(out: Path, fields: Mapping[str, Any], source: Path | None) -> None:
@@ -147,7 +154,7 @@ class MetricsLog(Lines):
   ) -> None:
     """Adds a line."""
     line = {"step": step, "split": split, "seconds": round(seconds, 3)}
-    self.add(line | dict(metrics))
+    self.add({**metrics, **line})
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:

@@ -88,7 +88,8 @@ def make_step(
     norm = optax.tree.norm(grads)
     updates, moments = optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    moved = optax.tree.norm(updates)  # a finite gradient may move too far
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm + moved)
     params, moments = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old),
       (params, moments),

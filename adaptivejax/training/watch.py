@@ -13,13 +13,15 @@ metrics.jsonl, means over `log_every` steps; it speaks once it has held for
     exit collapse     the share of compute stands still within 0.0001 after it
                       had moved by 0.01, or is within 0.01 of 1 and not 1: what
                       all tokens do alike varies with no text.  At the lowest
-                      it has been all leave first, at the highest all last
+                      it has been all leave first, at the highest all last.
+                      Not where it follows a budget
     budget miss       the share is off its target by more than 0.05
 
 What it remembers is a function of the lines so far, so it is the same in a run
 that was stopped.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,6 +30,9 @@ COLLAPSED = 0.9
 DEAD = 0.05
 STILL, MOVED, FULL = 1e-4, 1e-2, 0.99
 MISSED = 0.05
+
+UNLEARNED = {"step", "split", "seconds", "tokens_per_second", "skipped"}
+"""What a line says whose steps were all skipped."""
 
 Line = Mapping[str, Any]
 
@@ -43,7 +48,7 @@ class Watch:
 
   def see(self, line: Line) -> list[tuple[str, str]]:
     """`(event, text)` for what begins or ends with this line."""
-    if line["split"] != "train":
+    if line["split"] != "train" or set(line) <= UNLEARNED:
       return []
     found = dict(self._found(line))
     said = [
@@ -79,7 +84,8 @@ class Watch:
     if share is None:
       return
     self.shares.append(share)
-    if where := self._stands(share):
+    told = abs(share - line.get("budget", math.inf)) <= MOVED
+    if (where := self._stands(share)) and not told:
       yield (
         "exit collapse",
         f"exit collapse: all tokens leave {where} (share of compute"
