@@ -141,7 +141,7 @@ def worst_case(f: Callable[..., Any], *args: Any) -> float:
 
   Raises:
     ValueError: none or several costs, or a bound that depends on values: a hard
-      limit such as `max_depth` that is an argument.
+      limit such as `max_depth` that is an argument, or the devices of a mesh.
   """
   bound = bound_of(f, *args)
   if not isinstance(bound, float):
@@ -168,7 +168,7 @@ def bound_of(f: Callable[..., Any], *args: Any) -> Any:
   closed = jax.make_jaxpr(bound)(*args)
   jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True])
   needed = [a for a, use in zip(jax.tree.leaves(args), used) if use]
-  if not needed:
+  if not needed and not _over_mesh(jaxpr):
     with jax.ensure_compile_time_eval():
       (known,) = jax.core.eval_jaxpr(jaxpr, closed.consts)
     if not isinstance(known, jax.core.Tracer):
@@ -176,6 +176,15 @@ def bound_of(f: Callable[..., Any], *args: Any) -> Any:
   if any(isinstance(a, jax.ShapeDtypeStruct) for a in needed):
     return needed[0]
   return jax.core.eval_jaxpr(jaxpr, closed.consts, *needed)[0]
+
+
+def _over_mesh(jaxpr: jex.Jaxpr) -> bool:
+  """Whether it adds up over devices, which only the program can."""
+  return any(
+    eqn.primitive.name == "shard_map"
+    or any(map(_over_mesh, subjaxprs(eqn.params)))
+    for eqn in jaxpr.eqns
+  )
 
 
 def times(bound: Any, rounds: Any) -> Any:
