@@ -16,6 +16,7 @@ A name is given and taken by a rename, so STEP is whole whenever it is there.
 """
 
 import contextlib
+import copy
 import os
 import re
 import shutil
@@ -97,7 +98,7 @@ class Checkpoints:
     if step == self.latest:
       return
     meta = {
-      "place": place,
+      "place": copy.deepcopy(place),  # the run goes on while this is written
       "settings": self.settings,
       "shapes": shapes(state.params),
     }

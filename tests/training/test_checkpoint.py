@@ -41,19 +41,22 @@ def test_restores_what_was_saved_and_keeps_the_newest(tmp_path):
 
 
 def test_a_save_holds_the_values_it_was_given(tmp_path):
-  """Donated buffers are reused while the checkpoint is being written."""
+  """While it is being written buffers are donated, and lists grow."""
   bump = jax.jit(
     lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0
   )
   state = state_of(features=512, number=0)
   expected = jax.tree.map(jnp.copy, state)
+  waiting = list(range(20_000))
   with open_in(tmp_path, keep=9) as checkpoints:
-    checkpoints.save(state, None)
+    checkpoints.save(state, {"waiting": waiting})
+    waiting.append("a step later")
     for _ in range(20):
       state = bump(state)
   with open_in(tmp_path) as checkpoints:
-    found, _ = checkpoints.restore(expected)
+    found, place = checkpoints.restore(expected)
   chex.assert_trees_all_equal(found, expected)
+  assert place == {"waiting": list(range(20_000))}
 
 
 def test_refuses_another_architecture_and_names_the_parameter(tmp_path):
