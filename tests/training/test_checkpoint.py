@@ -47,16 +47,22 @@ def test_a_save_holds_the_values_it_was_given(tmp_path):
   )
   state = state_of(features=512, number=0)
   expected = jax.tree.map(jnp.copy, state)
-  waiting = list(range(20_000))
+  waiting = ["a step"]
   with open_in(tmp_path, keep=9) as checkpoints:
+    save = checkpoints.orbax.save
+
+    def late(*args, **named):
+      waiting.append("a later step")
+      save(*args, **named)
+
+    checkpoints.orbax.save = late
     checkpoints.save(state, {"waiting": waiting})
-    waiting.append("a step later")
     for _ in range(20):
       state = bump(state)
   with open_in(tmp_path) as checkpoints:
     found, place = checkpoints.restore(expected)
   chex.assert_trees_all_equal(found, expected)
-  assert place == {"waiting": list(range(20_000))}
+  assert place == {"waiting": ["a step"]}
 
 
 def test_refuses_another_architecture_and_names_the_parameter(tmp_path):
