@@ -6,7 +6,7 @@ best, at the first and at its own, by the block-sparse kernel.  Shaped as Llama
 3.1 8B.  512 chips, 32 sequences, each spread over 16 of them.
 
 Compiled for v5p:8x8x8, in a train step a device holds 41.1 of 102.0 GB,
-computes 7.05e14 FLOPs, half of them in the kernel, and receives 99.7 GB, half
+computes 7.05e14 FLOPs, half of them in the kernel, and receives 134.1 GB, most
 of it keys, values and their gradients.
 
   adaptivejax compile configs/scale/context_131k.py --topology v5p:8x8x8

@@ -4,7 +4,7 @@ Raposo et al., 2024, of every second layer on an eighth of the tokens; trained
 so that three depths are exits (Valipour et al., 2023), of which decoding takes
 one, as data.  Shaped as Llama 3 8B.  256 chips, 64 sequences of 4096.
 
-Compiled for v5e:16x16, in a train step a device holds 8.2 of 17.2 GB, computes
+Compiled for v5e:16x16, in a train step a device holds 7.7 of 17.2 GB, computes
 4.65e13 FLOPs, and receives 39.3 GB, most of it weights; no collective is
 written down more often for more layers.
 
