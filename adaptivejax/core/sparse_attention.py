@@ -107,8 +107,15 @@ def attend_blocks_dense(
   scale: float | None = None,
   causal: bool = True,
   mass: bool = False,
+  axis: str | None = None,
 ) -> tuple[Attended, Cost]:
-  """The dense twin of `attend_blocks`: all pairs, then a mask of them."""
+  """The dense twin of `attend_blocks`: all pairs, then a mask of them.
+
+  Raises:
+    ValueError: as there, or `axis` is given: it has no ring.
+  """
+  if axis is not None:
+    raise ValueError("the dense twin wants the whole sequence: no `axis`.")
   arrays, marks, rule = _arguments(
     q, keys, positions, window, segments, bias, sinks, softcap, scale, causal
   )
