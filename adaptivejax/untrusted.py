@@ -44,7 +44,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
     ValueError: it is longer, missing, or elsewhere.
   """
   with own(path).open("rb") as file:
-    data = file.read(limit + 1)
+    size = os.fstat(file.fileno()).st_size  # `read` makes room for all it asks
+    data = file.read(min(size, limit) + 1)
   if len(data) > limit:
     raise ValueError(f"{path} is over {limit} bytes long: it is not read.")
   return data
