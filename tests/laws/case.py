@@ -66,6 +66,10 @@ LAWS = (
 )
 
 
+class Vacuous(AssertionError):
+  """A law that these numbers say nothing of."""
+
+
 @dataclass(frozen=True)
 class Case:
   """What the laws need to know.
