@@ -155,7 +155,7 @@ from adaptivejax.core.sparse_decode import (
   units_from_mask,
 )
 from adaptivejax.core.staged import freeze, masked_scan, staged_while
-from adaptivejax.core.stripes import in_order, striped
+from adaptivejax.core.stripes import striped, unstriped
 from adaptivejax.core.token_merging import (
   Match,
   Tokens,
@@ -256,7 +256,6 @@ __all__ = [
   "gumbel_softmax",
   "hoeffding",
   "hoeffding_bentkus",
-  "in_order",
   "jensen_shannon",
   "keep_all",
   "keep_only",
@@ -325,6 +324,7 @@ __all__ = [
   "visible_blocks",
   "window_blocks",
   "within_capacity",
+  "unstriped",
   "worst_case",
   "write",
 ]

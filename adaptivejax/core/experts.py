@@ -21,6 +21,7 @@ Axes: N items, M slots, E experts, C rows of one chunk, R chunk sizes.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -98,7 +99,8 @@ def most_slots(cover: Cover, plan: Dispatch, items: int) -> int:
   slots = np.tensordot(cover.sizes, cover.trips(counts), 1)
   prices = np.linspace(0, 2, 41)
   beyond = [(slots - price * counts).max() for price in prices]
-  return int((prices * choices + experts * np.asarray(beyond)).min())
+  most = (prices * choices + experts * np.asarray(beyond)).min()
+  return math.floor(most + 1e-3)  # slots are whole, prices are rounded
 
 
 def _executor(f: RowFunction, shared: int, together, tree) -> Callable:

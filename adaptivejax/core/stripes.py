@@ -9,7 +9,7 @@ p mod n: each visit is then a triangle, nearly half a shard for everyone.
 
 Who sees whom is a matter of positions, which are data, so nothing else changes:
 a caller lays out tokens, their positions and targets `striped`, and what comes
-out `in_order`.  It is for dense attention: key blocks are of neighbours in the
+out `unstriped`.  It is for dense attention: key blocks are of neighbours in the
 array, so methods that choose blocks would choose among others.
 
 Axes: B batch, T tokens.
@@ -23,13 +23,13 @@ def striped(x: Array, devices: int) -> Array:
   """Tokens [B, T, ...] in the order that balances a causal ring.
 
   Laid out over `devices` (static), which divide T, each then holds every
-  `devices`-th token.  `in_order` undoes it.
+  `devices`-th token.  `unstriped` undoes it.
   """
   _check_stripes(x, devices)
   return _transposed(x, x.shape[1] // devices)
 
 
-def in_order(x: Array, devices: int) -> Array:
+def unstriped(x: Array, devices: int) -> Array:
   """Undoes `striped`."""
   _check_stripes(x, devices)
   return _transposed(x, devices)

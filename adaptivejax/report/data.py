@@ -237,27 +237,17 @@ class Report:
 
   def loss_of_quality(self, point: Point) -> Number:
     """Bits per byte relative to the dense twin: 0.01 is 1 % worse."""
-    twin = self.dense(point.regime)
-    if (
-      not twin
-      or not real(twin.bits_per_byte)
-      or not real(point.bits_per_byte)
-      or not twin.bits_per_byte
-    ):
-      return None
-    return point.bits_per_byte / twin.bits_per_byte - 1
+    return self._more(point, "bits_per_byte")
 
   def rise(self, point: Point) -> Number:
     """Perplexity relative to the dense twin: 0.03 is 3 % more."""
-    twin = self.dense(point.regime)
-    if (
-      not twin
-      or not real(twin.perplexity)
-      or not real(point.perplexity)
-      or not twin.perplexity
-    ):
-      return None
-    return point.perplexity / twin.perplexity - 1
+    return self._more(point, "perplexity")
+
+  def _more(self, point: Point, name: str) -> Number:
+    """How much larger a figure is than that of the dense twin, as a share."""
+    own, twin = getattr(point, name), self.dense(point.regime)
+    base = None if twin is None else getattr(twin, name)
+    return own / base - 1 if real(own) and real(base) and base else None
 
   def best(self, regime: str, tolerance: float = 0.01) -> Point | None:
     """The fastest adaptive point at most `tolerance` worse than dense."""

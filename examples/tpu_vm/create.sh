@@ -26,8 +26,10 @@ until [ "$(gcloud compute tpus tpu-vm describe "$TPU" --zone "$ZONE" \
   sleep 30
 done
 
-git archive --format tar.gz --output /tmp/adaptivejax.tar.gz HEAD
-gcloud compute tpus tpu-vm scp /tmp/adaptivejax.tar.gz "$TPU": \
+archive=$(mktemp)
+trap 'rm -f "$archive"' EXIT
+git archive --format tar.gz --output "$archive" HEAD
+gcloud compute tpus tpu-vm scp "$archive" "$TPU":adaptivejax.tar.gz \
   --zone "$ZONE" --worker all
 everywhere "mkdir -p adaptivejax && tar xzf adaptivejax.tar.gz -C adaptivejax &&
   BUCKET=$BUCKET bash adaptivejax/examples/tpu_vm/install.sh"
