@@ -26,11 +26,11 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from adaptivejax.training.tpu_schedule import CORES, Core
 from benchmarks import tpu_schedule as schedule
 from benchmarks.harness import Options, Row, main
 from benchmarks.tpu_cycles import figure, on_host
 from benchmarks.tpu_cycles import spec as array
-from benchmarks.tpu_schedule import CHIPS, Chip
 from benchmarks.tpu_simulator import Run, simulate
 from pallas_kernels.block_sparse_attention import (
   plan,
@@ -71,7 +71,7 @@ SPLASH = {  # thousand cycles: forward, and backward without the sum of dq
 
 
 def compiled(
-  chip: Chip, spec: Spec, backward: bool
+  core: Core, spec: Spec, backward: bool
 ) -> tuple[schedule.Program, Cut]:
   """The only kernel of a call, and how it is cut."""
   q = array(1, spec.heads, spec.tokens, spec.width)
@@ -79,23 +79,23 @@ def compiled(
   lse = array(*q.shape[:3], dtype=jnp.float32)
   lists, rule = on_host(spec.lists), spec.rule
   if backward:
-    cut, _ = tuned.backward_cut(q, k, k, lists, UNMARKED, info=chip.info)
+    cut, _ = tuned.backward_cut(q, k, k, lists, UNMARKED, info=core.info)
     f = lambda q, k, v, lists, *rest: tpu_backward.backward(
       q, k, v, lists, UNMARKED, rule, *rest
     )
     args = q, lse, q, lse
   else:
-    cut = tuned.forward_cut(q, k, k, lists, UNMARKED, info=chip.info)
+    cut = tuned.forward_cut(q, k, k, lists, UNMARKED, info=core.info)
     f = lambda q, k, v, lists: tpu.forward(q, k, v, lists, UNMARKED, rule)
     args = ()
   like = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), lists)
-  (program,) = schedule.compile_for(chip, f, q, k, k, like, *args)
+  (program,) = schedule.compile_for(core, f, q, k, k, like, *args)
   return program, cut
 
 
-def run(chip: Chip, spec: Spec, backward: bool) -> tuple[Run, int]:
+def run(core: Core, spec: Spec, backward: bool) -> tuple[Run, int]:
   """The simulation of a kernel on a core, and the cores that share the work."""
-  program, cut = compiled(chip, spec, backward)
+  program, cut = compiled(core, spec, backward)
   words, starts = on_host(scalars, cut, spec.lists(), spec.rule)
   result = simulate(program, [words, starts])
   if result.unknown:
@@ -115,10 +115,10 @@ def scalars(
 
 def rows_of(chip_name: str, spec: Spec) -> Iterator[Row]:
   """Forward and backward."""
-  case, chip = f"{chip_name} {spec.name}", CHIPS[chip_name]
+  case, core = f"{chip_name} {spec.name}", CORES[chip_name]
   splash = SPLASH.get((chip_name, spec.name), (None, None))
   for kind, other in zip(("forward", "backward"), splash):
-    result, cores = run(chip, spec, kind == "backward")
+    result, cores = run(core, spec, kind == "backward")
     cycles = result.cycles / spec.heads * cores
     target = lambda metric: TARGETS.get((chip_name, spec.name, metric))
     yield figure(case, kind, cycles / 1e3, target(kind))
@@ -131,17 +131,17 @@ def rows_of(chip_name: str, spec: Spec) -> Iterator[Row]:
 
 def long_rows(chip_name: str) -> Iterator[Row]:
   """That it compiles; to simulate it would take hours."""
-  case, chip = f"{chip_name} long", CHIPS[chip_name]
+  case, core = f"{chip_name} long", CORES[chip_name]
   for kind in ("forward", "backward"):
-    program, _ = compiled(chip, specs.LONG, kind == "backward")
+    program, _ = compiled(core, specs.LONG, kind == "backward")
     yield Row.of(case, f"{kind}, bundles", [len(program.code)])
 
 
 CASES = {
   f"{chip} {spec.name}": functools.partial(rows_of, chip, spec)
-  for chip in CHIPS
+  for chip in CORES
   for spec in SPECS
-} | {f"{chip} long": functools.partial(long_rows, chip) for chip in CHIPS}
+} | {f"{chip} long": functools.partial(long_rows, chip) for chip in CORES}
 
 
 def rows(options: Options) -> Iterator[Row]:

@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adaptivejax.training.tpu_schedule import CORES, Core
 from benchmarks import tpu_schedule as schedule
 from benchmarks.harness import Options, Row, main
-from benchmarks.tpu_schedule import CHIPS, Chip
 from benchmarks.tpu_simulator import Run, simulate
 from pallas_kernels.grouped_matmul import ops, tuned
 from pallas_kernels.grouped_matmul.specs import EXPERTS
@@ -106,22 +106,22 @@ def known(tiles: tuned.Tiles | None) -> tuned.Tiles:
 
 
 @functools.cache
-def ours(chip: Chip, kind: str) -> Kernel:
+def ours(core: Core, kind: str) -> Kernel:
   """`map`, `rows` or `dw`."""
   shape = M, K, N, 2
   if kind == "dw":
-    tiles = known(tuned.sums_tiles(*shape, info=chip.info))
+    tiles = known(tuned.sums_tiles(*shape, info=core.info))
     f = lambda x, dy, sizes: ops.sums(x, dy, sizes)
-    programs = schedule.compile_for(chip, f, X, DY, SIZES)
+    programs = schedule.compile_for(core, f, X, DY, SIZES)
     return Kernel(programs, lambda s: work(s, tiles.height, sums=True))
   tokens = EXPERTS.tokens if kind == "rows" else 0
-  tiles = known(tuned.matmul_tiles(*shape, gathered=tokens, info=chip.info))
+  tiles = known(tuned.matmul_tiles(*shape, gathered=tokens, info=core.info))
   if not tokens:
-    programs = schedule.compile_for(chip, ops.grouped_matmul, X, W, SIZES)
+    programs = schedule.compile_for(core, ops.grouped_matmul, X, W, SIZES)
     return Kernel(programs, lambda s: work(s, tiles.height, sums=False))
   f = lambda x, w, sizes, rows: ops.grouped_matmul(x, w, sizes, rows=rows)
   rows = spec(M, dtype=jnp.int32)
-  programs = schedule.compile_for(chip, f, spec(tokens, K), W, SIZES, rows)
+  programs = schedule.compile_for(core, f, spec(tokens, K), W, SIZES, rows)
   return Kernel(
     programs,
     lambda s: work(s, tiles.height, sums=False) + [EXPERTS.names()],
@@ -150,7 +150,7 @@ def megablox() -> Any:
 @functools.cache
 def theirs(chip_name: str, kind: str) -> Kernel:
   """The kernels of megablox."""
-  chip, tiles = CHIPS[chip_name], MEGABLOX[chip_name, kind]
+  core, tiles = CORES[chip_name], MEGABLOX[chip_name, kind]
   how = {"preferred_element_type": BF16, "tiling": tiles}
   sums = kind.startswith("dw")
   if sums:
@@ -159,7 +159,7 @@ def theirs(chip_name: str, kind: str) -> Kernel:
   else:
     f = lambda x, w, sizes: megablox().gmm(x, w, sizes, **how)
     args = X, W, SIZES
-  programs = schedule.compile_for(chip, f, *args)
+  programs = schedule.compile_for(core, f, *args)
   return Kernel(programs, lambda s: megablox_work(s, tiles[0], sums))
 
 
@@ -169,20 +169,20 @@ def tokamax(chip_name: str, kind: str) -> Kernel:
   module = importlib.import_module(
     "tokamax._src.ops.ragged_dot.pallas_mosaic_tpu_kernel"
   )
-  chip, tiles = CHIPS[chip_name], MEGABLOX[chip_name, kind]
+  core, tiles = CORES[chip_name], MEGABLOX[chip_name, kind]
   how = {"precision": jax.lax.Precision.DEFAULT, "tiling": tiles}
   f = lambda x, w, sizes: module.gmm(x, w, sizes, out_dtype=BF16, **how)
-  programs = schedule.compile_for(chip, f, X, W, SIZES)
+  programs = schedule.compile_for(core, f, X, W, SIZES)
   return Kernel(programs, lambda s: megablox_work(s, tiles[0], False))
 
 
 @functools.cache
-def ragged(chip: Chip) -> Kernel:
+def ragged(core: Core) -> Kernel:
   """lax.ragged_dot, a kernel of the compiler's own."""
   f = lambda x, w, sizes: jax.lax.ragged_dot(
     x, w, sizes, preferred_element_type=BF16
   )
-  programs = schedule.compile_for(chip, f, X, W, SIZES)
+  programs = schedule.compile_for(core, f, X, W, SIZES)
 
   def scalars(sizes):
     count, *lists, _ = megablox_work(sizes, RAGGED_HEIGHT, False)
@@ -192,9 +192,9 @@ def ragged(chip: Chip) -> Kernel:
 
 
 @functools.cache
-def dense(chip: Chip) -> Kernel:
+def dense(core: Core) -> Kernel:
   """XLA's matmul."""
-  programs = schedule.compile_for(chip, jnp.matmul, X, spec(K, N))
+  programs = schedule.compile_for(core, jnp.matmul, X, spec(K, N))
   return Kernel(programs, lambda sizes: [])
 
 
@@ -206,32 +206,32 @@ def figure(
 
 def forward_rows(chip_name: str, kind: str) -> Iterator[Row]:
   """All that can do it."""
-  case, chip = f"{chip_name} {kind}", CHIPS[chip_name]
+  case, core = f"{chip_name} {kind}", CORES[chip_name]
   sizes = EXPERTS.sizes(kind == "balanced")
-  run = ours(chip, "map").run(sizes)
+  run = ours(core, "map").run(sizes)
   yield figure(case, "ours", run.cycles / 1e3, TARGETS.get(case))
   yield figure(
     case, "megablox", theirs(chip_name, kind).run(sizes).cycles / 1e3
   )
   if importlib.util.find_spec("tokamax") is not None:
     other = tokamax(chip_name, kind).run(sizes)
-    if other.hbm < BYTES / chip.cores:
+    if other.hbm < BYTES / core.cores:
       print(f"{case}: tokamax's transfers are not understood", file=sys.stderr)
     else:
       yield figure(case, "tokamax", other.cycles / 1e3)
-  yield figure(case, "ragged_dot", ragged(chip).run(sizes).cycles / 1e3)
-  yield figure(case, "dense", dense(chip).run(sizes).cycles / 1e3)
-  floor = M * K * N / chip.macs / chip.cores
+  yield figure(case, "ragged_dot", ragged(core).run(sizes).cycles / 1e3)
+  yield figure(case, "dense", dense(core).run(sizes).cycles / 1e3)
+  floor = M * K * N / core.macs / core.cores
   yield Row.of(case, "ours, of peak", [floor / run.cycles])
   yield figure(case, "ours, spills", run.spills)
 
 
 def gather_rows(chip_name: str) -> Iterator[Row]:
   """Picking rows, against having them in order."""
-  case, chip = f"{chip_name} rows", CHIPS[chip_name]
+  case, core = f"{chip_name} rows", CORES[chip_name]
   sizes = EXPERTS.sizes(True)
-  run = ours(chip, "rows").run(sizes)
-  alone = ours(chip, "map").run(sizes)
+  run = ours(core, "rows").run(sizes)
+  alone = ours(core, "map").run(sizes)
   yield figure(case, "ours", run.cycles / 1e3)
   ratio = run.cycles / alone.cycles
   yield figure(case, "ours, to matmul alone", ratio, TO_PICK.get(chip_name))
@@ -240,10 +240,10 @@ def gather_rows(chip_name: str) -> Iterator[Row]:
 
 def dw_rows(chip_name: str) -> Iterator[Row]:
   """The gradient of the weights, against that of megablox."""
-  case, chip = f"{chip_name} dw", CHIPS[chip_name]
+  case, core = f"{chip_name} dw", CORES[chip_name]
   for kind in ("balanced", "skewed"):
     sizes = EXPERTS.sizes(kind == "balanced")
-    run = ours(chip, "dw").run(sizes)
+    run = ours(core, "dw").run(sizes)
     other = theirs(chip_name, f"dw {kind}").run(sizes).cycles / 1e3
     yield figure(case, f"ours, {kind}", run.cycles / 1e3, other)
     yield figure(case, f"megablox, {kind}", other)
@@ -252,7 +252,7 @@ def dw_rows(chip_name: str) -> Iterator[Row]:
 
 CASES = {
   f"{chip} {kind}": functools.partial(rows, chip, *args)
-  for chip in CHIPS
+  for chip in CORES
   for kind, rows, args in (
     ("balanced", forward_rows, ("balanced",)),
     ("skewed", forward_rows, ("skewed",)),

@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adaptivejax.training.tpu_schedule import CORES
 from benchmarks import tpu_schedule as schedule
 from benchmarks.harness import Options, Row, main
-from benchmarks.tpu_schedule import CHIPS
 from benchmarks.tpu_simulator import simulate
 from pallas_kernels.block_sparse_attention.types import CAUSAL, UNMARKED
 from pallas_kernels.sparse_decode_attention import Units, tpu, tuned
@@ -59,7 +59,7 @@ def scalars(cut: tuned.Blocks, pieces: int, lists: int) -> list[np.ndarray]:
 
 
 def decode_rows(chip_name: str, kind: str) -> Iterator[Row]:
-  case, chip, s = f"{chip_name} {kind}", CHIPS[chip_name], SERVING
+  case, core, s = f"{chip_name} {kind}", CORES[chip_name], SERVING
   lists, unit, listed, dtype = KINDS[kind]
   spec: Any = lambda *shape, of=dtype: jax.ShapeDtypeStruct(shape, of)
   q = spec(s.batch, s.heads, 1, s.width, of=jnp.bfloat16)
@@ -75,24 +75,24 @@ def decode_rows(chip_name: str, kind: str) -> Iterator[Row]:
     got = tpu.forward(q, k, v, units, UNMARKED, CAUSAL, mass=False, **more)
     return got.out, got.lse
 
-  (program,) = schedule.compile_for(chip, f, q, k, k, units, scale)
-  cut = tuned.blocks(q, k, k, units, None, chip.info)
+  (program,) = schedule.compile_for(core, f, q, k, k, units, scale)
+  cut = tuned.blocks(q, k, k, units, None, core.info)
   assert cut is not None
   run = simulate(program, scalars(cut, listed // cut.piece, lists))
   if run.unknown:
     raise RuntimeError(f"{run.unknown} branches or waits are not understood")
   nbytes = s.bytes(listed, jnp.dtype(dtype).itemsize)
-  floor = nbytes / chip.bandwidth / cut.cores
+  floor = nbytes / core.bandwidth / cut.cores
   yield Row.of(case, "thousand cycles", [run.cycles / 1e3], better="lower")
   target = TARGETS.get(case)
   yield Row.of(case, "of floor", [floor / run.cycles], target=target)
-  yield Row.of(case, "cores", [cut.cores], target=chip.cores)
+  yield Row.of(case, "cores", [cut.cores], target=core.cores)
   yield Row.of(case, "spills", [run.spills], better="lower")
 
 
 CASES = {
   f"{chip} {kind}": functools.partial(decode_rows, chip, kind)
-  for chip in CHIPS
+  for chip in CORES
   for kind in KINDS
 }
 

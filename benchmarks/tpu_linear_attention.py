@@ -22,9 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adaptivejax.training.tpu_schedule import CORES, Core
 from benchmarks import tpu_schedule as schedule
 from benchmarks.harness import Options, Row, main
-from benchmarks.tpu_schedule import CHIPS, Chip
 from benchmarks.tpu_simulator import simulate
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.linear_attention.specs import LONG
@@ -64,10 +64,10 @@ def quadratic(q, k, v, log_decay):
   return jnp.einsum("bhij,bhje->bhie", scores, v)
 
 
-def cycles(chip: Chip, f: Callable[..., Any], *args: Any) -> tuple[float, int]:
+def cycles(core: Core, f: Callable[..., Any], *args: Any) -> tuple[float, int]:
   """Of all programs that multiply, together, and what they spill."""
   total, spills = 0.0, 0
-  for program in schedule.compile_for(chip, f, *args):
+  for program in schedule.compile_for(core, f, *args):
     run = simulate(program)
     if run.unknown:
       raise RuntimeError(f"{run.unknown} branches or waits are not understood")
@@ -77,7 +77,7 @@ def cycles(chip: Chip, f: Callable[..., Any], *args: Any) -> tuple[float, int]:
 
 def rows_of(chip_name: str, kind: str) -> Iterator[Row]:
   """`kind` is the decay: by head or by token."""
-  case, chip = f"{chip_name} {kind}", CHIPS[chip_name]
+  case, core = f"{chip_name} {kind}", CORES[chip_name]
   figure = lambda metric, value, target=None: Row.of(
     case, metric, [value], target=target, better="lower"
   )
@@ -86,25 +86,25 @@ def rows_of(chip_name: str, kind: str) -> Iterator[Row]:
   for tokens in LENGTHS:
     args = inputs(tokens, by_token)
     if not by_token:
-      pairs, _ = cycles(chip, quadratic, *args)
+      pairs, _ = cycles(core, quadratic, *args)
       yield figure(f"quadratic, {tokens} tokens", pairs / tokens)
-    found, _ = cycles(chip, functools.partial(ours, LONG.chunk), *args)
+    found, _ = cycles(core, functools.partial(ours, LONG.chunk), *args)
     yield figure(f"ours, {tokens} tokens", found / tokens)
   for chunk in CHUNKS:
-    found, spills = cycles(chip, functools.partial(ours, chunk), *args)
-    floor = 2 * WIDTH * (chunk + WIDTH) / (chip.macs / chip.cores)
+    found, spills = cycles(core, functools.partial(ours, chunk), *args)
+    floor = 2 * WIDTH * (chunk + WIDTH) / (core.macs / core.cores)
     forward, gradient = targets if chunk == 256 else (None, None)
     yield figure(f"ours, chunks of {chunk}", found / tokens, forward)
     yield Row.of(case, f"of peak, chunks of {chunk}", [floor * tokens / found])
     yield figure(f"spills, chunks of {chunk}", spills)
-    both, spills = cycles(chip, functools.partial(gradients, chunk), *args)
+    both, spills = cycles(core, functools.partial(gradients, chunk), *args)
     yield figure(f"with gradient, chunks of {chunk}", both / tokens, gradient)
     yield figure(f"spills with gradient, chunks of {chunk}", spills)
 
 
 CASES = {
   f"{chip} {kind}": functools.partial(rows_of, chip, kind)
-  for chip in CHIPS
+  for chip in CORES
   for kind in ("by head", "by token")
 }
 

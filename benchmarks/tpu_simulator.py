@@ -118,17 +118,17 @@ class Run:
   @property
   def main(self) -> tuple[int, int]:
     """The block that multiplies most."""
-    macs = self.program.macs
+    schedule = self.program.schedule
     work = [
-      n * macs[low:high].sum()
-      for n, (low, high) in zip(self.visits, self.program.blocks)
+      n * schedule.macs[low:high].sum()
+      for n, (low, high) in zip(self.visits, schedule.blocks)
     ]
-    return self.program.blocks[int(np.argmax(work))]
+    return schedule.blocks[int(np.argmax(work))]
 
   @property
   def spills(self) -> int:
     """Vector registers put away in the main block."""
-    return int(self.program.spills[slice(*self.main)].sum())
+    return int(self.program.schedule.spills[slice(*self.main)].sum())
 
 
 def simulate(
@@ -140,16 +140,17 @@ def simulate(
   after `most` blocks.
   """
   machine = _Machine(program, dict(enumerate(scalars)))
-  index = {low: n for n, (low, _) in enumerate(program.blocks)}
+  blocks = program.schedule.blocks
+  index = {low: n for n, (low, _) in enumerate(blocks)}
   run = machine.run
-  run.visits = [0] * len(program.blocks)
+  run.visits = [0] * len(blocks)
   block: int | None = 0
   for _ in range(most):
     if block is None:
       run.cycles = machine.time
       return run
     run.visits[block] += 1
-    low, high = program.blocks[block]
+    low, high = blocks[block]
     target = machine.block(low, high)
     block = index.get(high if target is None else target)
   raise RuntimeError(f"no end after {most} blocks")
@@ -159,8 +160,8 @@ class _Machine:
   """Registers, scalar memory, transfers on their way, and the time."""
 
   def __init__(self, program: Program, scalars: Mapping[int, Any]):
-    self.run, self.chip, self.scalars = Run(program), program.chip, scalars
-    self.code = program.code
+    self.run, self.scalars = Run(program), scalars
+    self.core, self.code = program.schedule.core, program.code
     self.time = self.hbm_free = 0.0
     self.values: dict[str, Any] = {"core": 0}
     self.registers: dict[str, Any] = {}
@@ -244,13 +245,13 @@ class _Machine:
   def transfer(self, op: str, source: Any, size: Any, to: Any, flag: Any):
     """Starts a transfer of `size` granules."""
     size = size or 0
-    latency, nbytes = LATENCY * self.chip.clock, size * GRANULE
+    latency, nbytes = LATENCY * self.core.clock, size * GRANULE
     if "hbm" in op:
       begin = max(self.time + latency, self.hbm_free)
-      end = self.hbm_free = begin + nbytes / self.chip.bandwidth
+      end = self.hbm_free = begin + nbytes / self.core.bandwidth
       self.run.hbm += nbytes
     else:
-      end = self.time + latency / 6 + nbytes / self.chip.bandwidth
+      end = self.time + latency / 6 + nbytes / self.core.bandwidth
     self.flags[flag].append([end, size])
     if op.endswith("to_smem") and isinstance(source, Operand):
       for n, word in enumerate(np.ravel(self.scalars.get(int(source), ()))):

@@ -33,6 +33,10 @@ rows as a batch has, as long as its context, with all layers.  FLOPs count every
 round of every loop, and of a conditional the dearest branch; where the rounds
 are data, the most there can be, and lines below tell what a share of them is.
 
+Of the kernels of v5e, v5p and v6e the schedules of the compiler are read: how
+near their main loops come to the peak, and the cycles that their FLOPs take at
+that pace.
+
 The compilers are packages: pip install 'adaptivejax[tpu]', or [cuda].  For h100
 the kernels of Hopper GPUs are part of a program only where such a GPU is; else
 their XLA forms are.
@@ -66,9 +70,12 @@ def run(args: Sequence[str]) -> int:
   if kind == "cpu" and count.isdigit():
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", count)
   os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the chip need not be here
-  from adaptivejax.training import TrainConfig, aot
+  from adaptivejax.training import TrainConfig, aot, tpu_schedule
   from adaptivejax.training.config import run_config
 
+  schedules = None
+  if kind in tpu_schedule.CORES and not explain:
+    schedules = tpu_schedule.ask()
   configs = []
   for share in shares:
     given: dict[str, Any] = {} if share is None else {"budget": share}
@@ -77,28 +84,30 @@ def run(args: Sequence[str]) -> int:
   if explain:
     return _explain(configs[0], topology, out)
   if len(configs) > 1:
-    found = [aot.compile_step(config, topology) for config in configs]
+    found = [aot.compile_step(c, topology, schedules) for c in configs]
     _compare(shares, found)
   else:
     found = []
     for name in PROGRAMS if only is None else (only,):
-      found.append(_program(name, configs[0], Path(path), topology))
+      found.append(_program(name, configs[0], Path(path), topology, schedules))
       _show(found[-1])
   _write(out, [program.as_json() for program in found])
   return 0 if all(program.fits for program in found) else 1
 
 
-def _program(name: str, config: Any, path: Path, topology: str) -> Any:
+def _program(
+  name: str, config: Any, path: Path, topology: str, schedules: Path | None
+) -> Any:
   from adaptivejax.training import aot
   from adaptivejax.training.config import run_config, says
   from adaptivejax.training.decoding import Decoding
 
   if name == "train":
-    return aot.compile_step(config, topology)
+    return aot.compile_step(config, topology, schedules)
   decoding = Decoding(config.data.batch, config.data.context)
   if says(path, "decoding"):
     decoding = run_config(path, Decoding, "decoding")
-  return aot.compile_decoding(config, decoding, topology)
+  return aot.compile_decoding(config, decoding, topology, schedules)
 
 
 def _share(text: str) -> float:
@@ -177,8 +186,6 @@ def _show(found: Any) -> None:
   if found.work.unknown:
     loops += f", {found.work.unknown} of unknown length: one round counts"
   table.add_row("kept in the program", loops)
-  kernels = ", ".join(f"{n} × {c}" for n, c in found.kernels.items())
-  table.add_row("kernels", kernels or "none")
   for name, seconds in found.seconds.items():
     table.add_row(f"least time of {name}", f"{seconds * 1e3:.4g} ms")
   table.add_row(
@@ -188,6 +195,8 @@ def _show(found: Any) -> None:
   )
   console = Console()
   console.print(table)
+  if found.kernels:
+    console.print(_kernels(found))
   sent = Table(
     "collective", "over", "in a step", "in the text", "MB received", "largest"
   )
@@ -195,6 +204,25 @@ def _show(found: Any) -> None:
     mb = f"{c.bytes / 1e6:.3f}"
     sent.add_row(c.kind, c.axes, str(c.count), str(c.sites), mb, c.largest)
   console.print(sent)
+
+
+def _kernels(found: Any) -> Any:
+  """The table of the kernels of a program."""
+  from rich.table import Table
+
+  table = Table(
+    "kernel", "in a step", "in the text", "FLOPs", "of the peak", "spills",
+    "Mcycles at least",
+  )  # fmt: skip
+  for k in found.kernels:
+    pace = "–" if k.pace is None else f"{k.pace:.0%}"
+    spills = "–" if k.spills is None else str(k.spills)
+    cycles = "–" if k.cycles is None else f"{k.cycles / 1e6:.3f}"
+    flops = f"{k.flops:.4g}"
+    table.add_row(
+      k.name, str(k.count), str(k.sites), flops, pace, spills, cycles
+    )
+  return table
 
 
 def _compare(shares: Sequence[Any], programs: Sequence[Any]) -> None:

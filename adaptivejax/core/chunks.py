@@ -8,12 +8,12 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from adaptivejax.core.covers import Cover
+from adaptivejax.core.marks import marked
 from adaptivejax.core.select import compact
 from adaptivejax.core.varying import vary, varying_axes
 
@@ -79,7 +79,7 @@ def run_cover(
 
     # The conditional: XLA hoists the invariant part of a body out of its loop,
     # and would run it even where the loop has no rounds.
-    with chunk_scope(cover, size, n):
+    with each_once(cover, size, n):
       state = lax.cond(
         rounds > 0,
         lambda s, rounds=rounds, body=body: lax.fori_loop(0, rounds, body, s),
@@ -90,16 +90,13 @@ def run_cover(
   return state, done.astype(jnp.float32)
 
 
-def chunk_scope(
+def each_once(
   cover: Cover, size: int, rows: int
 ) -> contextlib.AbstractContextManager:
-  """Names the loop over the chunks of one size, for who reads the program.
-
-  How often it runs is data: the name says of how many `rows` at most, counted
-  once, for the largest size of a cover (`training.hlo_cost`).
+  """Marks the loop over the chunks of one size (`core.marks`): the rows, all
+  of them for the largest size of a cover.
   """
-  rows = rows if size == max(cover.sizes) else 0
-  return jax.named_scope(f"rows_{rows}/of_{size}")
+  return marked(rows=rows if size == max(cover.sizes) else 0, of=size)
 
 
 def fill(a: Array, mask: Bool[Array, " N"], order: Int[Array, " N"]) -> Array:

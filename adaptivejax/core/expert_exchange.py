@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from adaptivejax.core.covers import Cover
 from adaptivejax.core.dispatch import NOBODY, dispatch
 from adaptivejax.core.experts import expert_apply
+from adaptivejax.core.marks import marked
 from adaptivejax.core.rowwise import (
   RowFunction,
   differentiable,
@@ -136,7 +137,7 @@ def _exchange(
     split = lambda a: jnp.split(a, at.chunks, axis=1)
     parts = zip(split(rows), split(weight), split(expert))
     arrived = [[send(a) for a in part] for part in parts]
-    with jax.named_scope(f"asked_{at.asked // at.chunks}"):
+    with marked(asked=at.asked // at.chunks):
       made = [compute(r, w, e, theta) for r, w, e in arrived]
     sums = jnp.concatenate([send(y) for y, _ in made], axis=1)
     return vary(sums, at.axes), sum(slots for _, slots in made)
@@ -220,8 +221,7 @@ def _rounds(capacity: Cover, trips, step: Callable, state: Any) -> Any:
   done = jnp.zeros((), jnp.int32)
   for size, rounds in zip(capacity.sizes, trips, strict=True):
     body = lambda i, s, size=size, done=done: step(done + i * size, size, s)
-    even = int(size == min(capacity.sizes))  # one will do: see `chunk_scope`
-    with jax.named_scope(f"once_{even}"):
+    with marked(once=size == min(capacity.sizes)):
       state = lax.cond(  # see `run_cover`
         rounds > 0,
         lambda s, n=rounds, body=body: lax.fori_loop(0, n, body, s),

@@ -22,6 +22,7 @@ from adaptivejax.core.batching import looped
 from adaptivejax.core.combine import combine, spread
 from adaptivejax.core.dispatch import Dispatch
 from adaptivejax.core.expert_executor import kept
+from adaptivejax.core.marks import marked
 from adaptivejax.core.rowwise import (
   RowFunction,
   differentiable,
@@ -107,7 +108,7 @@ def kernel_executor(
     slots = kept(plan, x.shape[0])
     plan = plan._replace(item=plan.item[:slots], weight=plan.weight[:slots])
     params = jax.tree.unflatten(tree, theta[: tree.num_leaves])
-    with jax.named_scope(f"rows_{slots}"):  # see `chunk_scope`
+    with marked(rows=slots):
       rows = together(
         spread(x, plan), params, functools.partial(product, sizes=plan.sizes)
       )

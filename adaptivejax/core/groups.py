@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from adaptivejax.core.chunks import chunk_scope
+from adaptivejax.core.chunks import each_once
 from adaptivejax.core.covers import Cover
 
 
@@ -75,7 +75,7 @@ def run_groups(
       live = jnp.arange(size) < sizes[group] - before
       return step(GroupChunk(group, first[group] + before, live), state)
 
-    with chunk_scope(cover, size, rows):
+    with each_once(cover, size, rows):
       state = lax.cond(  # see `run_cover`
         ends[-1] > 0,
         lambda s, n=ends[-1], body=body: lax.fori_loop(0, n, body, s),

@@ -13,7 +13,6 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -23,6 +22,7 @@ from adaptivejax.core.block_lists import lists_from_mask
 from adaptivejax.core.block_masks import BLOCK, visible_blocks
 from adaptivejax.core.column_attention import attend_columns, coverage
 from adaptivejax.core.cost import flops
+from adaptivejax.core.marks import marked
 from adaptivejax.core.sparse_attention import attend_blocks
 from adaptivejax.nn.look import Look, Looked, look_cost
 from adaptivejax.nn.looks import with_look
@@ -92,9 +92,9 @@ class SparsePrefill(Look):
     return 1 - self.level.get_value().astype(jnp.float32)
 
   def _told(self, blocks: int) -> contextlib.AbstractContextManager:
-    """Names the kernel's work in the program: see `core.chunks.chunk_scope`."""
+    """Marks the kernel's work in the program (`core.marks`)."""
     asked = blocks if self.most is None else min(self.most, blocks)
-    return jax.named_scope(f"rows_{blocks}/asked_{asked}")
+    return marked(rows=blocks, asked=asked)
 
   def choose(
     self,

@@ -11,7 +11,8 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,12 +25,12 @@ from adaptivejax.training.collectives import (
   Collective,
   branches,
   collectives,
-  kernels,
 )
 from adaptivejax.training.config import TrainConfig
 from adaptivejax.training.decoding import Decoding, abstract_decoding
 from adaptivejax.training.hlo import Module
 from adaptivejax.training.hlo_cost import Work, largest, work
+from adaptivejax.training.kernels import Kernel, kernels
 from adaptivejax.training.mesh import (
   Placed,
   batch_spec,
@@ -40,6 +41,7 @@ from adaptivejax.training.mesh import (
 from adaptivejax.training.optimizer import make_optimizer
 from adaptivejax.training.placement import abstract_start
 from adaptivejax.training.step import make_step
+from adaptivejax.training.tpu_schedule import CORES, Schedule, written
 
 SHARES = (1.0, 0.5, 0.25)
 """Of what the data could ask for, at most."""
@@ -60,7 +62,7 @@ class Compiled:
     work: FLOPs and bytes, those that data decide about apart.
     collectives: what it sends.
     conditionals, loops: in the text of the program.
-    kernels: custom calls of kernels, by name.
+    kernels: what it calls beside XLA's own.
     largest: bytes, shape and origin of its largest arrays.
     seconds: least time of computing, memory and network, by name.
     trace_seconds, compile_seconds: of processor time, here.
@@ -77,7 +79,7 @@ class Compiled:
   collectives: list[Collective]
   conditionals: int
   loops: int
-  kernels: dict[str, int]
+  kernels: list[Kernel]
   largest: list[tuple[int, str, str]]
   seconds: dict[str, float]
   trace_seconds: float
@@ -102,6 +104,7 @@ class Compiled:
     plain = dataclasses.asdict(self)
     plain["work"] = self.work._asdict()
     plain["collectives"] = [c._asdict() for c in self.collectives]
+    plain["kernels"] = [k._asdict() for k in self.kernels]
     plain["shares"] = {
       str(share): dict(zip(("flops", "bytes"), self.work.at(share)))
       for share in SHARES
@@ -109,8 +112,13 @@ class Compiled:
     return plain | {"fits": self.fits}
 
 
-def compile_step(config: TrainConfig, topology: str) -> Compiled:
+def compile_step(
+  config: TrainConfig, topology: str, schedules: Path | None = None
+) -> Compiled:
   """Compiles the train step of `config` for a topology.
+
+  `schedules` is where the compiler writes them (`tpu_schedule.ask`); with them
+  the kernels of TPUs have cycles.
 
   Raises:
     ValueError: no such topology or compiler, the mesh does not fit it, or the
@@ -130,16 +138,18 @@ def compile_step(config: TrainConfig, topology: str) -> Compiled:
     step: Any = make_step(config, join, optimizer, where)
     return step.lower(state, batch, key)
 
-  return _compiled("train step", lower, topology, chip, mesh)
+  return _compiled("train step", lower, topology, chip, mesh, schedules)
 
 
 def compile_decoding(
-  config: TrainConfig, decoding: Decoding, topology: str
+  config: TrainConfig,
+  decoding: Decoding,
+  topology: str,
+  schedules: Path | None = None,
 ) -> Compiled:
   """Compiles one step of `decoding` with the model of `config`.
 
-  Raises:
-    ValueError: as `compile_step`.
+  Else as `compile_step`.
   """
   chip, devices = devices_of(topology)
   mesh = make_mesh(decoding.mesh or config.mesh, devices)
@@ -148,7 +158,7 @@ def compile_decoding(
     step, arguments = abstract_decoding(config, decoding, mesh)
     return step.lower(*arguments)
 
-  return _compiled("decode step", lower, topology, chip, mesh)
+  return _compiled("decode step", lower, topology, chip, mesh, schedules)
 
 
 def places(config: TrainConfig, devices: Sequence[jax.Device]) -> list[Placed]:
@@ -172,6 +182,7 @@ def _compiled(
   topology: str,
   chip: Chip,
   mesh: jax.sharding.Mesh,
+  schedules: Path | None,
 ) -> Compiled:
   began = time.process_time()
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -185,7 +196,9 @@ def _compiled(
       told = f"the {name} does not fit {topology}: {no_room(str(error))}"
       raise ValueError(told) from None
   took = traced - began, time.process_time() - traced
-  return read(program, name, topology, chip, dict(mesh.shape), took)
+  core = CORES.get(topology.partition(":")[0])
+  made = written(schedules, core) if schedules and core else {}
+  return read(program, name, topology, chip, dict(mesh.shape), took, made)
 
 
 def no_room(said: str) -> str:
@@ -217,6 +230,7 @@ def read(
   chip: Chip,
   mesh: dict[str, int],
   took: tuple[float, float],
+  schedules: Mapping[str, Schedule],
 ) -> Compiled:
   """What a compiled program says of itself; it took so long to make."""
   module = Module.parse(program.as_text() or "")
@@ -238,7 +252,7 @@ def read(
     collectives=sent,
     conditionals=conditionals,
     loops=loops,
-    kernels=dict(kernels(module)),
+    kernels=kernels(module, schedules),
     largest=largest(module),
     seconds={
       "compute": flops / chip.flops,

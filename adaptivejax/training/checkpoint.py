@@ -30,7 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from adaptivejax.files import aside, to_disk
+from adaptivejax.files import DAMAGED, aside, to_disk
 from adaptivejax.training import agreement, manifest
 from adaptivejax.training.quiet import no_traces
 from adaptivejax.training.step import TrainState
@@ -47,9 +47,9 @@ class Checkpoints:
   """The checkpoints of one run: a context that ends when all are on disk.
 
   Opening it clears away what a crash left half done, and puts damaged
-  checkpoints aside: `damaged` says of each what is wrong.  Of several processes
-  all open it, save and restore alike, and the one that holds the folder of the
-  run (`run.claim`) does what is not of arrays.
+  checkpoints aside: `damaged` says of each later one what is wrong.  Of several
+  processes all open it, save and restore alike, and the one that holds the
+  folder of the run (`run.claim`) does what is not of arrays.
 
   Args:
     folder: of the checkpoints.
@@ -158,7 +158,13 @@ class Checkpoints:
     self.folder.mkdir(parents=True, exist_ok=True)
     _clear(self.folder)
     self.latest, faults = newest(self.folder)
-    self.damaged = [_aside(self.folder, *fault) for fault in faults.items()]
+    why = {aside(self.folder / str(n)): f": {x}" for n, x in faults.items()}
+    self.damaged = [
+      f"the checkpoint of step {step} is damaged{why.get(path, '')}; kept as"
+      f" {path}"
+      for step, path in _put_aside(self.folder)
+      if self.latest is None or step > self.latest
+    ]
 
   def _finish(self, step: int) -> None:
     """In the background: seals a checkpoint, names it, deletes old ones."""
@@ -327,7 +333,11 @@ def _clear(folder: Path, *, ignore_errors: bool = False) -> None:
       shutil.rmtree(path, ignore_errors)
 
 
-def _aside(folder: Path, step: int, fault: str) -> str:
-  """Puts a damaged checkpoint out of the way; what is said of it."""
-  there = aside(folder / str(step))
-  return f"the checkpoint of step {step} is damaged: {fault}; kept as {there}"
+def _put_aside(folder: Path) -> list[tuple[int, Path]]:
+  """The damaged checkpoints out of the way, put there now or before."""
+  found = []
+  for path in sorted(folder.iterdir()):
+    step, damaged, _ = path.name.partition(DAMAGED)
+    if damaged and _is_step(step):
+      found.append((int(step), path))
+  return sorted(found)

@@ -20,7 +20,6 @@ KINDS = (
   "ragged-all-to-all",
   "reduce-scatter",
 )
-KERNEL = re.compile(r"tpu_custom_call|mosaic_gpu")
 
 
 class Collective(NamedTuple):
@@ -74,17 +73,6 @@ def branches(module: Module) -> tuple[int, int]:
   """Conditionals, and loops, in the text of a program."""
   kinds = Counter(op.kind for op in module.ops())
   return kinds["conditional"], kinds["while"]
-
-
-def kernels(module: Module) -> Counter[str]:
-  """Custom calls of kernels by name."""
-  found = Counter()
-  for op in module.ops():
-    target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
-    if target and KERNEL.match(target[1]):
-      path = op.label.removesuffix("/pallas_call")
-      found[path.rpartition("/")[2] or op.name] += 1
-  return found
 
 
 def _bytes(op: Op) -> int:

@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from adaptivejax.core.marks import marks
+
 BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 COMMENT = re.compile(r"/\*.*?\*/")
@@ -24,7 +26,6 @@ CALLS = re.compile(
   r"|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 HANDS_ON = {"copy", "copy-start", "copy-done", "bitcast", "opt-barrier"}
-MARKS = re.compile(r"\b(rows|of|asked|once)_(\d+)\b")
 
 
 class Array(NamedTuple):
@@ -95,15 +96,12 @@ class Op(NamedTuple):
 
   @property
   def marks(self) -> dict[str, int]:
-    """What `core` says there of a loop over rows (`jax.named_scope`): the
-    `rows` there are, the rows `of` a round, how many are `asked` for; or
-    whether it runs `once` or not at all, where the load is even.
-    """
+    """What `core.marks` says of it."""
     own = self.label
     if self.kind in ("while", "conditional"):
       own = own.rpartition("/body/")[2]  # not those of a loop around
-    asked = [m for m in MARKS.findall(self.label) if m[0] == "asked"]
-    return {name: int(n) for name, n in asked + MARKS.findall(own)}
+    asked = marks(self.label).get("asked")
+    return ({} if asked is None else {"asked": asked}) | marks(own)
 
   def calls(self, *kinds: str) -> list[str]:
     """Computations that it runs, those it calls so."""

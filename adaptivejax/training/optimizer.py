@@ -58,10 +58,14 @@ class OptimizerConfig:
   def __post_init__(self):
     """Refuses settings outside their range."""
     for name in ("learning_rate", "clip"):
-      if getattr(self, name) <= 0:
+      if not getattr(self, name) > 0:
         raise ValueError(f"{name}={getattr(self, name)} must be positive")
-    if self.balance_rate < 0:
-      raise ValueError(f"balance_rate={self.balance_rate} must be at least 0")
+    for name in ("balance_rate", "weight_decay"):
+      if not getattr(self, name) >= 0:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+    for name in ("b1", "b2"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
     if not 0 <= self.floor <= 1:
       raise ValueError(f"floor={self.floor} must be a share, in [0, 1]")
     if self.accumulate < 1 or self.warmup < 0:

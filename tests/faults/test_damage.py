@@ -79,8 +79,18 @@ def test_the_run_goes_on_before_the_damage(run, goes_on, how):
   aside = folder / ("8.damaged-2" if how == "twice" else "8.damaged")
   after = {path.name: path.read_bytes() for path in files(aside)}
   assert after == before
-  (said,) = [e for e in read_events(run) if e["event"] == "damaged"]
-  assert "step 8 is damaged: it" in said["text"] and str(aside) in said["text"]
+  told = [e["text"] for e in read_events(run) if e["event"] == "damaged"]
+  assert len(told) == (2 if how == "twice" else 1)
+  assert "step 8 is damaged: it" in told[-1] and str(aside) in told[-1]
+
+
+def test_damage_is_told_if_the_run_died_before_it_said_so(run, goes_on):
+  folder = run / "checkpoints"
+  (folder / "8").rename(folder / "8.damaged")
+  (folder / "2.damaged").mkdir()  # of before
+  assert goes_on(run) == 6
+  (told,) = [e for e in read_events(run) if e["event"] == "damaged"]
+  assert "step 8 is damaged; kept as" in told["text"]
 
 
 def test_without_any_whole_checkpoint_it_starts_again(run, goes_on):

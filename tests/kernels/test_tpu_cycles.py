@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from adaptivejax.training.tpu_schedule import CORES, Schedule
 from benchmarks import tpu_schedule as schedule
 from benchmarks import tpu_simulator as simulator
 from benchmarks.harness import from_json
@@ -46,26 +47,26 @@ of: 2 lines */ ;;  %s2_s3 = sshll.u32 %s8_s1, 4 }
 
 @pytest.fixture
 def program():
-  return schedule.Program.parse(schedule.CHIPS["v5e"], LOOP, UTILIZATION)
+  return schedule.Program.of(Schedule.parse(CORES["v5e"], LOOP, UTILIZATION))
 
 
 def test_a_loop_runs_as_often_as_its_operand_says(program):
-  assert program.blocks == [(0, 4), (4, 15), (15, 16)]
+  assert program.schedule.blocks == [(0, 4), (4, 15), (15, 16)]
   for count in (1, 3):
     run = simulator.simulate(program, [count, np.zeros(4, np.int32)])
     assert run.visits == [1, count, 1] and run.unknown == 0
     assert run.cycles - run.stall == pytest.approx(5 + 11 * count)
     assert run.main == (4, 15) and run.spills == 11 * 2
     assert run.hbm == 0
-  assert program.macs.sum() == 2 * 16 * 128**2
+  assert program.schedule.macs.sum() == 2 * 16 * 128**2
 
 
 def test_transfers_take_latency_and_bandwidth(program):
-  chip = schedule.CHIPS["v5e"]
+  core = CORES["v5e"]
   idle = simulator.simulate(program, [3, np.array([0, 0, 0, 0])])
   run = simulator.simulate(program, [3, np.array([0, 5, 0, 7])])
   assert run.hbm == 1000 * simulator.GRANULE
-  each = simulator.LATENCY * chip.clock + run.hbm / chip.bandwidth
+  each = simulator.LATENCY * core.clock + run.hbm / core.bandwidth
   assert run.stall - idle.stall == pytest.approx(each - 2)  # from 0x6 to 0x8
 
 

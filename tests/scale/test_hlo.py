@@ -11,9 +11,11 @@ import pytest
 from jax import lax
 
 from adaptivejax import core
-from adaptivejax.training.collectives import branches, collectives, kernels
+from adaptivejax.training.collectives import branches, collectives
 from adaptivejax.training.hlo import Module
 from adaptivejax.training.hlo_cost import largest, work
+from adaptivejax.training.kernels import Kernel, kernels
+from adaptivejax.training.tpu_schedule import CORES, Schedule
 
 HLO = """
 HloModule jit_step, entry_computation_layout={(f32[8])->f32[8]}
@@ -59,6 +61,19 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """.replace("CONFIG", 'backend_config={"known_trip_count":{"n":"6"}}')  # noqa: E501
 
 
+MAIN = "\n".join(
+  f"  {n:#x} {'LB' if n == 1 else '  '}: > {{ {body} }}"
+  for n, body in enumerate([
+    "%v1 = vmatmul.bf16.gmra.mxu0 %v1",
+    "%v2 = vmatmul.bf16.gmra.mxu0 %v1 ;; %v3 = vmatmul.bf16.gmra.mxu1 %v1",
+    *10 * [""],
+    "%18 = sbr.rel (%p17_p2) target bundleno = 1 (0x1), region = 1",
+    *5 * [""],
+  ])
+)  # fmt: skip
+SPILLS = "0 0 0 0 0 0 0 0 3 0\n0 0 0 0 0 0 0 0 4 0\n"
+
+
 def test_what_a_program_sends():
   found = collectives(Module.parse(HLO), {"data": 4, "model": 2})
   assert [tuple(c) for c in found] == [
@@ -72,7 +87,16 @@ def test_what_a_program_sends():
 def test_what_a_program_holds_and_computes():
   module = Module.parse(HLO)
   assert branches(module) == (1, 1)
-  assert kernels(module) == {"blocks": 1}
+  assert kernels(module) == [Kernel("blocks", 1, 1, 400 * 2 / 8)]
+  # a round of 16 cycles feeds 16 rows to two of four matrix units
+  core = CORES["v5e"]
+  (found,) = kernels(module, {"k": Schedule.parse(core, MAIN, SPILLS)})
+  assert found[:4] == ("blocks", 1, 1, 100)
+  assert found.pace == pytest.approx(2 / 4)
+  assert found.cycles == pytest.approx(50 / (found.pace * core.macs))
+  assert found.spills == 7
+  idle = Schedule.parse(core, MAIN.replace("vmatmul", "vadd"), SPILLS)
+  assert kernels(module, {"k": idle}) == [Kernel("blocks", 1, 1, 100, None, 7)]
   # the dearest branch, and of the kernel what is asked for
   found = work(module)
   assert (found.flops, found.data_flops) == (2 * 8 * 8 * 4, 400 * 2 / 8)

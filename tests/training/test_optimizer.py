@@ -77,6 +77,10 @@ def test_balance_goes_by_the_sign_of_its_gradient_and_disturbs_nobody():
   "wrong",
   [
     {"balance_rate": -1e-3},
+    {"learning_rate": float("nan")},
+    {"weight_decay": -0.1},
+    {"b1": 1.0},
+    {"b2": -0.1},
     {"learning_rate": 0.0},
     {"clip": -1.0},
     {"floor": 2.0},

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels in a compiled program."""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from adaptivejax.training.hlo import Module
+from adaptivejax.training.hlo_cost import Visit, op_flops, walk
+from adaptivejax.training.tpu_schedule import Schedule
+
+KERNEL = re.compile(r"tpu_custom_call|mosaic_gpu")
+
+
+class Kernel(NamedTuple):
+  """The calls of one kernel.
+
+  Attributes:
+    name: that it was given.
+    sites: in the text of the program.
+    count: in a run, as `hlo_cost` counts rounds and branches.
+    flops: that it declares, in a run.
+    pace: of the peak, where it multiplies most (`Schedule.pace`); None if no
+      schedule was read.
+    spills: vector registers put away, in the text of all its sites.
+    cycles: of a core, to compute `flops` at that pace: what is between and what
+      is waited for comes on top.
+  """
+
+  name: str
+  sites: int
+  count: int
+  flops: float
+  pace: float | None = None
+  spills: int | None = None
+  cycles: float | None = None
+
+
+def kernels(
+  module: Module, schedules: Mapping[str, Schedule] | None = None
+) -> list[Kernel]:
+  """All of a program, the dearest first; `schedules` by instruction."""
+  calls: dict[str, list[Visit]] = {}
+  for visit in walk(module):
+    target = re.search(r'custom_call_target="([^"]*)"', visit.op.attributes)
+    if target and KERNEL.match(target[1]):
+      path = visit.op.label.removesuffix("/pallas_call")
+      name = path.rpartition("/")[2] or visit.op.name
+      calls.setdefault(name, []).append(visit)
+  found = [_kernel(name, calls[name], schedules or {}) for name in calls]
+  return sorted(found, key=lambda kernel: -kernel.flops)
+
+
+def _kernel(
+  name: str, visits: list[Visit], schedules: Mapping[str, Schedule]
+) -> Kernel:
+  flops = [v.times * op_flops(v.op, v.around) for v in visits]
+  count = round(sum(v.times for v in visits))
+  plain = Kernel(name, len(visits), count, sum(flops))
+  if any(v.op.name not in schedules for v in visits):
+    return plain
+  made = [schedules[v.op.name] for v in visits]
+  spills = int(sum(s.spills.sum() for s in made))
+  peaks = [f / (2 * s.core.macs * s.core.cores) for f, s in zip(flops, made)]
+  if not all(s.pace for s in made):  # it moves, and multiplies nothing
+    return plain._replace(spills=spills)
+  cycles = sum(peak / s.pace for peak, s in zip(peaks, made))
+  pace = sum(peaks) / cycles if cycles else max(s.pace for s in made)
+  return plain._replace(pace=pace, spills=spills, cycles=cycles)
