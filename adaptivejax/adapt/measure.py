@@ -3,8 +3,9 @@
 
 Three regimes: "decode", token by token after a short prompt; "long decode", the
 same after a long one; "prompt", a long text read at once.  Quality is over all
-texts, in one batch (a row does not depend on the others); the clock runs on one
-text at a time, in turn with the model as it was, text by text.
+texts (a row does not depend on the others), and of a prompt over its last
+tokens, those with the longest past; the clock runs on one text at a time, in
+turn with the model as it was, text by text.
 
 Axes: W texts, P prompt tokens, T tokens to judge.
 """
@@ -49,6 +50,10 @@ class Trial:
   prime: Callable[[Any, Array], Any] | None = None
   regimes: tuple[str, ...] = ("decode",)
   exact: float | None = None
+
+
+JUDGED = 1024
+"""Tokens of a prompt that are judged, the last."""
 
 
 class Reading(NamedTuple):
@@ -96,11 +101,18 @@ def _go_on(model, start: Start, tokens: Int[Array, "W T"]) -> Reading:
 
 @jax.jit
 def _at_once(model, stack, tokens: Int[Array, "W T"]) -> Reading:
-  """A prompt, read at once into a cache."""
-  cache = model.empty_cache(len(tokens), tokens.shape[1])
-  out = model(tokens, cache, stack=stack)
-  nats = cross_entropy(out.logits[:, :-1], tokens[:, 1:]).mean(1)
-  return Reading(nats, out.depth.mean(), out.cost)
+  """Prompts, each read at once into a cache; their ends are judged."""
+  size = tokens.shape[1]
+  ends = jnp.arange(max(size - 1 - JUDGED, 0), size - 1)
+
+  def one(row):
+    cache = model.empty_cache(1, size)
+    out = model(row[None], cache, stack=stack, read_at=ends[None])
+    nats = cross_entropy(out.logits[0], row[ends + 1]).mean()
+    return nats, out.depth.mean(), out.cost
+
+  nats, depth, cost = lax.map(one, tokens)
+  return Reading(nats, depth.mean(), cost.total())
 
 
 @jax.jit

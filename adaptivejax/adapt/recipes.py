@@ -32,6 +32,7 @@ from adaptivejax.methods.attention import (
   Quest,
   TokenSelect,
   XAttention,
+  assign,
 )
 from adaptivejax.methods.depth import (
   calm,
@@ -45,6 +46,7 @@ from adaptivejax.methods.kv import SnapKV, StreamingLLM
 from adaptivejax.methods.width import core_of
 from adaptivejax.nn import (
   ByBlocks,
+  ByPhase,
   Lens,
   Through,
   adjust,
@@ -63,6 +65,8 @@ from adaptivejax.training.distill import (
   layerwise,
 )
 
+CALIBRATION = 2048
+"""Tokens of training text by which heads are told apart."""
 PROBE = 256
 """Tokens of training text on which exactness and budgets are looked at."""
 
@@ -98,11 +102,25 @@ class Bench:
     size = 64 if self.config.long >= 1024 else 8
     return {"block_q": size, "block_kv": size}
 
-  def a_shape(self, window: int) -> MInference:
-    """A look at the first block and so many last keys, in all heads."""
-    shapes = ("a_shape",) * self.model.config.heads
-    budgets = Budgets(sinks=self.blocks["block_q"], window=window)
-    return MInference(shapes, budgets, **self.blocks)
+  def minference(self, share: float, patterns=None) -> MInference:
+    """A look at this share of a long prompt: in each head at the last keys and
+    the first block, or at the blocks that promise most; `patterns`, or as keeps
+    more of the attention on training text.
+    """
+    shapes = "a_shape", "block_sparse"
+    block, size = self.blocks["block_q"], self.config.long
+
+    def look(size: int, patterns) -> MInference:
+      window = max(int(share * size) // block * block, block)
+      budgets = Budgets(sinks=block, window=window, blocks=window // block)
+      return MInference(patterns, budgets, **self.blocks)
+
+    if patterns is None:
+      less = min(size, CALIBRATION)
+      train = jnp.asarray(self.text.train.reshape(1, -1)[:, :less])
+      some = look(less, shapes[:1] * self.model.config.heads)
+      patterns = assign(self.fast, train, some, since=less // 2, among=shapes)
+    return look(size, patterns)
 
   @functools.cached_property
   def dense(self) -> Any:
@@ -125,6 +143,18 @@ class Bench:
   def exact(self, changed, stack=decode.FULL) -> float:
     """The largest change of a logit at the full budget."""
     return surgery.exactness(self.model, changed, self.probe, stack=stack)
+
+  def exact_after(self, changed, prime=lambda model, prompt: decode.FULL):
+    """The same for one token behind a prompt that `prime` makes a stack of."""
+    prompt = self.probe[:1, :-1]
+    one, room = self.probe[:1, -1:], self.probe.shape[1]
+
+    def said(model, stack):
+      cache = model(prompt, model.empty_cache(1, room)).cache
+      return model(one, cache, stack=stack).logits
+
+    gap = said(changed, prime(changed, prompt)) - said(self.fast, decode.FULL)
+    return float(jnp.abs(gap).max())
 
   def teach(self, student, loss, rates, share: float = 1.0):
     """The student after a lesson of `share` of the configured steps."""
@@ -249,19 +279,7 @@ def neurons(bench: Bench) -> Iterator[Trial]:
     )
     return Partial(by_neurons, neurons=core, first=jnp.int32(cold))
 
-  def gap(prompt):
-    """At share 1, token by token behind half of the prompt."""
-    half = prompt.shape[1] // 2
-    cache = bench.fast.empty_cache(1, prompt.shape[1])
-    cache = bench.fast(prompt[:, :half], cache).cache
-    stack = prime(bench.fast, prompt[:, :half], 1.0)
-    one = prompt[:, half : half + 1]
-    thin, whole = (
-      bench.fast(one, cache, stack=s) for s in (stack, decode.FULL)
-    )
-    return float(jnp.abs(thin.logits - whole.logits).max())
-
-  exact = gap(bench.probe[:1, :32])
+  exact = bench.exact_after(bench.fast, functools.partial(prime, share=1.0))
   for share in (0.8, 0.6):
     yield Trial(
       "CoreInfer",
@@ -329,15 +347,14 @@ def long(bench: Bench) -> Iterator[Trial]:
   flex = lambda gamma: FlexPrefill(gamma, min_budget=few, **blocks)
   choose = sorted({0, 1, 2, bench.layers // 2, 3 * bench.layers // 4})
   delta = lambda n: DELTA(tuple(choose), pages=n, recent=min(8, n))
-  voted = lambda n: TokenSelect(n // 2, initial=n // 8, local=n - n * 5 // 8)
+  heads = bench.model.config.heads
+  voted = lambda n: TokenSelect(
+    n // 2, initial=n // 8, local=n - n * 5 // 8, heads=heads
+  )
+  after = lambda look: ByPhase(ByBlocks(**blocks), look)  # the prompt, fast
+  chosen = bench.minference(0.25)
   looks: tuple[tuple[str, str, Any, Any, tuple[str, ...]], ...] = (
-    (
-      "MInference, A-shape",
-      keys,
-      bench.a_shape(few),
-      bench.a_shape(4 * size),
-      prompts,
-    ),
+    ("MInference", keys, chosen, bench.minference(4, chosen.patterns), prompts),
     (
       "XAttention",
       "0.96 of the mass",
@@ -353,22 +370,35 @@ def long(bench: Bench) -> Iterator[Trial]:
       StreamingLLM(4, 4 * size),
       decoding,
     ),
-    ("Quest", keys, Quest(max(few // 16, 1)), Quest(size), decoding),
+    (
+      "Quest",
+      keys,
+      after(Quest(max(few // 16, 1))),
+      after(Quest(size)),
+      decoding,
+    ),
     (
       "Kinetics, blocks",
       keys,
-      Kinetics(max(few // 16 - 5, 1)),
-      Kinetics(size),
+      after(Kinetics(max(few // 16 - 5, 1))),
+      after(Kinetics(size)),
       decoding,
     ),
-    ("DELTA", keys, delta(max(few // 16, 1)), delta(size), decoding),
-    ("TokenSelect", keys, voted(few), voted(4 * size), decoding),
+    (
+      "DELTA",
+      keys,
+      after(delta(max(few // 16, 1))),
+      after(delta(size)),
+      decoding,
+    ),
+    ("TokenSelect", keys, after(voted(few)), after(voted(4 * size)), decoding),
     ("SnapKV", keys, snap(few), snap(4 * size), decoding),
   )
   for name, setting, look, whole, regimes in looks:
     made = with_look(bench.fast, look)
     full = made if whole is None else with_look(bench.fast, whole)
-    yield Trial(name, setting, made, regimes=regimes, exact=bench.exact(full))
+    exact = bench.exact if regimes == prompts else bench.exact_after
+    yield Trial(name, setting, made, regimes=regimes, exact=exact(full))
 
 
 RECIPES: dict[str, Recipe] = {

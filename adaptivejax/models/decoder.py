@@ -32,7 +32,7 @@ class LMOutput(NamedTuple):
   """What the model says and spent.
 
   Attributes:
-    logits: f32[B, T, V], or [B, 1, V] of one token per row.
+    logits: f32[B, T, V], or [B, R, V] of some tokens of each row.
     cache: advanced by T tokens, or None.
     cost: FLOPs of layers and readout.
     signals: differentiable by-products, mean over layers.
@@ -115,7 +115,7 @@ class DecoderLM(nnx.Module):
     *,
     lengths: Int[Array | np.ndarray, " B"] | None = None,
     tree: Bool[Array, "B T T"] | None = None,
-    read_at: Int[Array, " B"] | None = None,
+    read_at: Int[Array, " B"] | Int[Array, "B R"] | None = None,
     stack: Callable = plain,
     key: Key[Array, ""] | None = None,
   ) -> LMOutput:
@@ -129,8 +129,8 @@ class DecoderLM(nnx.Module):
       tree: tokens that each token sees, itself included, where they are a tree
         of drafts and not a text (`core.trees.ancestors`); needs a cache.  The
         cache comes back with the tree in it but not advanced: `commit_path`.
-      read_at: the one token of each row whose logits are wanted, as [B, 1, V]
-        (dynamic); all T if not given.
+      read_at: the tokens of each row whose logits are wanted, as [B, R, V], or
+        the one, as [B, 1, V] (dynamic); all T if not given.
       stack: how the layers are run, see `nn.stack`.
       key: given in training, asks for the differentiable form.
     """
@@ -152,7 +152,8 @@ class DecoderLM(nnx.Module):
     out = stack(self.layers, x, positions, cache, readout=self.readout, key=key)
     x = out.x
     if read_at is not None:
-      x = jnp.take_along_axis(x, read_at[:, None, None], axis=1)
+      at = read_at.reshape(batch, -1, 1)
+      x = jnp.take_along_axis(x, at, axis=1)
     logits = self.readout(x)
     read = flops(lambda m, x: m.readout(x), self, x)
     return LMOutput(

@@ -4,6 +4,7 @@
 from adaptivejax.nn.attention import Attention
 from adaptivejax.nn.block import Block, Group
 from adaptivejax.nn.by_block import ByBlock
+from adaptivejax.nn.by_phase import ByPhase
 from adaptivejax.nn.choosing import Choice, Choosing
 from adaptivejax.nn.confidence import (
   MARGIN,
@@ -74,6 +75,7 @@ __all__ = [
   "Block",
   "ByBlocks",
   "ByBlock",
+  "ByPhase",
   "ByStack",
   "Choice",
   "Choosing",

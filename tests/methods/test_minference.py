@@ -203,6 +203,10 @@ def test_heads_are_assigned_by_the_mass_they_keep():
   assert [[PATTERNS.index(n) for n in row] for row in table] == best.tolist()
   assert len({name for row in table for name in row}) > 1
   with_look(model(), look(table))(TOKENS)
+  two = assign(model(), TOKENS, look(), since=4, among=PATTERNS[:2])
+  assert [[PATTERNS.index(n) for n in row] for row in two] == (
+    np.asarray(mass)[..., :2].argmax(-1).tolist()
+  )
 
 
 def test_a_head_of_slashes_is_assigned_slashes():

@@ -50,6 +50,15 @@ def test_any_way_of_feeding_the_tokens_is_the_same(model, parts):
   np.testing.assert_array_equal(cache.length, T)
 
 
+def test_logits_are_read_where_they_are_wanted(model):
+  every = model(TOKENS).logits
+  some = jnp.array([[0, 8, 3], [5, 5, 1]])
+  want = np.take_along_axis(every, some[..., None], 1)
+  np.testing.assert_array_equal(model(TOKENS, read_at=some).logits, want)
+  one = model(TOKENS, read_at=some[:, 0]).logits
+  np.testing.assert_array_equal(one, want[:, :1])
+
+
 def test_rows_of_a_cache_may_differ_in_length(model):
   """Row 1 starts two tokens later than row 0 and reads the same text."""
   cache = model.empty_cache(2, T)

@@ -116,14 +116,15 @@ class MInference(SparsePrefill):
     return Chosen(mask, jnp.zeros_like(keys.pos, bool))
 
 
-def assign(model, tokens, look: MInference, since: int = 0):
+def assign(model, tokens, look: MInference, since: int = 0, among=PATTERNS):
   """The patterns that keep most attention on a prompt, L tuples of H names.
 
   Runs `model(tokens i32[B, T], cache)`, with the budgets of `look`; queries
-  from position `since` (static) on count, 2500 in the published code.
+  from position `since` (static) on count, 2500 in the published code; `among`
+  are the patterns to choose from, in order: of equals, the first.
   """
   heads = len(look.patterns[0])
   one = lambda name: MInference((name,) * heads, look.budgets, **look.blocks)
-  kept, _ = coverage_of(model, tokens, [*map(one, PATTERNS)], heads, since)
-  best = np.asarray(kept).argmax(-1)  # of equals, the first
-  return tuple(tuple(PATTERNS[i] for i in row) for row in best)
+  kept, _ = coverage_of(model, tokens, [*map(one, among)], heads, since)
+  best = np.asarray(kept).argmax(-1)
+  return tuple(tuple(among[i] for i in row) for row in best)
