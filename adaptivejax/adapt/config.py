@@ -66,7 +66,7 @@ class AdaptConfig:
   seconds: float = 4.0
   """To spend on timing each method beside the model as it was."""
 
-  sample: int = 48
+  sample: int = 96
   """Tokens of the texts that are shown."""
 
   seed: int = 0

@@ -35,7 +35,7 @@ class Drafted(NamedTuple):
 def policies(bench) -> Iterator[tuple[str, str, Any]]:
   """`(method, setting, policy)` of each."""
   table = TrigramTable.build([bench.text.train.reshape(-1)])
-  for nodes in (4, 8):
+  for nodes in (4, 6):
     tree = ADED(table, nodes=nodes, depth=nodes // 2 + 1)
     yield "ADED", f"{nodes} nodes", tree
   exit = bench.layers * 3 // 4

@@ -9,6 +9,7 @@ import math
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
@@ -142,6 +143,7 @@ def adapt(
       for trial in RECIPES[name](bench):
         run.add(trial)
     bench.say(f"{name}: {time.perf_counter() - begin:.0f} s")
+    jax.clear_caches()  # programs of one recipe serve no other
   made = _report(run)
   page = report.write_report(made, out)
   report.print_table(made, console)

@@ -82,11 +82,11 @@ def distill(
     isinstance(value, nnx.Param) and _rule(rules, path) is not None
   )
   graph, params, rest = nnx.split(student, trained, ...)
-  params = nnx.to_pure_dict(params)
+  params = jax.tree.map(jnp.copy, nnx.to_pure_dict(params))  # are given away
   optimizer = by_path(rates, params, clip)
   state = optimizer.init(params)
 
-  @jax.jit
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params, state, rest, teacher, tokens, key, fade):
     def value(params):
       model = nnx.merge(graph, nnx.State(params), rest)

@@ -193,7 +193,7 @@ class Module(NamedTuple):
     return Rounds(max(min(bounds), 0), sure=sure)
 
   def _bound(self, test: Op, sides: list[Op], loop: Op, around) -> int | None:
-    """Rounds until a counter that steps by one passes a constant."""
+    """Rounds until a counter that is counted up passes a constant."""
     way = re.search(r"direction=(\w+)", test.attributes)
     way = way[1] if way else ""
     if way in ("GT", "GE"):
@@ -203,10 +203,11 @@ class Module(NamedTuple):
     counter, limit = sides
     place = _place(counter)
     end = self._constant(limit, loop, around)
-    if place is None or end is None or not self._steps(loop, place):
+    step = None if place is None else self._step(loop, place, around)
+    if place is None or end is None or step is None:
       return None
     start = self._start(place, loop, around)
-    return end - (start or 0) + (way == "LE")
+    return -(-(end - (start or 0) + (way == "LE")) // step)
 
   def _constant(self, op: Op, loop: Op, around: Computation) -> int | None:
     """The value of a constant, also of one that the loop carries along."""
@@ -237,24 +238,27 @@ class Module(NamedTuple):
       return None
     return int(op.inside) if re.fullmatch(r"-?\d+", op.inside) else None
 
-  def _steps(self, loop: Op, place: int) -> bool:
-    """Whether a place of the loop's state is counted up by one."""
+  def _step(self, loop: Op, place: int, around: Computation) -> int | None:
+    """By how much a place of the loop's state is counted up in a round."""
     (body,) = loop.calls("body")
     ops, end = self.computations[body], self.root(body)
     if end.kind != "tuple" or place >= len(end.operands):
-      return False
-    op, around = ops.get(end.operands[place]), ops
+      return None
+    op, inner = ops.get(end.operands[place]), ops
     given: list[Op] = []
     if op is not None and op.kind == "fusion":
       (name,) = op.calls("calls")
       given, ops = [ops[n] for n in op.operands], self.computations[name]
       op = self.root(name)
     if op is None or op.kind != "add":
-      return False
+      return None
     terms = [_source(ops[n], ops) for n in op.operands if n in ops]
-    terms = [_source(_outside(t, given), around) for t in terms]
-    own = any(_place(t) == place for t in terms)
-    return own and any(t.kind == "constant" and t.inside == "1" for t in terms)
+    terms = [_source(_outside(t, given), inner) for t in terms]
+    others = [t for t in terms if _place(t) != place]
+    if len(terms) != 2 or len(others) != 1:
+      return None
+    step = self._constant(others[0], loop, around)
+    return step if step and step > 0 else None
 
 
 def arrays(shape: str) -> list[Array]:

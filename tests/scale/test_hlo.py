@@ -232,3 +232,15 @@ def test_loops_of_the_tpu_compiler_whose_rounds_nobody_tells(limit):
   # the weights of one layer a round, from large memory; once the input
   moved = (rounds or 1) * 16 * 16 * 2 + 8 * 16 * 2
   assert moved <= found.bytes < moved + 50 * (rounds or 1)  # and counters
+
+
+@pytest.mark.parametrize(
+  ("step", "rounds"), [(1, 5), (2, 3), (4, 2), (0, None)]
+)
+def test_a_loop_may_count_by_more_than_one(step, rounds):
+  """As products do that go round a ring, two parts in a round."""
+  text = TPU.replace("LIMIT", next(iter(LIMITS)))
+  assert text.count("constant(1)") == 1
+  found = work(Module.parse(text.replace("constant(1)", f"constant({step})")))
+  assert found.unknown == (rounds is None)
+  assert found.flops == (rounds or 1) * 2 * 8 * 16 * 16
