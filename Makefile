@@ -17,7 +17,7 @@ demo: $(VENV)/.demo ## train, calibrate and report on real text (QUICK=1: a minu
 	$(BIN)/python -m examples.quickstart $(quick)
 
 quick-adapt := --name adapt/smollm2-quick --recipes exits neurons long \
-  --context 48 --prompt 16 --windows 2 --long 128 --long_windows 1 --steps 2 \
+  --context 48 --prompt 16 --windows 2 --read 64 --long 128 --long_windows 1 --steps 2 \
   --batch 1 --seconds 0.1 --sample 8
 
 adapt-demo: $(VENV)/.demo $(VENV)/.smollm2 ## make SmolLM2-135M adaptive, measure and report (QUICK=1: 3 minutes)

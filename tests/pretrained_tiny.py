@@ -51,6 +51,7 @@ def config(corpus: str, **fields) -> AdaptConfig:
     "context": 24,
     "prompt": 8,
     "windows": 3,
+    "read": 32,
     "long": 64,
     "long_windows": 2,
     "steps": 2,

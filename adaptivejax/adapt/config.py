@@ -51,10 +51,13 @@ class AdaptConfig:
   windows: int = 8
   """Held-out windows that decoding is judged on."""
 
-  long: int = 3072
+  read: int = 1024
+  """Tokens of a prompt that is read at once."""
+
+  long: int = 6144
   """Tokens of a long prompt."""
 
-  long_windows: int = 1
+  long_windows: int = 3
   """Long held-out texts."""
 
   steps: int = 24
@@ -85,9 +88,9 @@ class AdaptConfig:
         f"prompt={self.prompt} must leave tokens to judge of"
         f" context={self.context}"
       )
-    if self.long <= self.context or self.seconds <= 0:
+    if not 1 < self.read <= self.long or self.seconds <= 0:
       raise ValueError(
-        f"long={self.long} must be more than context={self.context}, and"
+        f"read={self.read} must be in 2..long={self.long}, and"
         f" seconds={self.seconds} above 0"
       )
     for name in self.recipes:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a changed model says of held-out text, and how fast, beside the model.
 
-Three regimes: "decode", token by token after a short prompt; "long decode", the
-same after a long one; "prompt", a long text read at once.  Quality is over all
-texts (a row does not depend on the others), and of a prompt over its last
-tokens, those with the longest past; the clock runs on one text at a time, in
-turn with the model as it was, text by text.
+Four regimes: "decode", token by token after a short prompt; "long decode", the
+same after a long one; "prompt" and "long prompt", a text read at once.  Quality
+is over all texts (a row does not depend on the others), and of a prompt over
+its last tokens, those with the longest past; the clock runs on one text at a
+time, in turn with the model as it was, text by text.
 
 Axes: W texts, P prompt tokens, T tokens to judge.
 """
@@ -172,7 +172,7 @@ def measure(
   """
   text = jnp.asarray(texts, jnp.int32)
   timed = min(timed, len(text))
-  if regime == "prompt":
+  if regime.endswith("prompt"):
     count = text.shape[1]
     read = lambda t: _at_once(t.model, t.stack, text)
     one = [text[i : i + 1] for i in range(timed)]

@@ -96,6 +96,11 @@ class Bench:
   def layers(self) -> int:
     return layer_count(self.model.layers)
 
+  def some(self, share: float) -> int:
+    """A share of a long prompt, in whole blocks."""
+    block = self.blocks["block_kv"]
+    return max(int(share * self.config.long) // block * block, block)
+
   @property
   def blocks(self) -> dict[str, int]:
     """Sizes of blocks for prompts."""
@@ -339,66 +344,61 @@ def depths(bench: Bench) -> Iterator[Trial]:
 
 def long(bench: Bench) -> Iterator[Trial]:
   """Long prompts: fewer keys looked at, or kept; nothing is trained."""
-  size, blocks = bench.config.long, bench.blocks
-  block = blocks["block_q"]
-  few = max(size // 4 // block * block, block)
-  keys, decoding, prompts = f"{few} keys", ("long decode",), ("prompt",)
-  snap = lambda n: SnapKV(n, window=min(32, n), extra=bench.config.context)
-  flex = lambda gamma: FlexPrefill(gamma, min_budget=few, **blocks)
-  choose = sorted({0, 1, 2, bench.layers // 2, 3 * bench.layers // 4})
-  delta = lambda n: DELTA(tuple(choose), pages=n, recent=min(8, n))
-  heads = bench.model.config.heads
+  yield from long_prompts(bench)
+  size, heads = bench.config.long, bench.model.config.heads
+  every = 4 * size  # more than there ever is
+  after = lambda look: ByPhase(ByBlocks(**bench.blocks), look)
+  full = tuple(sorted({0, 1, *range(2, bench.layers, 4)}))
+  pages = lambda n: max(n // 16, 1)
+  delta = lambda n: DELTA(full, pages=pages(n), recent=min(8, pages(n)))
   voted = lambda n: TokenSelect(
     n // 2, initial=n // 8, local=n - n * 5 // 8, heads=heads
   )
-  after = lambda look: ByPhase(ByBlocks(**blocks), look)  # the prompt, fast
-  chosen = bench.minference(0.25)
-  looks: tuple[tuple[str, str, Any, Any, tuple[str, ...]], ...] = (
-    ("MInference", keys, chosen, bench.minference(4, chosen.patterns), prompts),
-    (
-      "XAttention",
-      "0.96 of the mass",
-      XAttention(0.96, **blocks),
-      None,
-      prompts,
+  snap = lambda n: SnapKV(n, window=min(32, n), extra=bench.config.context)
+  looks: dict[str, tuple[float, Callable[[int], Any]]] = {
+    "StreamingLLM": (1 / 4, lambda n: StreamingLLM(4, n)),
+    "SnapKV": (1 / 4, snap),
+    "Quest": (1 / 4, lambda n: after(Quest(pages(n)))),
+    "Kinetics, blocks": (
+      5 / 16,
+      lambda n: after(Kinetics(max(pages(n) - 5, 1))),
     ),
-    ("FlexPrefill", "0.9 of the mass", flex(0.9), None, prompts),
+    "DELTA": (3 / 8, lambda n: after(delta(n))),
+    "TokenSelect": (1 / 4, lambda n: after(voted(n))),
+  }
+  for name, (share, look) in looks.items():
+    few = bench.some(share)
+    yield Trial(
+      name,
+      f"{few} keys",
+      with_look(bench.fast, look(few)),
+      regimes=("long decode",),
+      exact=bench.exact_after(with_look(bench.fast, look(every))),
+    )
+
+
+def long_prompts(bench: Bench) -> Iterator[Trial]:
+  """Looks that read a prompt sparsely."""
+  size, blocks = bench.config.long, bench.blocks
+  shapes = bench.minference(1 / 4)
+  least = max(size // 24, 1)
+  looks = (
+    (f"{bench.some(1 / 4)} keys", shapes, bench.minference(4, shapes.patterns)),
+    ("0.96 of the mass", XAttention(0.96, **blocks), XAttention(1, **blocks)),
     (
-      "StreamingLLM",
-      keys,
-      StreamingLLM(4, few),
-      StreamingLLM(4, 4 * size),
-      decoding,
+      "0.9 of the mass",
+      FlexPrefill(0.9, min_budget=least, **blocks),
+      FlexPrefill(1, min_budget=least, **blocks),
     ),
-    (
-      "Quest",
-      keys,
-      after(Quest(max(few // 16, 1))),
-      after(Quest(size)),
-      decoding,
-    ),
-    (
-      "Kinetics, blocks",
-      keys,
-      after(Kinetics(max(few // 16 - 5, 1))),
-      after(Kinetics(size)),
-      decoding,
-    ),
-    (
-      "DELTA",
-      keys,
-      after(delta(max(few // 16, 1))),
-      after(delta(size)),
-      decoding,
-    ),
-    ("TokenSelect", keys, after(voted(few)), after(voted(4 * size)), decoding),
-    ("SnapKV", keys, snap(few), snap(4 * size), decoding),
   )
-  for name, setting, look, whole, regimes in looks:
-    made = with_look(bench.fast, look)
-    full = made if whole is None else with_look(bench.fast, whole)
-    exact = bench.exact if regimes == prompts else bench.exact_after
-    yield Trial(name, setting, made, regimes=regimes, exact=exact(full))
+  for setting, look, whole in looks:
+    yield Trial(
+      type(look).__name__,
+      setting,
+      with_look(bench.fast, look),
+      regimes=("long prompt",),
+      exact=bench.exact(with_look(bench.fast, whole)),
+    )
 
 
 RECIPES: dict[str, Recipe] = {

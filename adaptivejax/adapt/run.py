@@ -33,8 +33,9 @@ MEASURED = (
   " quartiles. Both have their kernels stored out-major, as decoding wants.",
   "decode: one token after the other at batch 1, each after its true past,"
   " behind a short prompt; long decode: behind a long one, which the method"
-  " itself has read; prompt: reading a long text. There the model as it was"
-  " reads by blocks and leaves out the future, some times as fast as plainly."
+  " itself has read; prompt and long prompt: reading a text at once, judged by"
+  " its last 1024 tokens. There the model as it was reads by blocks and leaves"
+  " out the future, some times as fast as plainly."
   " Drafts are timed on greedy texts, the prompt included.",
   "Perplexity is per token, on documents from which nothing was learned and by"
   " which no budget was chosen, over all windows; it is that of the very"
@@ -94,7 +95,8 @@ class Run:
   def _measure(self, trial, regime, twin):
     config, text = self.bench.config, self.bench.text
     texts = text.test if regime == "decode" else text.long
-    texts = texts[:, : config.long] if regime == "prompt" else texts
+    size = {"prompt": config.read, "long prompt": config.long}.get(regime)
+    texts = texts[:, :size]
     return measure(
       self._dense(regime),
       trial,

@@ -12,7 +12,7 @@ from typing import TypeGuard
 
 Number = int | float | None
 Facts = dict[str, str | int | float]
-REGIMES = ("decode", "long decode", "prompt", "score")
+REGIMES = ("decode", "long decode", "prompt", "long prompt", "score")
 
 
 def real(x: Number) -> TypeGuard[float]:

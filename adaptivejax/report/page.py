@@ -21,7 +21,8 @@ from adaptivejax.report.words import number, percent, readable, times, verdict
 REGIMES = {
   "decode": "Decoding, token by token",
   "long decode": "Decoding after a long prompt",
-  "prompt": "Reading a long prompt",
+  "prompt": "Reading a prompt",
+  "long prompt": "Reading a long prompt",
   "score": "Scoring whole sequences",
 }
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"

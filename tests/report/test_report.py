@@ -252,7 +252,7 @@ def test_perplexity_is_shown_where_tokens_are_not_bytes(tmp_path, capsys):
   assert made.rise(points[3]) is None
   page = written(made, tmp_path)
   assert page.text.count("perplexity") == 1 and "10.30" in page.text
-  assert "+3.0 %" in page.text and "Reading a long prompt" in page.text
+  assert "+3.0 %" in page.text and "Reading a prompt" in page.text
   reports.print_table(made)
   said = capsys.readouterr().out
   assert said.count("perplexity") == 1 and "+3.0 %" in said
