@@ -196,7 +196,7 @@ def _show(found: Any) -> None:
   console = Console()
   console.print(table)
   if found.kernels:
-    console.print(_kernels(found))
+    console.print(_kernels(found.kernels))
   sent = Table(
     "collective", "over", "in a step", "in the text", "MB received", "largest"
   )
@@ -206,7 +206,7 @@ def _show(found: Any) -> None:
   console.print(sent)
 
 
-def _kernels(found: Any) -> Any:
+def _kernels(kernels: Sequence[Any]) -> Any:
   """The table of the kernels of a program."""
   from rich.table import Table
 
@@ -214,7 +214,7 @@ def _kernels(found: Any) -> Any:
     "kernel", "in a step", "in the text", "FLOPs", "of the peak", "spills",
     "Mcycles at least",
   )  # fmt: skip
-  for k in found.kernels:
+  for k in kernels:
     pace = "–" if k.pace is None else f"{k.pace:.0%}"
     spills = "–" if k.spills is None else str(k.spills)
     cycles = "–" if k.cycles is None else f"{k.cycles / 1e6:.3f}"

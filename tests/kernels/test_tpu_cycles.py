@@ -153,6 +153,43 @@ def test_few_layers_or_many_are_one_program(tmp_path):
   assert 1.2 < many["work"]["flops"] / few["work"]["flops"] < 2
 
 
+@needs_compiler
+def test_a_step_tells_how_near_the_peak_its_kernels_come(tmp_path):
+  out = tmp_path / "experts.json"
+  done = subprocess.run(
+    [sys.executable, "-c", EXPERTS.format(out=str(out))],
+    cwd=ROOT, capture_output=True, text=True, timeout=600,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  found = json.loads(out.read_text())
+  assert found and {k["name"] for k in found} <= {
+    "grouped_matmul",
+    "dw",
+    *NAMES,
+  }
+  for kernel in found:
+    assert 0 < kernel["pace"] <= 1 and kernel["spills"] >= 0, kernel
+    peak = 2 * CORES["v5e"].macs * kernel["pace"]
+    assert kernel["cycles"] == pytest.approx(kernel["flops"] / peak)
+
+
+EXPERTS = """
+import dataclasses, json, os, pathlib
+os.environ["JAX_PLATFORMS"] = "cpu"
+from adaptivejax.training import DataConfig, aot, tpu_schedule
+from adaptivejax.training.mesh import MeshConfig
+from configs.scale import experts_100b as scale
+folder = tpu_schedule.ask()
+scale.MODEL = dataclasses.replace(
+  scale.MODEL, vocab=512, layers=2, features=256, hidden=256, heads=2,
+  kv_heads=1,
+)
+scale.DATA = DataConfig(context=256, batch=16)
+scale.EXPERTS, scale.MESH = 16, MeshConfig(fsdp=2, expert=2)
+found = aot.compile_step(scale.config(1 / 8), "v5e:2x2", folder)
+kernels = [kernel._asdict() for kernel in found.kernels]
+pathlib.Path("{out}").write_text(json.dumps(kernels))
+"""
 SCALE = """
 import dataclasses, json, os, pathlib
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -15,14 +15,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from rich.console import Console
 
 from adaptivejax import cli
+from adaptivejax.cli import compile as compile_command
 from adaptivejax.core.attention import Keys
 from adaptivejax.core.block_lists import lists_from_mask
 from adaptivejax.core.cost import flops
 from adaptivejax.core.sparse_attention import attend_blocks
 from adaptivejax.training import aot, chips
 from adaptivejax.training.data import DataConfig
+from adaptivejax.training.kernels import Kernel
 from adaptivejax.training.mesh import MeshConfig, make_mesh
 
 NARROW = {"vocab": 64, "features": 32, "hidden": 64, "heads": 4, "kv_heads": 2}
@@ -158,6 +161,19 @@ def test_both_programs_are_compiled_and_written(file, tmp_path, capsys):
   assert decode["work"]["flops"] == 2 * (2 * layer + 16 * 256)
   assert train["work"]["flops"] > 2.9 * 16 * decode["work"]["flops"]
   assert not decode["collectives"] and train["collectives"]
+
+
+def test_kernels_are_shown_with_what_is_known_of_them(capsys):
+  known = Kernel("gmm", 2, 64, 3e9, 0.5, 7, 1.25e6)
+  unknown = Kernel("other", 1, 1, 0.0)
+  made = compile_command._kernels([known, unknown])
+  Console(width=120).print(made)
+  rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.split("\n")]
+  rows = [[cell.strip() for cell in row] for row in rows if row]
+  assert rows == [
+    ["gmm", "64", "2", "3e+09", "50%", "7", "1.250"],
+    ["other", "1", "1", "0", "–", "–", "–"],
+  ]
 
 
 def test_what_does_not_fit_says_by_how_much(file, capsys, monkeypatch):
