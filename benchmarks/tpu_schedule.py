@@ -22,7 +22,7 @@ from adaptivejax.training.tpu_schedule import (
   Core,
   Schedule,
   ask,
-  found,
+  must_find,
   target,
   written,
 )
@@ -100,7 +100,7 @@ class Instruction:
   @property
   def operand(self) -> int:
     """The index of the operand that it reads."""
-    return int(found(r"index: (\d+), kind", self.text)[1])
+    return int(must_find(r"index: (\d+), kind", self.text)[1])
 
   @classmethod
   def _sum(cls, text: str) -> tuple[str | int, ...]:

@@ -53,7 +53,7 @@ class Trial:
 
 
 JUDGED = 1024
-"""Tokens of a prompt that are judged, the last."""
+"""Tokens of a prompt that are judged, the last, at most."""
 
 
 class Reading(NamedTuple):
@@ -99,11 +99,13 @@ def _go_on(model, start: Start, tokens: Int[Array, "W T"]) -> Reading:
   return Reading(nats.mean(0), depth.mean(), cost.total())
 
 
-@jax.jit
-def _at_once(model, stack, tokens: Int[Array, "W T"]) -> Reading:
+@functools.partial(jax.jit, static_argnames="judged")
+def _at_once(
+  model, stack, tokens: Int[Array, "W T"], *, judged: int
+) -> Reading:
   """Prompts, each read at once into a cache; their ends are judged."""
   size = tokens.shape[1]
-  ends = jnp.arange(max(size - 1 - JUDGED, 0), size - 1)
+  ends = jnp.arange(max(size - 1 - judged, 0), size - 1)
 
   def one(row):
     cache = model.empty_cache(1, size)
@@ -117,11 +119,11 @@ def _at_once(model, stack, tokens: Int[Array, "W T"]) -> Reading:
 
 @jax.jit
 def _prefill(model, stack, tokens: Int[Array, "W T"]):
-  """What reading a prompt is for: its last logits, and the cache."""
+  """What reading a prompt is for: its last logits and the cache; the cost."""
   cache = model.empty_cache(len(tokens), tokens.shape[1])
   newest = jnp.full(len(tokens), tokens.shape[1] - 1)
   out = model(tokens, cache, stack=stack, read_at=newest)
-  return out.logits, out.cache
+  return out.logits, out.cache, out.cost
 
 
 def begin(trial: Trial, prompt: Int[Array, "W P"], room: int) -> Start:
@@ -154,6 +156,7 @@ def measure(
   starts: Starts | None = None,
   timed: int = 3,
   most: int = 24,
+  judged: int = JUDGED,
 ) -> tuple[Point, float, Reading]:
   """The point of a trial, the standard error of its rise in nats, its reading.
 
@@ -169,14 +172,28 @@ def measure(
     starts: of `dense`; what is not there yet is read, and kept there.
     timed: texts that the clock runs on, in turn.
     most: tokens of a text that are decoded on the clock.
+    judged: last tokens of a prompt that are judged, at most.
   """
   text = jnp.asarray(texts, jnp.int32)
   timed = min(timed, len(text))
   if regime.endswith("prompt"):
     count = text.shape[1]
-    read = lambda t: _at_once(t.model, t.stack, text)
     one = [text[i : i + 1] for i in range(timed)]
-    clock = lambda t: lambda i: _prefill(t.model, t.stack, one[i % timed])
+    costs: dict[int, dict[int, Cost]] = {id(dense): {}, id(trial): {}}
+
+    def read(t):
+      out = _at_once(t.model, t.stack, text, judged=judged)
+      spent = jax.tree.map(lambda *a: sum(a), *costs[id(t)].values())
+      return out._replace(cost=spent)  # of what was timed
+
+    def clock(t):
+      def once(i):
+        out = _prefill(t.model, t.stack, one[i % timed])
+        costs[id(t)][i % timed] = out[2]
+        return out
+
+      return once
+
   else:
     first, rest = text[:, :prompt], text[:, prompt:]
     count = min(most, rest.shape[1])

@@ -67,6 +67,8 @@ from adaptivejax.training.distill import (
 
 CALIBRATION = 2048
 """Tokens of training text by which heads are told apart."""
+PAGE = 16
+"""Tokens of a page."""
 PROBE = 256
 """Tokens of training text on which exactness and budgets are looked at."""
 
@@ -96,10 +98,11 @@ class Bench:
   def layers(self) -> int:
     return layer_count(self.model.layers)
 
-  def some(self, share: float) -> int:
-    """A share of a long prompt, in whole blocks."""
+  def some(self, share: float, size: int | None = None) -> int:
+    """A share of a long prompt, or of `size` tokens, in whole blocks."""
     block = self.blocks["block_kv"]
-    return max(int(share * self.config.long) // block * block, block)
+    tokens = share * (self.config.long if size is None else size)
+    return max(int(tokens) // block, 1) * block
 
   @property
   def blocks(self) -> dict[str, int]:
@@ -112,20 +115,23 @@ class Bench:
     the first block, or at the blocks that promise most; `patterns`, or as keeps
     more of the attention on training text.
     """
-    shapes = "a_shape", "block_sparse"
-    block, size = self.blocks["block_q"], self.config.long
+    shapes, block = ("a_shape", "block_sparse"), self.blocks["block_q"]
 
     def look(size: int, patterns) -> MInference:
-      window = max(int(share * size) // block * block, block)
-      budgets = Budgets(sinks=block, window=window, blocks=window // block)
+      few = max(self.some(share, size) - 2 * block, block)  # first and own
+      budgets = Budgets(sinks=block, window=few, blocks=few // block)
       return MInference(patterns, budgets, **self.blocks)
 
     if patterns is None:
-      less = min(size, CALIBRATION)
-      train = jnp.asarray(self.text.train.reshape(1, -1)[:, :less])
-      some = look(less, shapes[:1] * self.model.config.heads)
-      patterns = assign(self.fast, train, some, since=less // 2, among=shapes)
-    return look(size, patterns)
+      text = self.before(min(self.config.long, CALIBRATION))
+      some = look(text.shape[1], shapes[:1] * self.model.config.heads)
+      since = text.shape[1] // 2
+      patterns = assign(self.fast, text, some, since=since, among=shapes)
+    return look(self.config.long, patterns)
+
+  def before(self, size: int) -> jax.Array:
+    """The beginning of the training text, i32[1, size]."""
+    return jnp.asarray(self.text.train.reshape(1, -1)[:, :size])
 
   @functools.cached_property
   def dense(self) -> Any:
@@ -145,21 +151,28 @@ class Bench:
     rows = max(PROBE // self.config.context, 1)
     return jnp.asarray(self.text.train[:rows])
 
-  def exact(self, changed, stack=decode.FULL) -> float:
+  @functools.cached_property
+  def long_probe(self) -> jax.Array:
+    """Some blocks of training text, i32[1, S]."""
+    return self.before(8 * self.blocks["block_q"] + 1)
+
+  def exact(self, changed, stack=decode.FULL, probe=None) -> float:
     """The largest change of a logit at the full budget."""
-    return surgery.exactness(self.model, changed, self.probe, stack=stack)
+    probe = self.probe if probe is None else probe
+    return surgery.exactness(self.model, changed, probe, stack=stack)
 
   def exact_after(self, changed, prime=lambda model, prompt: decode.FULL):
-    """The same for one token behind a prompt that `prime` makes a stack of."""
-    prompt = self.probe[:1, :-1]
-    one, room = self.probe[:1, -1:], self.probe.shape[1]
+    """The same for a token behind a prompt that `prime` makes a stack of.
 
-    def said(model, stack):
-      cache = model(prompt, model.empty_cache(1, room)).cache
-      return model(one, cache, stack=stack).logits
-
-    gap = said(changed, prime(changed, prompt)) - said(self.fast, decode.FULL)
+    The cache has room for more, so that what is kept of it is a list.
+    """
+    stack = prime(changed, self.long_probe[:, :-1])
+    gap = _next(changed, stack, self.long_probe) - self.next_logits
     return float(jnp.abs(gap).max())
+
+  @functools.cached_property
+  def next_logits(self) -> jax.Array:
+    return _next(self.dense, decode.FULL, self.long_probe)
 
   def teach(self, student, loss, rates, share: float = 1.0):
     """The student after a lesson of `share` of the configured steps."""
@@ -184,6 +197,14 @@ class Bench:
     except ValueError:  # even the least is more
       found = span
     return adjust(model, jnp.float32(found))
+
+
+@jax.jit
+def _next(model, stack, tokens):
+  """Logits behind the last of `tokens`, which comes alone."""
+  cache = model.empty_cache(1, 2 * tokens.shape[1])
+  cache = model(tokens[:, :-1], cache).cache
+  return model(tokens[:, -1:], cache, stack=stack).logits
 
 
 Recipe = Callable[[Bench], Iterator[Trial]]
@@ -345,59 +366,62 @@ def depths(bench: Bench) -> Iterator[Trial]:
 def long(bench: Bench) -> Iterator[Trial]:
   """Long prompts: fewer keys looked at, or kept; nothing is trained."""
   yield from long_prompts(bench)
-  size, heads = bench.config.long, bench.model.config.heads
-  every = 4 * size  # more than there ever is
+  for name, setting, look, shares in decoders(bench):
+    every = bench.long_probe.shape[1] + 8 * PAGE
+    exact = bench.exact_after(with_look(bench.fast, look(every)))
+    for few in map(bench.some, shares):
+      yield Trial(
+        name,
+        setting.format(few),
+        with_look(bench.fast, look(few)),
+        regimes=("long decode",),
+        exact=exact,
+      )
+
+
+def decoders(bench: Bench) -> Iterator[tuple[str, str, Callable, tuple]]:
+  """`(method, setting, keys -> look, shares)` of looks for decoding."""
+  heads, context = bench.model.config.heads, bench.config.context
   after = lambda look: ByPhase(ByBlocks(**bench.blocks), look)
+  pages = lambda n, ends=0: max(n // PAGE - ends, 1)
   full = tuple(sorted({0, 1, *range(2, bench.layers, 4)}))
-  pages = lambda n: max(n // 16, 1)
   delta = lambda n: DELTA(full, pages=pages(n), recent=min(8, pages(n)))
   voted = lambda n: TokenSelect(
     n // 2, initial=n // 8, local=n - n * 5 // 8, heads=heads
   )
-  snap = lambda n: SnapKV(n, window=min(32, n), extra=bench.config.context)
-  looks: dict[str, tuple[float, Callable[[int], Any]]] = {
-    "StreamingLLM": (1 / 4, lambda n: StreamingLLM(4, n)),
-    "SnapKV": (1 / 4, snap),
-    "Quest": (1 / 4, lambda n: after(Quest(pages(n)))),
-    "Kinetics, blocks": (
-      5 / 16,
-      lambda n: after(Kinetics(max(pages(n) - 5, 1))),
-    ),
-    "DELTA": (3 / 8, lambda n: after(delta(n))),
-    "TokenSelect": (1 / 4, lambda n: after(voted(n))),
-  }
-  for name, (share, look) in looks.items():
-    few = bench.some(share)
-    yield Trial(
-      name,
-      f"{few} keys",
-      with_look(bench.fast, look(few)),
-      regimes=("long decode",),
-      exact=bench.exact_after(with_look(bench.fast, look(every))),
-    )
+  snap = lambda n: SnapKV(n, window=min(32, n), extra=context)
+  few, quarter, both = "{} keys", (1 / 4,), (3 / 8, 1 / 4)
+  yield "StreamingLLM", few, lambda n: StreamingLLM(4, n - 4), quarter
+  yield "SnapKV", few, snap, quarter
+  yield "TokenSelect", few, lambda n: after(voted(n)), quarter
+  quest = lambda n: after(Quest(pages(n)))
+  yield "Quest", f"{few}, all in 2 layers", quest, both
+  kinetics = lambda n: after(Kinetics(pages(n, 6)))
+  yield "Kinetics, blocks", few, kinetics, both
+  setting = f"{few}, all in {len(full)} layers"
+  yield "DELTA", setting, lambda n: after(delta(n)), both
 
 
 def long_prompts(bench: Bench) -> Iterator[Trial]:
   """Looks that read a prompt sparsely."""
-  size, blocks = bench.config.long, bench.blocks
+  blocks = bench.blocks
   shapes = bench.minference(1 / 4)
-  least = max(size // 24, 1)
+  least = max(bench.config.long // 24, 1)
   looks = (
     (f"{bench.some(1 / 4)} keys", shapes, bench.minference(4, shapes.patterns)),
-    ("0.96 of the mass", XAttention(0.96, **blocks), XAttention(1, **blocks)),
-    (
-      "0.9 of the mass",
-      FlexPrefill(0.9, min_budget=least, **blocks),
-      FlexPrefill(1, min_budget=least, **blocks),
-    ),
+    ("0.96 of the mass", XAttention(0.96, **blocks), None),
+    ("0.94 of the mass", XAttention(0.94, **blocks), None),
+    ("0.9 of the mass", FlexPrefill(0.9, min_budget=least, **blocks), None),
   )
   for setting, look, whole in looks:
+    made = with_look(bench.fast, look)
+    full = made if whole is None else with_look(bench.fast, whole)
     yield Trial(
       type(look).__name__,
       setting,
-      with_look(bench.fast, look),
+      made,
       regimes=("long prompt",),
-      exact=bench.exact(with_look(bench.fast, whole)),
+      exact=bench.exact(full, probe=bench.long_probe),
     )
 
 

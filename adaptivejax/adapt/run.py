@@ -19,7 +19,7 @@ from adaptivejax import decode, report
 from adaptivejax.adapt import drafts
 from adaptivejax.adapt.config import AdaptConfig
 from adaptivejax.adapt.exits import overconfidence
-from adaptivejax.adapt.measure import Reading, Starts, Trial, measure
+from adaptivejax.adapt.measure import JUDGED, Reading, Starts, Trial, measure
 from adaptivejax.adapt.recipes import RECIPES, Bench
 from adaptivejax.adapt.text import read_text
 from adaptivejax.nn import out_major
@@ -34,13 +34,14 @@ MEASURED = (
   "decode: one token after the other at batch 1, each after its true past,"
   " behind a short prompt; long decode: behind a long one, which the method"
   " itself has read; prompt and long prompt: reading a text at once, judged by"
-  " its last 1024 tokens. There the model as it was reads by blocks and leaves"
-  " out the future, some times as fast as plainly."
+  f" its last {JUDGED} tokens. There the model as it was reads by blocks and"
+  " leaves out the future, some times as fast as plainly. Looks at prompts"
+  " choose keys for many tokens at once, the later ones among them, which"
+  " decoding cannot."
   " Drafts are timed on greedy texts, the prompt included.",
-  "Perplexity is per token, on documents from which nothing was learned and by"
-  " which no budget was chosen, over all windows; it is that of the very"
-  " computation that was timed. FLOPs are those of matrix products really"
-  " executed.",
+  "Perplexity is per token, on documents from which nothing was learned, over"
+  " all windows. All budgets that are measured are shown. FLOPs are those of"
+  " matrix products really executed.",
 )
 
 
@@ -107,7 +108,6 @@ class Run:
       bytes_per_token=text.bytes_per_token,
       twin=twin,
       starts=self._starts,
-      timed=3 if regime == "decode" else 1,
     )
 
   def _note(self, point: Point) -> None:
@@ -145,7 +145,7 @@ def adapt(
       for trial in RECIPES[name](bench):
         run.add(trial)
     bench.say(f"{name}: {time.perf_counter() - begin:.0f} s")
-    jax.clear_caches()  # programs of one recipe serve no other
+    jax.clear_caches()  # for their memory: few programs serve two recipes
   made = _report(run)
   page = report.write_report(made, out)
   report.print_table(made, console)

@@ -35,7 +35,7 @@ are data, the most there can be, and lines below tell what a share of them is.
 
 Of the kernels of v5e, v5p and v6e the schedules of the compiler are read: how
 near their main loops come to the peak, and the cycles that their FLOPs take at
-that pace.
+that pace, without what is around the loops and what is waited for.
 
 The compilers are packages: pip install 'adaptivejax[tpu]', or [cuda].  For h100
 the kernels of Hopper GPUs are part of a program only where such a GPU is; else
@@ -74,7 +74,7 @@ def run(args: Sequence[str]) -> int:
   from adaptivejax.training.config import run_config
 
   schedules = None
-  if kind in tpu_schedule.CORES and not explain:
+  if kind in tpu_schedule.CORES and not explain and len(shares) == 1:
     schedules = tpu_schedule.ask()
   configs = []
   for share in shares:
@@ -84,7 +84,7 @@ def run(args: Sequence[str]) -> int:
   if explain:
     return _explain(configs[0], topology, out)
   if len(configs) > 1:
-    found = [aot.compile_step(c, topology, schedules) for c in configs]
+    found = [aot.compile_step(config, topology) for config in configs]
     _compare(shares, found)
   else:
     found = []
@@ -212,7 +212,7 @@ def _kernels(kernels: Sequence[Any]) -> Any:
 
   table = Table(
     "kernel", "in a step", "in the text", "FLOPs", "of the peak", "spills",
-    "Mcycles at least",
+    "Mcycles",
   )  # fmt: skip
   for k in kernels:
     pace = "–" if k.pace is None else f"{k.pace:.0%}"

@@ -152,8 +152,12 @@ class DecoderLM(nnx.Module):
     out = stack(self.layers, x, positions, cache, readout=self.readout, key=key)
     x = out.x
     if read_at is not None:
-      at = read_at.reshape(batch, -1, 1)
-      x = jnp.take_along_axis(x, at, axis=1)
+      if read_at.ndim not in (1, 2) or len(read_at) != batch:
+        raise ValueError(
+          f"{read_at.shape=} must be [B] or [B, R] of {batch=} rows."
+        )
+      at = read_at[:, None] if read_at.ndim == 1 else read_at
+      x = jnp.take_along_axis(x, at[..., None], axis=1)
     logits = self.readout(x)
     read = flops(lambda m, x: m.readout(x), self, x)
     return LMOutput(

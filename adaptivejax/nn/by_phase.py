@@ -15,11 +15,12 @@ class ByPhase(Look):
     prefill: chooses the keys of several tokens at once.
     decode: keeps all keys, and what it remembers of them.
 
-  The `Setting`s of both are set together.
+  The `Setting`s of both are set together.  A prompt of one token is decoded.
 
   Raises:
-    ValueError: `decode` gives keys up, merges them or wants them without their
-      rotary positions, or `prefill` is no `SparsePrefill`.
+    ValueError: `decode` gives keys up, merges them, wants them without their
+      rotary positions or learns from how a prompt was looked at; or `prefill`
+      is no `SparsePrefill`, or remembers something.
   """
 
   def __init__(self, prefill: Look, decode: Look):
@@ -28,10 +29,17 @@ class ByPhase(Look):
         f"prefill={type(prefill).__name__} must be a SparsePrefill, such as"
         " ByBlocks or XAttention."
       )
-    if decode.evicts or decode.merges or not decode.rotated:
+    if type(prefill).memory is not Look.memory:
       raise ValueError(
-        f"decode={type(decode).__name__} does not keep all keys as they are, so"
-        " no other look can read its prompts: take one such as Quest."
+        f"prefill={type(prefill).__name__} remembers something, for which there"
+        " is no room beside what `decode` remembers."
+      )
+    gives_up = decode.evicts or decode.merges or not decode.rotated
+    if gives_up or decode.learns:
+      raise ValueError(
+        f"decode={type(decode).__name__} does not keep all keys as they are, or"
+        " learns from prompts, so no other look can read these: take one such"
+        " as Quest."
       )
     self.prefill, self.decode = prefill, decode
     self.per_head, self.coded = decode.per_head, decode.coded

@@ -74,6 +74,8 @@ class Look(nnx.Module):
       itself, in `step`, and takes no token back: drafts refuse it.
     alone: a token that comes alone is looked after otherwise than among others,
       so drafts, which are checked together, refuse it.
+    learns: it remembers how prompts were looked at, and not their keys only, so
+      no other look can read them in its place (`nn.ByPhase`).
   """
 
   rotated: bool = True
@@ -83,6 +85,7 @@ class Look(nnx.Module):
   coded: bool = False
   evicts: bool = False
   alone: bool = False
+  learns: bool = False
 
   def turning(self, rope: Rope) -> "Look":
     """The look of a model with such rotary positions (static)."""

@@ -163,6 +163,8 @@ class Watch(Look):
     since: queries from this position on count for the mass (static).
   """
 
+  learns = True
+
   def __init__(
     self, looks: Sequence[SparsePrefill], heads: int, since: int = 0
   ):

@@ -11,7 +11,8 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from adaptivejax.training.config import TrainConfig
 from adaptivejax.training.decoding import Decoding, abstract_decoding
 from adaptivejax.training.hlo import Module
 from adaptivejax.training.hlo_cost import Work, largest, work
-from adaptivejax.training.kernels import Kernel, kernels
+from adaptivejax.training.kernels import Kernel, is_kernel, kernels
 from adaptivejax.training.mesh import (
   Placed,
   batch_spec,
@@ -184,6 +185,7 @@ def _compiled(
   mesh: jax.sharding.Mesh,
   schedules: Path | None,
 ) -> Compiled:
+  _schedules(None, topology, schedules)  # away with those of other programs
   began = time.process_time()
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     lowered = lower()
@@ -196,9 +198,7 @@ def _compiled(
       told = f"the {name} does not fit {topology}: {no_room(str(error))}"
       raise ValueError(told) from None
   took = traced - began, time.process_time() - traced
-  core = CORES.get(topology.partition(":")[0])
-  made = written(schedules, core) if schedules and core else {}
-  return read(program, name, topology, chip, dict(mesh.shape), took, made)
+  return read(program, name, topology, chip, dict(mesh.shape), took, schedules)
 
 
 def no_room(said: str) -> str:
@@ -230,7 +230,7 @@ def read(
   chip: Chip,
   mesh: dict[str, int],
   took: tuple[float, float],
-  schedules: Mapping[str, Schedule],
+  schedules: Path | None = None,
 ) -> Compiled:
   """What a compiled program says of itself; it took so long to make."""
   module = Module.parse(program.as_text() or "")
@@ -252,7 +252,7 @@ def read(
     collectives=sent,
     conditionals=conditionals,
     loops=loops,
-    kernels=kernels(module, schedules),
+    kernels=kernels(module, _schedules(module, topology, schedules)),
     largest=largest(module),
     seconds={
       "compute": flops / chip.flops,
@@ -262,3 +262,19 @@ def read(
     trace_seconds=took[0],
     compile_seconds=took[1],
   )
+
+
+def _schedules(
+  module: Module | None, topology: str, folder: Path | None
+) -> dict[str, Schedule]:
+  """Of the kernels of a program, by instruction; none if it is not known."""
+  core = CORES.get(topology.partition(":")[0])
+  if folder is None or core is None:
+    return {}
+  ops = [] if module is None else module.ops()
+  names = {op.name for op in ops if is_kernel(op)}
+  try:
+    return written(folder, core, names.__contains__)
+  except ValueError as error:
+    warnings.warn(f"kernels are shown without cycles: {error}", stacklevel=2)
+    return {}

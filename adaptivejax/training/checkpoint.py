@@ -47,9 +47,9 @@ class Checkpoints:
   """The checkpoints of one run: a context that ends when all are on disk.
 
   Opening it clears away what a crash left half done, and puts damaged
-  checkpoints aside: `damaged` says of each later one what is wrong.  Of several
-  processes all open it, save and restore alike, and the one that holds the
-  folder of the run (`run.claim`) does what is not of arrays.
+  checkpoints aside: `damaged` says of each later one, by path, what is wrong.
+  Of several processes all open it, save and restore alike, and the one that
+  holds the folder of the run (`run.claim`) does what is not of arrays.
 
   Args:
     folder: of the checkpoints.
@@ -61,7 +61,7 @@ class Checkpoints:
     self.folder = folder.absolute()
     self.settings = settings
     self.keep = keep
-    self.damaged: list[str] = []
+    self.damaged: dict[Path, str] = {}
     self.latest: int | None = None
     agreement.by_writer(self._open)
     ours = np.array(-1 if self.latest is None else self.latest)
@@ -158,13 +158,15 @@ class Checkpoints:
     self.folder.mkdir(parents=True, exist_ok=True)
     _clear(self.folder)
     self.latest, faults = newest(self.folder)
-    why = {aside(self.folder / str(n)): f": {x}" for n, x in faults.items()}
-    self.damaged = [
-      f"the checkpoint of step {step} is damaged{why.get(path, '')}; kept as"
-      f" {path}"
-      for step, path in _put_aside(self.folder)
-      if self.latest is None or step > self.latest
-    ]
+    why = {}
+    for step, fault in faults.items():
+      why[aside(self.folder / str(step))] = f": {fault}"
+    for step, path in _damaged(self.folder):
+      if self.latest is None or step > self.latest:
+        self.damaged[path] = (
+          f"the checkpoint of step {step} is damaged{why.get(path, '')}; kept"
+          f" as {path}"
+        )
 
   def _finish(self, step: int) -> None:
     """In the background: seals a checkpoint, names it, deletes old ones."""
@@ -333,11 +335,11 @@ def _clear(folder: Path, *, ignore_errors: bool = False) -> None:
       shutil.rmtree(path, ignore_errors)
 
 
-def _put_aside(folder: Path) -> list[tuple[int, Path]]:
-  """The damaged checkpoints out of the way, put there now or before."""
-  found = []
-  for path in sorted(folder.iterdir()):
-    step, damaged, _ = path.name.partition(DAMAGED)
-    if damaged and _is_step(step):
-      found.append((int(step), path))
-  return sorted(found)
+def _damaged(folder: Path) -> list[tuple[int, Path]]:
+  """Damaged checkpoints that are out of the way, by step."""
+  parts = [(path.name.partition(DAMAGED), path) for path in folder.iterdir()]
+  return sorted(
+    (int(step), path)
+    for (step, damaged, _), path in parts
+    if damaged and _is_step(step)
+  )

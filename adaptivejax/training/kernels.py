@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from adaptivejax.training.hlo import Module
+from adaptivejax.training.hlo import Module, Op
 from adaptivejax.training.hlo_cost import Visit, op_flops, walk
 from adaptivejax.training.tpu_schedule import Schedule
 
@@ -20,11 +20,12 @@ class Kernel(NamedTuple):
     sites: in the text of the program.
     count: in a run, as `hlo_cost` counts rounds and branches.
     flops: that it declares, in a run.
-    pace: of the peak, where it multiplies most (`Schedule.pace`); None if no
+    pace: of the peak, in its main loop (`Schedule.pace`); None if no schedule
+      was read, or it multiplies nothing.
+    spills: vector registers put away, in the text of all its sites; None if no
       schedule was read.
-    spills: vector registers put away, in the text of all its sites.
-    cycles: of a core, to compute `flops` at that pace: what is between and what
-      is waited for comes on top.
+    cycles: to compute `flops` at that pace, shared by all cores of a chip.
+      What is around the loop, and what is waited for, comes on top.
   """
 
   name: str
@@ -36,14 +37,19 @@ class Kernel(NamedTuple):
   cycles: float | None = None
 
 
+def is_kernel(op: Op) -> bool:
+  """Whether an instruction calls a kernel."""
+  target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
+  return bool(target and KERNEL.match(target[1]))
+
+
 def kernels(
   module: Module, schedules: Mapping[str, Schedule] | None = None
 ) -> list[Kernel]:
   """All of a program, the dearest first; `schedules` by instruction."""
   calls: dict[str, list[Visit]] = {}
   for visit in walk(module):
-    target = re.search(r'custom_call_target="([^"]*)"', visit.op.attributes)
-    if target and KERNEL.match(target[1]):
+    if is_kernel(visit.op):
       path = visit.op.label.removesuffix("/pallas_call")
       name = path.rpartition("/")[2] or visit.op.name
       calls.setdefault(name, []).append(visit)
@@ -56,11 +62,12 @@ def _kernel(
 ) -> Kernel:
   flops = [v.times * op_flops(v.op, v.around) for v in visits]
   count = round(sum(v.times for v in visits))
-  plain = Kernel(name, len(visits), count, sum(flops))
-  if any(v.op.name not in schedules for v in visits):
+  sites = {v.op.name for v in visits}
+  plain = Kernel(name, len(sites), count, sum(flops))
+  if not sites <= schedules.keys():
     return plain
   made = [schedules[v.op.name] for v in visits]
-  spills = int(sum(s.spills.sum() for s in made))
+  spills = int(sum(schedules[site].spills.sum() for site in sites))
   peaks = [f / (2 * s.core.macs * s.core.cores) for f, s in zip(flops, made)]
   if not all(s.pace for s in made):  # it moves, and multiplies nothing
     return plain._replace(spills=spills)

@@ -99,7 +99,8 @@ def train(
     profile.check(window, step, config.steps)
     if writer:
       run.describe(out, free | fixed, source)
-    if writer and saved.damaged and saved.latest is None:
+    damaged = run.untold(out, saved.damaged) if writer else []
+    if damaged and saved.latest is None:
       run.put_aside(out)
     show = progress and writer
     recorder = Recorder(config, out, step, place, show=show, write=writer)
@@ -107,8 +108,8 @@ def train(
     enter(parts.placement.ambient())
     stop = enter(stoppable())
     enter(recorder.display)
-    for told in saved.damaged:
-      recorder.note(step, "damaged", told)
+    for text in damaged:
+      recorder.note(step, "damaged", text)
     if 0 < step < config.steps:
       recorder.note(step, "resumed", "goes on from its checkpoint")
     steps = _Steps(config, parts, saved, recorder, profiler, debug_nans)

@@ -70,6 +70,18 @@ def content(out: Path) -> list[str]:
   return sorted(path.relative_to(out).as_posix() for path in found)
 
 
+def untold(out: Path, damaged: Mapping[Path, str]) -> list[str]:
+  """Of damaged checkpoints, by path, those that no event has told of yet."""
+  if not damaged:
+    return []
+  told = [str(event.get("text")) for event in read_events(out)]
+  return [
+    text
+    for path, text in damaged.items()
+    if not any(said.endswith(f"kept as {path}") for said in told)
+  ]
+
+
 def put_aside(out: Path) -> None:
   """Keeps what was logged of a run that has to begin anew."""
   for name in (METRICS, EVENTS):

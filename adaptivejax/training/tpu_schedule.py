@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -93,18 +93,31 @@ def ask() -> Path:
   return Path(folder)
 
 
-def written(folder: Path, core: Core) -> dict[str, "Schedule"]:
-  """What libtpu has written there, by instruction; it is deleted."""
+def written(
+  folder: Path, core: Core, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, "Schedule"]:
+  """What libtpu has written there since the last call; it is deleted.
+
+  Args:
+    folder: that `ask` returned.
+    core: that was compiled for.
+    wanted: the instructions that are read, by name.
+
+  Raises:
+    ValueError: they are not as we know them.
+  """
   texts: dict[str, dict[str, str]] = defaultdict(dict)
-  for file in folder.iterdir():
+  for file in sorted(folder.iterdir()):
     for kind in FILES:
       pattern = rf"\d+-(.+)-\d\d-(pre-delay_hlo-)?{kind}\.txt"
-      if found := re.fullmatch(pattern, file.name):
-        texts[found[1]][kind] = file.read_text()
+      name = re.fullmatch(pattern, file.name)
+      if name and wanted(name[1]):
+        texts[name[1]][kind] = file.read_text()
     file.unlink()
   return {
     name: Schedule.parse(core, *(text[kind] for kind in FILES))
     for name, text in texts.items()
+    if set(FILES) <= text.keys()
   }
 
 
@@ -118,6 +131,7 @@ class Schedule:
     macs: multiply-adds of each, i64[bundles].
     spills: vector registers put away by each, i64[bundles].
     blocks: (first bundle, bundle after the last).
+    loops: likewise, from the target of a branch back to its end.
   """
 
   core: Core
@@ -125,40 +139,51 @@ class Schedule:
   macs: np.ndarray
   spills: np.ndarray
   blocks: list[tuple[int, int]]
+  loops: list[tuple[int, int]]
 
   @classmethod
   def parse(cls, core: Core, text: str, utilization: str) -> "Schedule":
     """Of the two files that libtpu writes for an operation."""
-    bundles, macs, starts = [], [], {0}
+    bundles, macs, starts, loops = [], [], {0}, []
     for body in _bundles(text):
       bundles.append([part.strip() for part in body.split(";;")])
       rows = sum(map(_rows, bundles[-1]))
       macs.append(rows * core.info.mxu_column_size**2)
       for instruction in bundles[-1]:
         if re.search(r"= sbr\b", instruction):
-          starts |= {target(instruction), len(bundles) + DELAY_SLOTS}
+          goes, ends = target(instruction), len(bundles) + DELAY_SLOTS
+          starts |= {goes, ends}
+          loops += [(goes, ends)] if goes < len(bundles) else []
     cuts = sorted(s for s in starts if s < len(bundles)) + [len(bundles)]
     lines = re.findall(r"^\d[\d ]+$", utilization, re.M)
     spills = np.zeros(len(bundles), int)
     spills[: len(lines)] = [int(line.split()[8]) for line in lines]
     blocks = [*itertools.pairwise(cuts)]
-    return cls(core, bundles, np.array(macs), spills, blocks)
+    return cls(core, bundles, np.array(macs), spills, blocks, loops)
 
   @property
   def pace(self) -> float:
-    """Of the peak, in the block that multiplies most; 0 if none does."""
-    work, size = max(
-      (self.macs[low:high].sum(), low - high) for low, high in self.blocks
-    )
-    return float(work / -size / self.core.macs)
+    """Of the peak, in the main loop; 0 if nothing is multiplied.
+
+    That is the fastest of the large blocks that lie in a loop, those with half
+    of the products of the largest.
+    """
+    inside = [
+      b for b in self.blocks if any(l <= b[0] < h for l, h in self.loops)
+    ]
+    work = {b: self.macs[slice(*b)].sum() for b in inside or self.blocks}
+    most = max(work.values(), default=0)
+    large = [b for b, macs in work.items() if most and 2 * macs >= most]
+    fastest = max((work[b] / (b[1] - b[0]) for b in large), default=0)
+    return min(float(fastest / self.core.macs), 1.0)
 
 
 def target(instruction: str) -> int:
   """The bundle that a branch goes to."""
-  return int(found(r"target bundleno = (\d+)", instruction)[1])
+  return int(must_find(r"target bundleno = (\d+)", instruction)[1])
 
 
-def found(pattern: str, text: str) -> re.Match[str]:
+def must_find(pattern: str, text: str) -> re.Match[str]:
   """What must be there."""
   match = re.search(pattern, text)
   if match is None:

@@ -55,8 +55,11 @@ def test_pieces_are_what_each_token_adds():
   assert text.pieces(list("aé".encode())) == [b"a", b"", "é".encode()]
 
 
-@pytest.mark.parametrize("regime", ["decode", "prompt"])
-def test_perplexity_is_that_of_the_text(bench, regime):
+REGIMES = [("decode", 1024), ("prompt", 1024), ("long prompt", 5)]
+
+
+@pytest.mark.parametrize(("regime", "judged"), REGIMES)
+def test_perplexity_is_that_of_the_text(bench, regime, judged):
   dense = Trial("dense", "", bench.fast)
   texts = bench.text.test
   point, _, _ = measure(
@@ -67,10 +70,11 @@ def test_perplexity_is_that_of_the_text(bench, regime):
     prompt=8,
     seconds=0.01,
     bytes_per_token=2.0,
+    judged=judged,
   )
   logits = np.asarray(bench.model(jnp.asarray(texts)).logits, np.float64)
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  first = 8 if regime == "decode" else 1
+  first = 8 if regime == "decode" else max(1, texts.shape[1] - judged)
   nats = -np.mean(
     [
       log_p[b, t - 1, texts[b, t]]
@@ -83,10 +87,12 @@ def test_perplexity_is_that_of_the_text(bench, regime):
   assert point.dense and point.speedup == 1
 
 
-@pytest.mark.parametrize("name", ["neurons", "plans", "skips"])
+@pytest.mark.parametrize("name", ["neurons", "plans", "skips", "long"])
 def test_recipes_are_exact_at_their_full_budget(bench, name):
   for trial in recipes.RECIPES[name](bench):
     assert trial.exact is not None and trial.exact < 1e-4
+    if trial.regimes == ("long decode",):  # with fewer keys it would not be
+      assert bench.exact_after(trial.model) > 1e-3
 
 
 def test_a_lens_that_is_not_trained_changes_nothing(bench):

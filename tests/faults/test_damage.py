@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from adaptivejax.training import checkpoint, manifest
-from adaptivejax.training.run import read_events
+from adaptivejax.training.run import read_events, untold
 
 
 @pytest.fixture
@@ -91,6 +91,9 @@ def test_damage_is_told_if_the_run_died_before_it_said_so(run, goes_on):
   assert goes_on(run) == 6
   (told,) = [e for e in read_events(run) if e["event"] == "damaged"]
   assert "step 8 is damaged; kept as" in told["text"]
+  path = folder.absolute() / "8.damaged"
+  assert untold(run, {path: f"kept as {path}"}) == []  # once is enough
+  assert untold(run, {path.with_name("8"): "other"}) == ["other"]
 
 
 def test_without_any_whole_checkpoint_it_starts_again(run, goes_on):

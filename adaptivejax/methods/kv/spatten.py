@@ -49,6 +49,7 @@ class SpAtten(Look):
   """
 
   alone = True
+  learns = True
 
   def __init__(
     self, tokens: float = 0.0, heads: float = 0.0, *, recent: int = 1
