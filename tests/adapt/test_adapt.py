@@ -91,8 +91,8 @@ def test_perplexity_is_that_of_the_text(bench, regime, judged):
 def test_recipes_are_exact_at_their_full_budget(bench, name):
   for trial in recipes.RECIPES[name](bench):
     assert trial.exact is not None and trial.exact < 1e-4
-    if trial.regimes == ("long decode",):  # with fewer keys it would not be
-      assert bench.exact_after(trial.model) > 1e-3
+    if trial.method in ("Quest", "SnapKV", "StreamingLLM", "TokenSelect"):
+      assert bench.exact_after(trial.model) > 1e-3  # not with fewer keys
 
 
 def test_a_lens_that_is_not_trained_changes_nothing(bench):

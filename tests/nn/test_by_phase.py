@@ -5,9 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adaptivejax.methods.attention import Quest, XAttention
-from adaptivejax.methods.kv import SnapKV, StreamingLLM
-from adaptivejax.nn import ByBlocks, ByPhase, Look, adjust, with_look
+from adaptivejax.decode import generate
+from adaptivejax.methods.attention import DELTA, Quest, XAttention
+from adaptivejax.methods.decode import SelfSpeculation
+from adaptivejax.methods.kv import SnapKV, SpAtten, StreamingLLM
+from adaptivejax.nn import (
+  ByBlocks,
+  ByPhase,
+  Coded,
+  Look,
+  Watch,
+  adjust,
+  with_look,
+)
 from tests.methods import host
 
 BLOCKS = {"block_q": 4, "block_kv": 4}
@@ -53,11 +63,33 @@ def test_with_its_whole_budget_it_looks_at_all():
 
 
 @pytest.mark.parametrize(
+  "decode", [Coded(), DELTA((0,), pages=host.T, page=2), Quest(host.T, page=2)]
+)
+def test_rows_and_lengths_of_prompts_do_not_matter(decode):
+  """Also a prompt of one token, and some shorter than a tile."""
+  prefill = XAttention(1.0, stride=2, **BLOCKS)
+  both = with_look(host.model(), ByPhase(prefill, decode))
+  alone = with_look(host.model(), decode)
+  lengths = [10, 1, 3][: host.B]
+  got = generate(both, host.TOKENS, steps=5, lengths=lengths)
+  want = generate(alone, host.TOKENS, steps=5, lengths=lengths)
+  np.testing.assert_array_equal(got.tokens, want.tokens)
+
+
+def test_drafts_are_refused():
+  both = with_look(host.model(), ByPhase(sparse(), Look()))
+  with pytest.raises(ValueError, match="ByPhase looks otherwise for one"):
+    generate(both, host.TOKENS, steps=2, policy=SelfSpeculation(1, 1))
+
+
+@pytest.mark.parametrize(
   ("prefill", "decode", "said"),
   [
     (Look(), Quest(2), "prefill=Look must be a SparsePrefill"),
     (ByBlocks(), SnapKV(4, window=2), "decode=SnapKV does not keep all keys"),
     (ByBlocks(), StreamingLLM(1, 4), "decode=StreamingLLM does not keep all"),
+    (ByBlocks(), SpAtten(), "decode=SpAtten .* or learns from prompts"),
+    (ByBlocks(), Watch([], 2), "decode=Watch .* or learns from prompts"),
   ],
 )
 def test_refuses_looks_that_cannot_share_a_cache(prefill, decode, said):
