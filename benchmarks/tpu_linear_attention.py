@@ -6,7 +6,7 @@ libtpu, `pip install 'adaptivejax[aot-tpu]'`.  Figures are cycles per token of
 one head of width 128, in bf16, on one core, for a decay by head; `by token` is
 for a decay of each token.  `quadratic` is XLA's (q k^T * decay) v over all
 pairs, whose cycles per token grow with the context; ours do not.  `of peak` is
-the share of the chip's multiply-adds in the time of the forward pass, of those
+the share of the core's multiply-adds in the time of the forward pass, of those
 that the chunks need; spills are vector registers put away in the main blocks.
 
     make aot-tpu
@@ -92,7 +92,7 @@ def rows_of(chip_name: str, kind: str) -> Iterator[Row]:
     yield figure(f"ours, {tokens} tokens", found / tokens)
   for chunk in CHUNKS:
     found, spills = cycles(core, functools.partial(ours, chunk), *args)
-    floor = 2 * WIDTH * (chunk + WIDTH) / (core.macs / core.cores)
+    floor = 2 * WIDTH * (chunk + WIDTH) / core.macs
     forward, gradient = targets if chunk == 256 else (None, None)
     yield figure(f"ours, chunks of {chunk}", found / tokens, forward)
     yield Row.of(case, f"of peak, chunks of {chunk}", [floor * tokens / found])
