@@ -57,7 +57,7 @@ class AdaptConfig:
   long: int = 6144
   """Tokens of a long prompt."""
 
-  long_windows: int = 3
+  long_windows: int = 2
   """Long held-out texts."""
 
   steps: int = 24

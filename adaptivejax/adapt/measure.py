@@ -78,10 +78,13 @@ Starts = dict[tuple[str, str], Start]
 
 @functools.partial(jax.jit, static_argnames="slots")
 def _begin(model, tokens: Int[Array, "W P"], *, slots: int):
-  cache = model.empty_cache(len(tokens), slots)
-  newest = jnp.full(len(tokens), tokens.shape[1] - 1)
-  out = model(tokens, cache, read_at=newest)
-  return out.cache, out.logits[:, 0]
+
+  def one(row):  # by itself: plain attention to a long prompt is large
+    newest = jnp.full(1, len(row) - 1)
+    out = model(row[None], model.empty_cache(1, slots), read_at=newest)
+    return jax.tree.map(lambda a: a[0], (out.cache, out.logits[:, 0]))
+
+  return lax.map(one, tokens)
 
 
 @jax.jit
