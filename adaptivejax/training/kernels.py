@@ -46,15 +46,31 @@ def is_kernel(op: Op) -> bool:
 def kernels(
   module: Module, schedules: Mapping[str, Schedule] | None = None
 ) -> list[Kernel]:
-  """All of a program, the dearest first; `schedules` by instruction."""
+  """All of a program, the dearest first.
+
+  `schedules` are by instruction; of kernels with the same body the compiler
+  makes one.
+  """
   calls: dict[str, list[Visit]] = {}
   for visit in walk(module):
     if is_kernel(visit.op):
       path = visit.op.label.removesuffix("/pallas_call")
       name = path.rpartition("/")[2] or visit.op.name
       calls.setdefault(name, []).append(visit)
-  found = [_kernel(name, calls[name], schedules or {}) for name in calls]
+  known = dict(schedules or {})
+  ops = [visit.op for visits in calls.values() for visit in visits]
+  made = {_body(op): known[op.name] for op in ops if op.name in known}
+  for op in ops:
+    if op.name not in known and _body(op) in made:
+      known[op.name] = made[_body(op)]
+  found = [_kernel(name, calls[name], known) for name in calls]
   return sorted(found, key=lambda kernel: -kernel.flops)
+
+
+def _body(op: Op) -> str:
+  """What a kernel computes, as the compiler was given it."""
+  found = re.search(r'"body":\s*"([^"]*)"', op.attributes)
+  return found[1] if found else op.name
 
 
 def _kernel(

@@ -90,11 +90,22 @@ def test_what_a_program_holds_and_computes():
   assert kernels(module) == [Kernel("blocks", 1, 1, 400 * 2 / 8)]
   # a round of 16 cycles feeds 16 rows to two of four matrix units
   core = CORES["v5e"]
-  (found,) = kernels(module, {"k": Schedule.parse(core, MAIN, SPILLS)})
+  schedule = Schedule.parse(core, MAIN, SPILLS)
+  (found,) = kernels(module, {"k": schedule})
   assert found[:4] == ("blocks", 1, 1, 100)
   assert found.pace == pytest.approx(2 / 4)
   assert found.cycles == pytest.approx(50 / (found.pace * core.macs))
   assert found.spills == 7
+  twice = HLO.replace(
+    "  %k = ", "  %k2 = f32[8]{0} custom-call(%a), KERNEL\n  %k = ", 1
+  ).replace("KERNEL", HLO.split("custom-call(%a), ")[1].split("\n")[0])
+  twice = twice.replace('{"flops":400}', '{"flops":400},"body":"same"')
+  (both,) = kernels(Module.parse(twice), {"k": schedule})
+  assert both[:4] == ("blocks", 2, 2, 200) and both.pace == found.pace
+  (both,) = kernels(
+    Module.parse(twice.replace("same", "other", 1)), {"k": schedule}
+  )
+  assert both.pace is None
   idle = Schedule.parse(core, MAIN.replace("vmatmul", "vadd"), SPILLS)
   assert kernels(module, {"k": idle}) == [Kernel("blocks", 1, 1, 100, None, 7)]
   # the dearest branch, and of the kernel what is asked for
