@@ -166,7 +166,8 @@ class Schedule:
     """Of the peak, in the main loop; 0 if nothing is multiplied.
 
     That is the fastest of the large blocks that lie in a loop, those with half
-    of the products of the largest.
+    of the products of the largest.  Each product counts as one of full rows,
+    which some are not: never more than 1.
     """
     inside = [
       b for b in self.blocks if any(l <= b[0] < h for l, h in self.loops)
