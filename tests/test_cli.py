@@ -80,7 +80,7 @@ MISTAKES = {
   "adapt adapt.py --recipez exits": "did you mean --recipes?",
   "adapt adapt.py --recipes exit": "no recipe 'exit'",
   "adapt adapt.py --steps 0": "steps=0 must be at least 1",
-  "adapt adapt.py --long 20": "long=20 must be more than context=24",
+  "adapt adapt.py --long 20": "read=32 must be in 2..long=20",
   "adapt adapt.py --prompt 23": "prompt=23 must leave tokens to judge",
   "adapt adapt.py --name ../x": "must name a folder inside runs/",
   "generate": "--prompt",

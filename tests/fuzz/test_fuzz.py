@@ -43,6 +43,8 @@ def test_a_seed_is_read_or_refused(name, tmp_path):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_file_crashes(name, tmp_path_factory):
+  seeds(name)  # are made now: while it draws, hypothesis wants no other chance
+
   @settings(
     max_examples=SLOW.get(name, 40),
     suppress_health_check=list(HealthCheck),
