@@ -78,6 +78,7 @@ Starts = dict[tuple[str, str], Start]
 
 @functools.partial(jax.jit, static_argnames="slots")
 def _begin(model, tokens: Int[Array, "W P"], *, slots: int):
+  """`(cache, logits)` behind each prompt."""
 
   def one(row):  # by itself: plain attention to a long prompt is large
     newest = jnp.full(1, len(row) - 1)
