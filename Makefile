@@ -16,7 +16,7 @@ help: ## list the targets
 demo: $(VENV)/.demo ## train, calibrate and report on real text (QUICK=1: a minute)
 	$(BIN)/python -m examples.quickstart $(quick)
 
-quick-adapt := --name adapt/smollm2-quick --recipes exits neurons long \
+quick-adapt := --name adapt/smollm2-quick --recipes exits neurons long_decode long_prompts \
   --context 48 --prompt 16 --windows 2 --read 64 --long 128 --long_windows 1 --steps 2 \
   --batch 1 --seconds 0.1 --sample 8
 

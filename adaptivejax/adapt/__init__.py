@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pretrained model made adaptive in many ways, and what each is worth."""
 
+from adaptivejax.adapt.bench import Bench
 from adaptivejax.adapt.config import AdaptConfig, load_config
 from adaptivejax.adapt.measure import Trial, measure
-from adaptivejax.adapt.recipes import RECIPES, Bench
+from adaptivejax.adapt.recipes import RECIPES
 from adaptivejax.adapt.run import adapt
 from adaptivejax.adapt.text import Text, read_text
 

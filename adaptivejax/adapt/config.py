@@ -21,7 +21,8 @@ RECIPES = (
   "modules",
   "experts",
   "depths",
-  "long",
+  "long_decode",
+  "long_prompts",
 )
 
 

@@ -42,36 +42,41 @@ def policies(bench) -> Iterator[tuple[str, str, Any]]:
   yield "Self-speculation", f"{exit} layers draft 2", SelfSpeculation(exit, 2)
 
 
-def measure_draft(
-  bench, method: str, setting: str, policy, dense: Point, steps: int
-) -> Drafted:
-  """Greedy texts of held-out prompts; the prompts count, in time, for both."""
+def measured(bench, dense: Point) -> Iterator[Drafted]:
+  """Greedy texts of held-out prompts; the prompts count, in time, for both.
+
+  Args:
+    bench: see `adapt.bench`.
+    dense: the model as it was, decoding.
+  """
   prompts = jnp.asarray(bench.text.test[:, : bench.config.prompt])
-  some = min(len(prompts), 3)
+  steps, some = bench.config.sample, min(len(prompts), 3)
   write = lambda prompts, policy=decode.FULL: decode.generate(
     bench.fast, prompts, steps=steps, policy=policy
   )
-  base, own = interleave(
-    [
-      lambda i: write(prompts[i % some][None]),
-      lambda i: write(prompts[i % some][None], policy),
-    ],
-    seconds=bench.config.seconds,
-    least=3,
-  )
-  plain, made = write(prompts), write(prompts, policy)
-  same = np.asarray(plain.tokens == made.tokens).all(1).mean()
-  low, middle, high = quartiles([a / b for a, b in zip(base, own)])
-  point = Point(
-    method=method,
-    setting=setting,
-    regime="decode",
-    bits_per_byte=dense.bits_per_byte if same == 1 else math.nan,
-    tokens_per_second=steps / quartiles(own)[1],
-    speedup=middle,
-    spread=(low, high),
-    flops_share=float(made.cost.spent / made.cost.full),
-    mean_depth=float(made.mean_depth),
-    perplexity=dense.perplexity if same == 1 else math.nan,
-  )
-  return Drafted(point, float(same), float(made.tokens_per_step))
+  plain = write(prompts)
+  for method, setting, policy in policies(bench):
+    base, own = interleave(
+      [
+        lambda i: write(prompts[i % some][None]),
+        lambda i, policy=policy: write(prompts[i % some][None], policy),
+      ],
+      seconds=bench.config.seconds,
+      least=3,
+    )
+    made = write(prompts, policy)
+    same = np.asarray(plain.tokens == made.tokens).all(1).mean()
+    low, middle, high = quartiles([a / b for a, b in zip(base, own)])
+    point = Point(
+      method=method,
+      setting=setting,
+      regime="decode",
+      bits_per_byte=dense.bits_per_byte if same == 1 else math.nan,
+      tokens_per_second=steps / quartiles(own)[1],
+      speedup=middle,
+      spread=(low, high),
+      flops_share=float(made.cost.spent / made.cost.full),
+      mean_depth=float(made.mean_depth),
+      perplexity=dense.perplexity if same == 1 else math.nan,
+    )
+    yield Drafted(point, float(same), float(made.tokens_per_step))

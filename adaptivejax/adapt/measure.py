@@ -4,8 +4,9 @@
 Four regimes: "decode", token by token after a short prompt; "long decode", the
 same after a long one; "prompt" and "long prompt", a text read at once.  Quality
 is over all texts (a row does not depend on the others), and of a prompt over
-its last tokens, those with the longest past; the clock runs on one text at a
-time, in turn with the model as it was, text by text.
+its last tokens, those with the longest past, as they were read on the clock;
+the clock runs on one text at a time, in turn with the model as it was, text by
+text.
 
 Axes: W texts, P prompt tokens, T tokens to judge.
 """
@@ -20,10 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.tree_util import Partial
 from jaxtyping import Array, Int
 
 from adaptivejax.core.cost import Cost
 from adaptivejax.core.losses import cross_entropy
+from adaptivejax.nn import adopt_cache
 from adaptivejax.nn.stack import FULL
 from adaptivejax.report.clock import interleave, quartiles
 from adaptivejax.report.data import Point
@@ -39,6 +42,8 @@ class Trial:
     stack: how its layers run while decoding.
     prime: makes the stack of each prompt, `(model, tokens i32[B, P]) -> stack`,
       where the method has to see it; else None.  Rows lead its arrays.
+    adopts: in decoding, the model as it was reads its prompts
+      (`nn.adopt_cache`).
     regimes: those it is for.
     exact: largest change of a logit at its full budget; None if it has none.
   """
@@ -48,12 +53,16 @@ class Trial:
   model: Any
   stack: Any = FULL
   prime: Callable[[Any, Array], Any] | None = None
+  adopts: bool = False
   regimes: tuple[str, ...] = ("decode",)
   exact: float | None = None
 
 
 JUDGED = 1024
 """Tokens of a prompt that are judged, the last, at most."""
+
+
+_adopt = jax.jit(adopt_cache)
 
 
 class Reading(NamedTuple):
@@ -103,36 +112,99 @@ def _go_on(model, start: Start, tokens: Int[Array, "W T"]) -> Reading:
   return Reading(nats.mean(0), depth.mean(), cost.total())
 
 
-@functools.partial(jax.jit, static_argnames="judged")
-def _at_once(
-  model, stack, tokens: Int[Array, "W T"], *, judged: int
-) -> Reading:
-  """Prompts, each read at once into a cache; their ends are judged."""
-  size = tokens.shape[1]
-  ends = jnp.arange(max(size - 1 - judged, 0), size - 1)
+class _Read(NamedTuple):
+  """A prompt that was read: the last states, f[1, P, D]; depth and cost."""
 
-  def one(row):
-    cache = model.empty_cache(1, size)
-    out = model(row[None], cache, stack=stack, read_at=ends[None])
-    nats = cross_entropy(out.logits[0], row[ends + 1]).mean()
-    return nats, out.depth.mean(), out.cost
+  states: Array
+  depth: Array
+  cost: Cost
 
-  nats, depth, cost = lax.map(one, tokens)
-  return Reading(nats, depth.mean(), cost.total())
+
+def _shown(layers, x, positions, cache=None, *, readout, stack, key=None):
+  """A stack whose last states are seen, too."""
+  out = stack(layers, x, positions, cache, readout=readout, key=key)
+  return out._replace(hidden=out.x)
 
 
 @jax.jit
-def _prefill(model, stack, tokens: Int[Array, "W T"]):
-  """What reading a prompt is for: its last logits and the cache; the cost."""
-  cache = model.empty_cache(len(tokens), tokens.shape[1])
-  newest = jnp.full(len(tokens), tokens.shape[1] - 1)
-  out = model(tokens, cache, stack=stack, read_at=newest)
-  return out.logits, out.cache, out.cost
+def _prefill(model, stack, tokens: Int[Array, "1 P"]):
+  """`((logits, cache), read)`: what a prompt is read for, and what of it."""
+  cache = model.empty_cache(*tokens.shape)
+  newest = jnp.full(1, tokens.shape[1] - 1)
+  shown = Partial(_shown, stack=stack)
+  out = model(tokens, cache, stack=shown, read_at=newest)
+  return (out.logits, out.cache), _Read(out.hidden, out.depth.mean(), out.cost)
 
 
-def begin(trial: Trial, prompt: Int[Array, "W P"], room: int) -> Start:
-  """Reads the prompts, with room for so many tokens more."""
-  cache, logits = _begin(trial.model, prompt, slots=prompt.shape[1] + room)
+@functools.partial(jax.jit, static_argnames="judged")
+def _judge(model, states, tokens: Int[Array, "1 P"], *, judged: int) -> Array:
+  """Nats of the last tokens of a prompt, f32[]."""
+  size = tokens.shape[1]
+  begin = max(size - 1 - judged, 0)
+  logits = model.readout(states[:, begin : size - 1])
+  return cross_entropy(logits, tokens[:, begin + 1 :]).mean()
+
+
+class _Prompts:
+  """Reads texts one by one, and keeps what it last read of each."""
+
+  def __init__(self, trial: Trial, texts: Int[Array, "W P"]):
+    self.trial = trial
+    self.rows = [texts[i : i + 1] for i in range(len(texts))]
+    one = _prefill.lower(trial.model, trial.stack, self.rows[0])
+    self.run, self.read = one.compile(), {}
+
+  def __call__(self, i: int) -> Any:
+    i %= len(self.rows)
+    made, self.read[i] = self.run(
+      self.trial.model, self.trial.stack, self.rows[i]
+    )
+    return made
+
+  def reading(self, judged: int) -> Reading:
+    """Of all texts, once each of them was read."""
+    parts = [self.read[i] for i in range(len(self.rows))]
+    nats = [
+      _judge(self.trial.model, part.states, row, judged=judged)
+      for part, row in zip(parts, self.rows)
+    ]
+    depth = jnp.stack([part.depth for part in parts]).mean()
+    cost = jax.tree.map(lambda *a: sum(a), *(part.cost for part in parts))
+    return Reading(jnp.stack(nats), depth, cost)
+
+
+class _Texts:
+  """Goes on with texts behind prompts, one by one; some tokens at a time."""
+
+  def __init__(
+    self, trial: Trial, start: Start, rest: Int[Array, "W T"], most: int
+  ):
+    some = range(min(len(rest), 3))
+    self.trial, self.start, self.rest = trial, start, rest
+    self.starts = [_row(start, trial, i) for i in some]
+    self.rows = [rest[i : i + 1, :most] for i in some]
+
+  def __call__(self, i: int) -> Any:
+    i %= len(self.rows)
+    return _go_on(self.trial.model, self.starts[i], self.rows[i])
+
+  def reading(self, judged: int) -> Reading:
+    """Of all texts, whole."""
+    del judged
+    return _go_on(self.trial.model, self.start, self.rest)
+
+
+def begin(
+  trial: Trial,
+  prompt: Int[Array, "W P"],
+  room: int,
+  dense: Start | None = None,
+) -> Start:
+  """Reads the prompts, with room for so many tokens more; or adopts `dense`."""
+  if trial.adopts and dense is not None:
+    cache, logits = _adopt(trial.model, dense.cache), dense.logits
+  else:
+    cache, logits = _begin(trial.model, prompt, slots=prompt.shape[1] + room)
   prime = trial.prime
   stack = trial.stack if prime is None else prime(trial.model, prompt)
   return Start(cache, logits, stack)
@@ -158,7 +230,6 @@ def measure(
   bytes_per_token: float,
   twin: Reading | None = None,
   starts: Starts | None = None,
-  timed: int = 3,
   most: int = 24,
   judged: int = JUDGED,
 ) -> tuple[Point, float, Reading]:
@@ -174,50 +245,30 @@ def measure(
     bytes_per_token: of the text.
     twin: what `dense` reads there, if that is known.
     starts: of `dense`; what is not there yet is read, and kept there.
-    timed: texts that the clock runs on, in turn.
-    most: tokens of a text that are decoded on the clock.
+    most: tokens of a text that are decoded on the clock at a time.
     judged: last tokens of a prompt that are judged, at most.
   """
   text = jnp.asarray(texts, jnp.int32)
-  timed = min(timed, len(text))
+  sides = [dense] if trial is dense else [dense, trial]
   if regime.endswith("prompt"):
     count = text.shape[1]
-    one = [text[i : i + 1] for i in range(timed)]
-    costs: dict[int, dict[int, Cost]] = {id(dense): {}, id(trial): {}}
-
-    def read(t):
-      out = _at_once(t.model, t.stack, text, judged=judged)
-      spent = jax.tree.map(lambda *a: sum(a), *costs[id(t)].values())
-      return out._replace(cost=spent)  # of what was timed
-
-    def clock(t):
-      def once(i):
-        out = _prefill(t.model, t.stack, one[i % timed])
-        costs[id(t)][i % timed] = out[2]
-        return out
-
-      return once
-
+    clocks = [_Prompts(side, text) for side in sides]
   else:
     first, rest = text[:, :prompt], text[:, prompt:]
-    count = min(most, rest.shape[1])
-    room = rest.shape[1]
+    count, room = min(most, rest.shape[1]), rest.shape[1]
     kept = {} if starts is None else starts
-    if (regime, dense.setting) not in kept:
-      kept[regime, dense.setting] = begin(dense, first, room)
-    begun = {id(dense): kept[regime, dense.setting]}
+    key = regime, dense.setting
+    kept[key] = kept.get(key) or begin(dense, first, room)
+    behind = [kept[key]]
     if trial is not dense:
-      begun[id(trial)] = begin(trial, first, room)
-    read = lambda t: _go_on(t.model, begun[id(t)], rest)
-
-    def clock(t):
-      alone = [_row(begun[id(t)], t, i) for i in range(timed)]
-      tokens = [rest[i : i + 1, :count] for i in range(timed)]
-      return lambda i: _go_on(t.model, alone[i % timed], tokens[i % timed])
-
-  base, own = interleave([clock(dense), clock(trial)], seconds=seconds, least=3)
-  twin = read(dense) if twin is None else twin
-  out = twin if trial is dense else read(trial)
+      behind.append(begin(trial, first, room, kept[key]))
+    clocks = [_Texts(*side, rest, most) for side in zip(sides, behind)]
+  slow = regime == "long prompt"  # so that none is read in vain
+  least = max(len(clocks[0].rows), 0 if slow else 3)
+  times = interleave(clocks, seconds=seconds, least=least, warm=not slow)
+  base, own = times[0], times[-1]
+  twin = twin or clocks[0].reading(judged)
+  out = clocks[-1].reading(judged)
   low, middle, high = quartiles([a / b for a, b in zip(base, own)])
   gap = out.nats - twin.nats
   error = float(jnp.std(gap)) / math.sqrt(max(len(text) - 1, 1))

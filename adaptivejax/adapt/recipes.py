@@ -11,29 +11,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from adaptivejax import decode, surgery
-from adaptivejax.adapt.config import AdaptConfig
+from adaptivejax import surgery
+from adaptivejax.adapt.bench import Bench
 from adaptivejax.adapt.exits import confidences, fit_lens, margin_for
+from adaptivejax.adapt.long import long_decode, long_prompts
 from adaptivejax.adapt.measure import Trial
-from adaptivejax.adapt.text import Text
-from adaptivejax.core.budget import solve_setting
-from adaptivejax.methods.attention import (
-  DELTA,
-  Budgets,
-  FlexPrefill,
-  Kinetics,
-  MInference,
-  Quest,
-  TokenSelect,
-  XAttention,
-  assign,
-)
 from adaptivejax.methods.depth import (
   calm,
   divergence,
@@ -42,170 +28,20 @@ from adaptivejax.methods.depth import (
   kept_layers,
   unified_skip,
 )
-from adaptivejax.methods.kv import SnapKV, StreamingLLM
 from adaptivejax.methods.width import core_of
 from adaptivejax.nn import (
-  ByBlocks,
-  ByPhase,
-  Lens,
   Through,
-  adjust,
   by_neurons,
   by_plan,
   out_major,
   through_lens,
-  with_look,
 )
-from adaptivejax.nn.stack import layer_count
 from adaptivejax.training.distill import (
   at_budget,
-  distill,
   end_to_end,
   gates,
   layerwise,
 )
-
-CALIBRATION = 2048
-"""Tokens of training text by which heads are told apart."""
-PAGE = 16
-"""Tokens of a page."""
-PROBE = 256
-"""Tokens of training text on which exactness and budgets are looked at."""
-
-
-@dataclasses.dataclass
-class Bench:
-  """What recipes work with.
-
-  Attributes:
-    model: as it was trained; distillation starts from it.
-    fast: the same, its kernels out-major: what is timed.
-    text: to learn from.
-    config: how much of everything.
-    say: called with a line of what is being done.
-    tick: called after every update of a lesson.
-  """
-
-  model: Any
-  fast: Any
-  text: Text
-  config: AdaptConfig
-  say: Callable[[str], Any] = lambda line: None
-  tick: Callable[..., Any] = lambda *args: None
-  lens: Lens | None = None
-
-  @property
-  def layers(self) -> int:
-    return layer_count(self.model.layers)
-
-  def some(self, share: float, size: int | None = None) -> int:
-    """A share of a long prompt, or of `size` tokens, in whole blocks."""
-    block = self.blocks["block_kv"]
-    tokens = share * (self.config.long if size is None else size)
-    return max(int(tokens) // block, 1) * block
-
-  @property
-  def blocks(self) -> dict[str, int]:
-    """Sizes of blocks for prompts."""
-    size = 64 if self.config.long >= 1024 else 8
-    return {"block_q": size, "block_kv": size}
-
-  def minference(self, share: float, patterns=None) -> MInference:
-    """A look at this share of a long prompt: in each head at the last keys and
-    the first block, or at the blocks that promise most; `patterns`, or as keeps
-    more of the attention on training text.
-    """
-    shapes, block = ("a_shape", "block_sparse"), self.blocks["block_q"]
-
-    def look(size: int, patterns) -> MInference:
-      few = max(self.some(share, size) - 2 * block, block)  # first and own
-      budgets = Budgets(sinks=block, window=few, blocks=few // block)
-      return MInference(patterns, budgets, **self.blocks)
-
-    if patterns is None:
-      text = self.before(min(self.config.long, CALIBRATION))
-      some = look(text.shape[1], shapes[:1] * self.model.config.heads)
-      since = text.shape[1] // 2
-      patterns = assign(self.fast, text, some, since=since, among=shapes)
-    return look(self.config.long, patterns)
-
-  def before(self, size: int) -> jax.Array:
-    """The beginning of the training text, i32[1, size]."""
-    return jnp.asarray(self.text.train.reshape(1, -1)[:, :size])
-
-  @functools.cached_property
-  def dense(self) -> Any:
-    """The model, reading prompts by blocks.
-
-    Much faster than plain attention, and so what methods have to beat there.
-    """
-    return self.by_blocks(self.fast)
-
-  def by_blocks(self, model) -> Any:
-    """Reads prompts by blocks: all keys, but not the future."""
-    return with_look(model, ByBlocks(**self.blocks))
-
-  @functools.cached_property
-  def probe(self) -> jax.Array:
-    """A few windows of training text, i32[N, S]."""
-    rows = max(PROBE // self.config.context, 1)
-    return jnp.asarray(self.text.train[:rows])
-
-  @functools.cached_property
-  def long_probe(self) -> jax.Array:
-    """Some blocks of training text, i32[1, S]."""
-    return self.before(8 * self.blocks["block_q"] + 1)
-
-  def exact(self, changed, stack=decode.FULL, probe=None) -> float:
-    """The largest change of a logit at the full budget."""
-    probe = self.probe if probe is None else probe
-    return surgery.exactness(self.model, changed, probe, stack=stack)
-
-  def exact_after(self, changed, prime=lambda model, prompt: decode.FULL):
-    """The same for a token behind a prompt that `prime` makes a stack of.
-
-    The cache has room for more, so that what is kept of it is a list.
-    """
-    stack = prime(changed, self.long_probe[:, :-1])
-    gap = _next(changed, stack, self.long_probe) - self.next_logits
-    return float(jnp.abs(gap).max())
-
-  @functools.cached_property
-  def next_logits(self) -> jax.Array:
-    return _next(self.dense, decode.FULL, self.long_probe)
-
-  def teach(self, student, loss, rates, share: float = 1.0):
-    """The student after a lesson of `share` of the configured steps."""
-    return distill(
-      student,
-      self.model,
-      self.text.train,
-      loss,
-      rates=rates,
-      steps=max(int(self.config.steps * share), 1),
-      batch=self.config.batch,
-      seed=self.config.seed,
-      progress=self.tick,
-    )
-
-  def settled(self, model, share: float, span: float):
-    """The model with its settings at `share` of the FLOPs, on the probe."""
-    read = jax.jit(lambda m, s: adjust(m, s)(self.probe).cost.share)
-    spent = lambda setting: float(read(model, jnp.float32(setting)))
-    try:
-      found = solve_setting(spent, share, low=-span, high=span)
-    except ValueError:  # even the least is more
-      found = span
-    return adjust(model, jnp.float32(found))
-
-
-@jax.jit
-def _next(model, stack, tokens):
-  """Logits behind the last of `tokens`, which comes alone."""
-  cache = model.empty_cache(1, 2 * tokens.shape[1])
-  cache = model(tokens[:, :-1], cache).cache
-  return model(tokens[:, -1:], cache, stack=stack).logits
-
 
 Recipe = Callable[[Bench], Iterator[Trial]]
 
@@ -363,70 +199,18 @@ def depths(bench: Bench) -> Iterator[Trial]:
   yield from in_both(bench, trial)
 
 
-def long(bench: Bench) -> Iterator[Trial]:
-  """Long prompts: fewer keys looked at, or kept; nothing is trained."""
-  yield from long_prompts(bench)
-  for name, setting, look, shares in decoders(bench):
-    every = bench.long_probe.shape[1] + 8 * PAGE
-    exact = bench.exact_after(with_look(bench.fast, look(every)))
-    for few in map(bench.some, shares):
-      yield Trial(
-        name,
-        setting.format(few),
-        with_look(bench.fast, look(few)),
-        regimes=("long decode",),
-        exact=exact,
-      )
-
-
-def decoders(bench: Bench) -> Iterator[tuple[str, str, Callable, tuple]]:
-  """`(method, setting, keys -> look, shares)` of looks for decoding."""
-  heads, context = bench.model.config.heads, bench.config.context
-  after = lambda look: ByPhase(ByBlocks(**bench.blocks), look)
-  pages = lambda n, ends=0: max(n // PAGE - ends, 1)
-  full = tuple(sorted({0, 1, *range(2, bench.layers, 4)}))
-  delta = lambda n: DELTA(full, pages=pages(n), recent=min(8, pages(n)))
-  voted = lambda n: TokenSelect(
-    n // 2, initial=n // 8, local=n - n * 5 // 8, heads=heads
-  )
-  snap = lambda n: SnapKV(n, window=min(32, n), extra=context)
-  few, quarter, both = "{} keys", (1 / 4,), (3 / 8, 1 / 4)
-  yield "StreamingLLM", few, lambda n: StreamingLLM(4, n - 4), quarter
-  yield "SnapKV", few, snap, quarter
-  yield "TokenSelect", few, lambda n: after(voted(n)), quarter
-  quest = lambda n: after(Quest(pages(n)))
-  yield "Quest", f"{few}, all in 2 layers", quest, both
-  kinetics = lambda n: after(Kinetics(pages(n, 6)))
-  yield "Kinetics, blocks", few, kinetics, both
-  setting = f"{few}, all in {len(full)} layers"
-  yield "DELTA", setting, lambda n: after(delta(n)), both
-
-
-def long_prompts(bench: Bench) -> Iterator[Trial]:
-  """Looks that read a prompt sparsely."""
-  blocks = bench.blocks
-  shapes = bench.minference(1 / 4)
-  least = max(bench.config.long // 24, 1)
-  looks = (
-    (f"{bench.some(1 / 4)} keys", shapes, bench.minference(4, shapes.patterns)),
-    ("0.96 of the mass", XAttention(0.96, **blocks), None),
-    ("0.94 of the mass", XAttention(0.94, **blocks), None),
-    ("0.9 of the mass", FlexPrefill(0.9, min_budget=least, **blocks), None),
-  )
-  for setting, look, whole in looks:
-    made = with_look(bench.fast, look)
-    full = made if whole is None else with_look(bench.fast, whole)
-    yield Trial(
-      type(look).__name__,
-      setting,
-      made,
-      regimes=("long prompt",),
-      exact=bench.exact(full, probe=bench.long_probe),
-    )
-
-
 RECIPES: dict[str, Recipe] = {
   make.__name__: make
-  for make in (exits, plans, skips, neurons, modules, experts, depths, long)
+  for make in (
+    exits,
+    plans,
+    skips,
+    neurons,
+    modules,
+    experts,
+    depths,
+    long_decode,
+    long_prompts,
+  )
 }
 """Name -> recipe; `drafts` are policies, see `adapt.drafts`."""

@@ -17,10 +17,11 @@ from rich.console import Console
 
 from adaptivejax import decode, report
 from adaptivejax.adapt import drafts
+from adaptivejax.adapt.bench import Bench
 from adaptivejax.adapt.config import AdaptConfig
 from adaptivejax.adapt.exits import overconfidence
 from adaptivejax.adapt.measure import JUDGED, Reading, Starts, Trial, measure
-from adaptivejax.adapt.recipes import RECIPES, Bench
+from adaptivejax.adapt.recipes import RECIPES
 from adaptivejax.adapt.text import read_text
 from adaptivejax.nn import out_major
 from adaptivejax.report.data import Grid, Point, Report, Sample, Snippet, real
@@ -85,11 +86,7 @@ class Run:
 
   def draft(self) -> None:
     """Measures the policies that draft."""
-    dense, config = self.twin("decode"), self.bench.config
-    for method, setting, policy in drafts.policies(self.bench):
-      made = drafts.measure_draft(
-        self.bench, method, setting, policy, dense, config.sample
-      )
+    for made in drafts.measured(self.bench, self.twin("decode")):
       self.drafted.append(made)
       self._note(made.point)
 

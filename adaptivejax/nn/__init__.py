@@ -34,6 +34,7 @@ from adaptivejax.nn.functional import functional
 from adaptivejax.nn.lens import Lens, Through, lens_loss, through_lens
 from adaptivejax.nn.look import Coded, Look, Looked, look_cost
 from adaptivejax.nn.looks import (
+  adopt_cache,
   empty_cache_of,
   looks_of,
   refuse_drafts,
@@ -116,6 +117,7 @@ __all__ = [
   "Worth",
   "ZeroComputationExperts",
   "adjust",
+  "adopt_cache",
   "apply_all_experts",
   "apply_experts",
   "apply_masked_experts",

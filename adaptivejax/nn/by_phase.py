@@ -34,8 +34,7 @@ class ByPhase(Look):
         f"prefill={type(prefill).__name__} remembers something, for which there"
         " is no room beside what `decode` remembers."
       )
-    gives_up = decode.evicts or decode.merges or not decode.rotated
-    if gives_up or decode.learns:
+    if not decode.keeps_all:
       raise ValueError(
         f"decode={type(decode).__name__} does not keep all keys as they are, or"
         " learns from prompts, so no other look can read these: take one such"

@@ -74,8 +74,7 @@ class Look(nnx.Module):
       itself, in `step`, and takes no token back: drafts refuse it.
     alone: a token that comes alone is looked after otherwise than among others,
       so drafts, which are checked together, refuse it.
-    learns: it remembers how prompts were looked at, and not their keys only, so
-      no other look can read them in its place (`nn.ByPhase`).
+    learns: it remembers how prompts were looked at, and not their keys only.
   """
 
   rotated: bool = True
@@ -86,6 +85,13 @@ class Look(nnx.Module):
   evicts: bool = False
   alone: bool = False
   learns: bool = False
+
+  @property
+  def keeps_all(self) -> bool:
+    """Whether it keeps all keys as they are, so that another look may read for
+    it (`nn.ByPhase`, `nn.adopt_cache`).
+    """
+    return self.rotated and not (self.evicts or self.merges or self.learns)
 
   def turning(self, rope: Rope) -> "Look":
     """The look of a model with such rotary positions (static)."""

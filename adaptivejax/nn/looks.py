@@ -4,15 +4,18 @@
 Axes: L layers.
 """
 
+import math
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from adaptivejax.core.cache import KVCache
 from adaptivejax.nn.attention import Attention
 from adaptivejax.nn.look import Look
+from adaptivejax.nn.stack import layer_at
 from adaptivejax.nn.window import Window
 
 M = TypeVar("M", bound=nnx.Module)
@@ -68,6 +71,52 @@ def empty_cache_of(module: nnx.Module, *shape: Any) -> KVCache:
       f" marks and memory; got {', '.join(names)} with different ones."
     )
   return looks[0].empty_cache(*shape)
+
+
+def adopt_cache(module: nnx.Module, cache: KVCache) -> KVCache:
+  """What other looks read, as the looks of `module` would have kept it.
+
+  So one prompt, read once, is decoded in several ways.
+
+  Args:
+    module: the same model, with other looks.
+    cache: of all keys, as its looks made it; its `length` is adopted, too.
+
+  Raises:
+    ValueError: the cache has not all keys as they are, or the looks of `module`
+      do not keep them so.
+  """
+  attentions = _attentions(module)
+  for look in looks_of(module):
+    if not look.keeps_all:
+      raise ValueError(
+        f"{type(look).__name__} does not keep all keys as they are, or learns"
+        " from prompts: let it read them itself."
+      )
+  lacking = cache.evicts, cache.bias, cache.scale
+  if any(part is not None for part in lacking):
+    raise ValueError(
+      "the cache has given keys up, merged them or stored them in 8 bits, so no"
+      " other look can take them over."
+    )
+  _, layers, heads, slots, width = cache.k.shape
+  leads = [a.query.kernel.shape[:-2] for a in attentions]  # () if not stacked
+  if sum(math.prod(lead) for lead in leads) != layers:
+    raise ValueError(
+      f"the cache has {layers} layers, and {type(module).__name__} attends in"
+      f" {sum(math.prod(lead) for lead in leads)}."
+    )
+  shape = layers, len(cache.length), heads, slots, width, cache.k.dtype
+  made = empty_cache_of(module, *shape)
+  for first, (attention, lead) in enumerate(zip(attentions, leads)):
+
+    def read(i, made, first=first, attention=attention, lead=lead):
+      layer = i * len(attentions) + first
+      look = layer_at(attention.look, i) if lead else attention.look
+      return look.append(made, layer, cache.read(layer))
+
+    made = lax.fori_loop(0, math.prod(lead), read, made)
+  return made._replace(length=cache.length)
 
 
 def refuse_drafts(module: nnx.Module, who: str) -> None:

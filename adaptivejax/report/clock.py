@@ -23,6 +23,7 @@ def interleave(
   least: int = 5,
   most: int = 101,
   floor: float = 0.002,
+  warm: bool = True,
   before: Callable[[], Any] | None = None,
   clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
@@ -35,12 +36,14 @@ def interleave(
     least, most: limits on the number of rounds, which win over `seconds`.
     floor: repeat a call within its round until it has run for so long, and
       take the mean: short calls drown in the noise of the timer.
+    warm: call each once before, untimed; programs that run for long and were
+      compiled need no such call.
     before: run ahead of each call, untimed.
     clock: seconds that only go up.
 
   The order turns around from round to round, so no side always goes first.
   """
-  for call in calls:
+  for call in calls if warm else ():
     jax.block_until_ready(call(0))
   times: list[list[float]] = [[] for _ in calls]
   begin = clock()
