@@ -15,7 +15,7 @@ writes runs/NAME/report.html.  CONFIG.py is Python, with a function
 `config() -> AdaptConfig`.
 
 Example:
-  adaptivejax adapt configs/adapt/smollm2.py --recipes exits long_decode --steps 20
+  adaptivejax adapt configs/adapt/smollm2.py --recipes exits plans --steps 20
 
 `adaptivejax adapt CONFIG.py --help` lists the fields of that config.
 """

@@ -60,9 +60,8 @@ def replace_victim(
   return write(cache, layer, keys, slot[..., None]), slot
 
 
-def candidates(cache: KVCache, layer: Int[Array, ""] | int, keys: Keys) -> Keys:
+def candidates(held: Keys, keys: Keys) -> Keys:
   """What a layer holds, and T new keys after it, as the cache stores keys."""
-  held = cache.read(layer)
   if held.scale is not None:
     keys = coded(keys)
   pos = jnp.repeat(keys.pos, held.pos.shape[1] // keys.pos.shape[1], axis=1)

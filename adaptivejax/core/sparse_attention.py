@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from adaptivejax.core.attention import Keys, dequantised
-from adaptivejax.core.block_lists import listed_blocks
+from adaptivejax.core.attention import Keys, attend, dequantised
+from adaptivejax.core.block_lists import listed_blocks, lists_from_mask
+from adaptivejax.core.block_masks import BLOCK, visible_blocks
 from adaptivejax.core.cost import Cost
 from adaptivejax.core.per_head import over_heads
 from adaptivejax.core.ring import ring_attention
@@ -91,6 +92,30 @@ def attend_blocks(
     found = attend(*arrays, lists, marks, axis=axis)
   shards = 1 if axis is None else lax.axis_size(axis)
   return _time_major(found), block_cost(q, keys, lists, shards)
+
+
+def attend_visible(
+  q: Float[Array, "B T H D"],
+  keys: Keys,
+  positions: Int[Array, "B T"],
+  *,
+  block_q: int = BLOCK,
+  block_kv: int = BLOCK,
+) -> tuple[Float[Array, "B T H E"], Cost]:
+  """`attend` by blocks: no scores of all pairs, nor blocks of the future.
+
+  Arguments are as there, and sizes of blocks (static).  For prompts: what fewer
+  queries than a tile ask is left to `attend`.
+  """
+  if q.shape[1] < block_q:
+    full = 2.0 * q.size * keys.k.shape[2] * (1 + keys.v.shape[-1] / q.shape[-1])
+    return attend(q, keys, positions), Cost.dense(full, q.shape[0] * q.shape[1])
+  sizes = {"block_q": block_q, "block_kv": block_kv}
+  mask = visible_blocks(positions, keys.pos, **sizes)
+  found, cost = attend_blocks(
+    q, keys, lists_from_mask(mask, **sizes), positions
+  )
+  return found.out, cost
 
 
 def attend_blocks_dense(

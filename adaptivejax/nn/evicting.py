@@ -36,6 +36,7 @@ class Worth(NamedTuple):
     priority: by which keys stay, f32[B, G, N]; empty slots do not count.
     keep: keys that stay, i32[] or i32[B]; at most S - 1 do.
     asked: FLOPs of finding out, beside those of looking, f32[].
+    seen: keys that were looked at for a query, the mean, f32[]; all if None.
   """
 
   out: Array
@@ -43,6 +44,7 @@ class Worth(NamedTuple):
   priority: Array
   keep: Array
   asked: Array | float = 0.0
+  seen: Array | None = None
 
 
 class Evicting(Look):
@@ -103,7 +105,7 @@ class Evicting(Look):
     decodes = keys.k.shape[2] == 1
     run = self.decode if decodes else self.prefill
     worth, cache, seen = run(q, keys, positions, cache, layer)
-    cost = look_cost(q, seen, live)
+    cost = look_cost(q, seen, live, worth.seen)
     full = cache.length.mean(dtype=jnp.float32) + keys.k.shape[2]
     cost = cost.with_overhead(worth.asked)._replace(full=4.0 * q.size * full)
     return Looked(worth.out, cost), cache
@@ -129,7 +131,7 @@ class Evicting(Look):
     self, q, keys, positions, cache, layer
   ) -> tuple[Worth, KVCache, int]:
     """Many tokens: the best of what was held and of theirs stay."""
-    both = candidates(cache, layer, keys)
+    both = candidates(cache.read(layer), keys)
     score = cache.recollect(layer)
     spare = [(0, 0), (0, 0), (0, both.pos.shape[-1] - cache.slots)]
     worth = self.worth(q, both, positions, jnp.pad(score, spare))

@@ -108,7 +108,7 @@ def test_evicting_keeps_whole_keys_and_nothing_of_the_others(coded):
     k=new.k.at[:, :, 2].set(jnp.nan),
     bias=jnp.broadcast_to(jnp.array([0.1, 0.2, 0.3, 0.4]), (B, G, 4)),
   )
-  both = candidates(cache, jnp.int32(1), new)
+  both = candidates(cache.read(jnp.int32(1)), new)
   assert both.k.shape[2] == S + 4 and both.k.dtype == dtype
   index = jnp.array([[[1, 5, 8], [0, 4, 7]]] * B)  # 8 is none
   kept = jax.jit(evict)(both, index)

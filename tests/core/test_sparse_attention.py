@@ -10,6 +10,7 @@ from adaptivejax import core
 from adaptivejax.core.sparse_attention import (
   attend_blocks,
   attend_blocks_dense,
+  attend_visible,
 )
 
 B, T, S, H, G, D = 2, 21, 30, 4, 2, 8
@@ -100,6 +101,24 @@ def test_nan_is_seen_as_dense_attention_sees_it():
   want = core.attend(q, keys, at)
   assert np.isnan(want).any() and not np.isnan(want).all()
   np.testing.assert_allclose(got.out, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, T])
+def test_all_that_is_visible_is_dense_attention(tokens):
+  """Heads hold other keys; some queries and keys are none; NaN where unseen."""
+  q, keys, _ = given()
+  pos = np.sort(np.random.default_rng(4).integers(-9, S, (B, G, S)))
+  pos = jnp.asarray(np.maximum(pos, -1))
+  at = jnp.asarray([range(T), range(9, 9 + T)]).at[1, -2:].set(-1)[:, :tokens]
+  unseen = ((pos < 0) | (pos > at.max(1)[:, None, None]))[..., None]
+  spoilt = lambda a: jnp.where(unseen, jnp.nan, a)
+  keys = core.Keys(spoilt(keys.k), spoilt(keys.v), pos)
+  got, cost = attend_visible(q[:, :tokens], keys, at, **SIZES)
+  want = core.attend(q[:, :tokens], keys, at)
+  assert np.isfinite(want).all()
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  assert cost.full == B * H * tokens * S * 4 * D
+  assert (cost.spent < cost.full) == (tokens >= 8)
 
 
 def test_the_cost_is_that_of_the_listed_pairs():

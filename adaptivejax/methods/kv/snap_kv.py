@@ -26,13 +26,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from adaptivejax.core.attention import Keys, attend
+from adaptivejax.core.attention import Keys
 from adaptivejax.core.attention_mass import (
   attention_mass,
   check_reduction,
   group_reduce,
 )
 from adaptivejax.core.cost import Cost
+from adaptivejax.core.sparse_attention import attend_visible
 from adaptivejax.nn.evicting import (
   Evicting,
   Worth,
@@ -76,16 +77,17 @@ class SnapKV(Evicting):
     return min(slots, self.capacity + self.extra + 1)
 
   def worth(self, q, keys: Keys, positions, score) -> Worth:
-    out, room = attend(q, keys, positions), keys.pos.shape[-1]
+    out, spent = attend_visible(q, keys, positions)
+    seen, room = spent.spent / (4.0 * q.size), keys.pos.shape[-1]
     if q.shape[1] == 1:  # a generated token outlives the prompt, by its age
       new = keys.pos == positions[:, None]
       score = jnp.where(new, 1.0 + keys.pos, score)
-      return Worth(out, score, score, jnp.int32(room))
+      return Worth(out, score, score, jnp.int32(room), seen=seen)
     voted, cost = self.votes(q, keys, positions)
     read = (positions >= 0).any(1)
     score = jnp.where(read[:, None, None], voted, score)
     keep = jnp.where(read, self.share_of(self.capacity), room)
-    return Worth(out, score, score, keep, cost.spent)
+    return Worth(out, score, score, keep, cost.spent, seen)
 
   def votes(
     self, q, keys: Keys, positions

@@ -11,11 +11,14 @@ positions grow with the text.
 
 Primitive: `replace_victim`, the oldest key but for the sinks.
 Departs: the prompt, too, is read through sinks and window, each token as if it
-were decoded, so that it does not matter how a text is cut into calls.
+were decoded, so that it does not matter how a text is cut into calls; a long
+prompt is cut into pieces, so that reading it costs O(T (n + w)).
 Axes: B batch, T tokens, N keys, H query heads, G key heads, W head width.
 """
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptivejax.core.attention import Keys, attend, rotary
@@ -23,6 +26,9 @@ from adaptivejax.core.cache import KVCache, put
 from adaptivejax.core.eviction import best, candidates, evict, replace_victim
 from adaptivejax.nn.look import Look, Looked, look_cost
 from adaptivejax.nn.setting import Setting
+
+PIECE = 256
+"""Tokens of a prompt that are read at once."""
 
 
 class StreamingLLM(Look):
@@ -67,21 +73,51 @@ class StreamingLLM(Look):
     self, q, keys: Keys, positions, cache: KVCache, layer=0, *, x=None,
     live=None, key=None,
   ) -> tuple[Looked, KVCache]:  # fmt: skip
-    pos = cache.read(layer).pos
-    asked = {"x": x, "live": live, "key": key}
-    if keys.k.shape[2] == 1:
-      cache, _ = replace_victim(cache, layer, keys, pos, pos < self.sinks)
-      looked = self(q, cache.read(layer), positions, layer, **asked)
+    del x, key
+    held, tokens = cache.read(layer), keys.k.shape[2]
+    if tokens == 1:
+      sink = held.pos < self.sinks
+      cache, _ = replace_victim(cache, layer, keys, held.pos, sink)
+      out, seen = self(q, cache.read(layer), positions).out, cache.slots
     else:
-      both = candidates(cache, layer, keys)
-      looked = self(q, both, positions, layer, **asked)
+      held, out = self.read(held, q, keys, positions)
+      cache, seen = put(cache, layer, held), cache.slots + min(tokens, PIECE)
+    full = cache.length.mean(dtype=jnp.float32) + tokens
+    cost = look_cost(q, seen, live)._replace(full=4.0 * q.size * full)
+    return Looked(out, cost), cache
+
+  def read(
+    self, held: Keys, q, keys: Keys, positions: Int[Array, "B T"]
+  ) -> tuple[Keys, Array]:
+    """What is held after many tokens, and what these found, piece by piece."""
+
+    def piece(held, new):
+      q, keys, positions = new
+      both = candidates(held, keys)
       worth = jnp.where(both.pos < self.sinks, jnp.inf, both.pos)
       worth = jnp.where(both.pos < 0, -jnp.inf, worth)
-      index = best(worth, cache.slots, cache.slots)
-      cache = put(cache, layer, evict(both, index))
-    full = cache.length.mean(dtype=jnp.float32) + keys.k.shape[2]
-    cost = looked.cost._replace(full=4.0 * q.size * full)
-    return looked._replace(cost=cost), cache
+      slots = held.pos.shape[-1]
+      left = evict(both, best(worth, slots, slots))
+      return left, self(q, both, positions).out
+
+    tokens = q.shape[1]
+    if tokens <= PIECE:
+      return piece(held, (q, keys, positions))
+    pieces = -(-tokens // PIECE)
+
+    def cut(a, axis, empty=0):
+      """The pieces first; [.., T, ..] has the tokens on an axis."""
+      spare = [(0, 0)] * a.ndim
+      spare[axis] = 0, pieces * PIECE - tokens
+      a = jnp.pad(a, spare, constant_values=empty)
+      shape = *a.shape[:axis], pieces, PIECE, *a.shape[axis + 1 :]
+      return jnp.moveaxis(a.reshape(shape), axis, 0)
+
+    new = jax.tree.map(lambda a: cut(a, 2), keys)
+    new = new._replace(pos=cut(keys.pos, 2, -1))
+    held, out = lax.scan(piece, held, (cut(q, 1), new, cut(positions, 1, -1)))
+    out = jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])
+    return held, out[:, :tokens]
 
   def sees(self, pos, positions) -> Bool[Array, "B T N"]:
     """Sinks and window; one table for all heads."""
@@ -103,8 +139,9 @@ class StreamingLLM(Look):
     if q.shape[1] == 1:
       shift = (positions - rank)[:, :, None]
       at = jnp.where(sink, pos, pos - shift)
-      turned = keys._replace(k=self.turned(keys.k, at))
-      return rotary(q, rank, self.rope), turned
+      return rotary(q, rank, self.rope), keys._replace(
+        k=self.ranked(keys.k, at)
+      )
     begin = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions).min(1)
     begin = jnp.maximum(begin - self.window, 0)[:, None]  # keeps angles small
     far = jnp.where(sink[..., None], self.turned(keys.k, pos), 0)
@@ -113,6 +150,17 @@ class StreamingLLM(Look):
     both = [rotary(q, at, self.rope) for at in (rank, positions - begin)]
     q, k = (jnp.concatenate(a, -1) for a in (both, [far, near]))
     return q * jnp.sqrt(2.0).astype(q.dtype), keys._replace(k=k)
+
+  def ranked(self, k: Float[Array, "B G N W"], at: Int[Array, "B 1 N"]):
+    """`turned` by places in the cache, whose angles are known beforehand."""
+    with jax.ensure_compile_time_eval():
+      places = jnp.arange(self.sinks + self.window, dtype=jnp.float32)
+      angles = places[:, None] * self.rope.rates(k.shape[-1] // 2)
+      table = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = (a.at[at].get(mode="clip") for a in table)
+    a, b = jnp.split(k.astype(jnp.float32), 2, axis=-1)
+    both = a * cos - b * sin, b * cos + a * sin
+    return jnp.concatenate(both, -1).astype(k.dtype)
 
   def turned(self, k: Float[Array, "B G N W"], at: Int[Array, "B 1 N"]):
     """Keys with rotary positions, the same for all heads."""
