@@ -61,14 +61,15 @@ class AdaptConfig:
   long_windows: int = 2
   """Long held-out texts."""
 
-  steps: int = 24
+  steps: int = 16
   """Updates of each distillation."""
 
   batch: int = 4
   """Windows in an update."""
 
   seconds: float = 4.0
-  """To spend on timing each method beside the model as it was."""
+  """To spend on timing each method beside the model as it was, at least three
+  texts or all prompts."""
 
   sample: int = 96
   """Tokens of the texts that are shown."""

@@ -35,9 +35,7 @@ class Drafted(NamedTuple):
 def policies(bench) -> Iterator[tuple[str, str, Any]]:
   """`(method, setting, policy)` of each."""
   table = TrigramTable.build([bench.text.train.reshape(-1)])
-  for nodes in (4, 6):
-    tree = ADED(table, nodes=nodes, depth=nodes // 2 + 1)
-    yield "ADED", f"{nodes} nodes", tree
+  yield "ADED", "4 nodes", ADED(table, nodes=4, depth=3)
   exit = bench.layers * 3 // 4
   yield "Self-speculation", f"{exit} layers draft 2", SelfSpeculation(exit, 2)
 

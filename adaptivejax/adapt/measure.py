@@ -14,7 +14,8 @@ Axes: W texts, P prompt tokens, T tokens to judge.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -113,7 +114,7 @@ def _go_on(model, start: Start, tokens: Int[Array, "W T"]) -> Reading:
 
 
 class _Read(NamedTuple):
-  """A prompt that was read: the last states, f[1, P, D]; depth and cost."""
+  """Of a prompt that was read: the last states, f[1, P, D]; depth and cost."""
 
   states: Array
   depth: Array
@@ -121,9 +122,9 @@ class _Read(NamedTuple):
 
 
 def _shown(layers, x, positions, cache=None, *, readout, stack, key=None):
-  """A stack whose last states are seen, too."""
+  """A stack that says its last states, too."""
   out = stack(layers, x, positions, cache, readout=readout, key=key)
-  return out._replace(hidden=out.x)
+  return out._replace(notes=out.x)
 
 
 @jax.jit
@@ -133,7 +134,7 @@ def _prefill(model, stack, tokens: Int[Array, "1 P"]):
   newest = jnp.full(1, tokens.shape[1] - 1)
   shown = Partial(_shown, stack=stack)
   out = model(tokens, cache, stack=shown, read_at=newest)
-  return (out.logits, out.cache), _Read(out.hidden, out.depth.mean(), out.cost)
+  return (out.logits, out.cache), _Read(out.notes, out.depth.mean(), out.cost)
 
 
 @functools.partial(jax.jit, static_argnames="judged")
@@ -145,11 +146,21 @@ def _judge(model, states, tokens: Int[Array, "1 P"], *, judged: int) -> Array:
   return cross_entropy(logits, tokens[:, begin + 1 :]).mean()
 
 
-class _Prompts:
-  """Reads texts one by one, and keeps what it last read of each."""
+def _sum(costs: Iterable[Cost]) -> Cost:
+  return functools.reduce(operator.add, costs)
 
-  def __init__(self, trial: Trial, texts: Int[Array, "W P"]):
-    self.trial = trial
+
+class _Prompts:
+  """Reads texts one by one, and keeps what it last read of each.
+
+  Args:
+    trial: a stack that is primed is for decoding, and not asked for here.
+    texts: to read.
+    judged: last tokens that are judged, at most.
+  """
+
+  def __init__(self, trial: Trial, texts: Int[Array, "W P"], judged: int):
+    self.trial, self.judged = trial, judged
     self.rows = [texts[i : i + 1] for i in range(len(texts))]
     one = _prefill.lower(trial.model, trial.stack, self.rows[0])
     self.run, self.read = one.compile(), {}
@@ -161,15 +172,15 @@ class _Prompts:
     )
     return made
 
-  def reading(self, judged: int) -> Reading:
+  def reading(self) -> Reading:
     """Of all texts, once each of them was read."""
     parts = [self.read[i] for i in range(len(self.rows))]
     nats = [
-      _judge(self.trial.model, part.states, row, judged=judged)
+      _judge(self.trial.model, part.states, row, judged=self.judged)
       for part, row in zip(parts, self.rows)
     ]
     depth = jnp.stack([part.depth for part in parts]).mean()
-    cost = jax.tree.map(lambda *a: sum(a), *(part.cost for part in parts))
+    cost = _sum(part.cost for part in parts)
     return Reading(jnp.stack(nats), depth, cost)
 
 
@@ -183,15 +194,18 @@ class _Texts:
     self.trial, self.start, self.rest = trial, start, rest
     self.starts = [_row(start, trial, i) for i in some]
     self.rows = [rest[i : i + 1, :most] for i in some]
+    self.cost: dict[int, Cost] = {}
 
   def __call__(self, i: int) -> Any:
     i %= len(self.rows)
-    return _go_on(self.trial.model, self.starts[i], self.rows[i])
+    made = _go_on(self.trial.model, self.starts[i], self.rows[i])
+    self.cost[i] = made.cost
+    return made
 
-  def reading(self, judged: int) -> Reading:
-    """Of all texts, whole."""
-    del judged
-    return _go_on(self.trial.model, self.start, self.rest)
+  def reading(self) -> Reading:
+    """Of all texts, whole, at the cost of what was read by itself."""
+    made = _go_on(self.trial.model, self.start, self.rest)
+    return made._replace(cost=_sum(self.cost.values()))
 
 
 def begin(
@@ -241,7 +255,8 @@ def measure(
     texts: held out.
     regime: see above.
     prompt: tokens that are read first, P.
-    seconds: for the clock.
+    seconds: for the clock, which runs on three texts or more, and on each
+      prompt.
     bytes_per_token: of the text.
     twin: what `dense` reads there, if that is known.
     starts: of `dense`; what is not there yet is read, and kept there.
@@ -252,7 +267,7 @@ def measure(
   sides = [dense] if trial is dense else [dense, trial]
   if regime.endswith("prompt"):
     count = text.shape[1]
-    clocks = [_Prompts(side, text) for side in sides]
+    clocks = [_Prompts(side, text, judged) for side in sides]
   else:
     first, rest = text[:, :prompt], text[:, prompt:]
     count, room = min(most, rest.shape[1]), rest.shape[1]
@@ -263,12 +278,12 @@ def measure(
     if trial is not dense:
       behind.append(begin(trial, first, room, kept[key]))
     clocks = [_Texts(*side, rest, most) for side in zip(sides, behind)]
-  slow = regime == "long prompt"  # so that none is read in vain
+  slow = regime == "long prompt"  # so none is read in vain
   least = max(len(clocks[0].rows), 0 if slow else 3)
   times = interleave(clocks, seconds=seconds, least=least, warm=not slow)
   base, own = times[0], times[-1]
-  twin = twin or clocks[0].reading(judged)
-  out = clocks[-1].reading(judged)
+  twin = twin or clocks[0].reading()
+  out = clocks[-1].reading()
   low, middle, high = quartiles([a / b for a, b in zip(base, own)])
   gap = out.nats - twin.nats
   error = float(jnp.std(gap)) / math.sqrt(max(len(text) - 1, 1))

@@ -21,6 +21,8 @@ from adaptivejax.core.per_head import is_ring, over_heads
 from adaptivejax.core.quantise import dequantise
 from adaptivejax.core.ring import ring_attention
 from adaptivejax.core.rope import USUAL, Rope
+from adaptivejax.core.token_chunks import scan_chunks
+from adaptivejax.core.varying import vary, varying_axes
 from pallas_kernels.block_sparse_attention import Marks, Rule
 
 NEVER = -1e30
@@ -91,29 +93,18 @@ def attend_with_mass(
     chunk: queries whose weights exist at the same time (static).
   """
 
-  def some(asked):
-    q, positions, mask = asked
-    weights, *rest = _weigh(q, keys, positions, None, mask)
+  def some(total, asked):
+    q, positions, *mask = asked
+    weights, *rest = _weigh(q, keys, positions, None, *mask)
     mass = weights.sum(3)  # [B, G, H/G, S]
-    return _mix(weights, *rest), mass.reshape(mass.shape[0], -1, mass.shape[-1])
+    mass = mass.reshape(mass.shape[0], -1, mass.shape[-1])
+    return total + mass, _mix(weights, *rest)
 
-  tokens = q.shape[1]
-  if tokens <= chunk:
-    return some((q, positions, mask))
-  pieces = -(-tokens // chunk)
-
-  def cut(a, empty):
-    """[pieces, B, chunk, ...] from [B, T, ...]."""
-    spare = [(0, 0), (0, pieces * chunk - tokens), *[(0, 0)] * (a.ndim - 2)]
-    a = jnp.pad(a, spare, constant_values=empty)
-    return jnp.moveaxis(
-      a.reshape(a.shape[0], pieces, chunk, *a.shape[2:]), 1, 0
-    )
-
-  mask = None if mask is None else cut(mask, False)
-  out, mass = jax.lax.map(some, (cut(q, 0), cut(positions, -1), mask))
-  out = jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *out.shape[3:])
-  return out[:, :tokens], mass.sum(0)
+  arrays = (q, positions) if mask is None else (q, positions, mask)
+  none = jnp.zeros((q.shape[0], q.shape[2], keys.k.shape[2]), jnp.float32)
+  none = vary(none, varying_axes(q))
+  mass, out = scan_chunks(some, none, arrays, (1, 1, 1), (0, -1, False), chunk)
+  return out, mass
 
 
 def attention_weights(
@@ -210,8 +201,13 @@ def rotary(
   """
   half = x.shape[-1] // 2
   angle = positions[..., None, None].astype(jnp.float32) * rope.rates(half)
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  return turn(x, jnp.cos(angle), jnp.sin(angle))
+
+
+def turn(
+  x: Float[Array, "*N D"], cos: Float[Array, "..."], sin: Float[Array, "..."]
+) -> Float[Array, "*N D"]:
+  """Each pair of features turned by its angle; `cos` and `sin` [..., D/2]."""
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(
-    x.dtype
-  )
+  both = a * cos - b * sin, b * cos + a * sin
+  return jnp.concatenate(both, -1).astype(x.dtype)

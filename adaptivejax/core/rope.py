@@ -13,6 +13,7 @@ the formula is that of its published code).
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -61,6 +62,16 @@ class Rope:
     turns = self.ramp.length * rate / (2 * math.pi)
     kept = jnp.clip((turns - low) / (high - low), 0, 1)
     return rate * (kept + (1 - kept) / self.factor)
+
+  def table(self, count: int, half: int) -> tuple[Array, Array]:
+    """Cosines and sines at positions 0..count-1, f32[count, half], constants.
+
+    For keys that are turned again at every step: to look up is cheaper.
+    """
+    with jax.ensure_compile_time_eval():
+      places = jnp.arange(count, dtype=jnp.float32)[:, None]
+      angles = places * self.rates(half)
+      return jnp.cos(angles), jnp.sin(angles)
 
 
 USUAL = Rope()

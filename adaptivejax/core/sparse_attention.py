@@ -102,20 +102,20 @@ def attend_visible(
   block_q: int = BLOCK,
   block_kv: int = BLOCK,
 ) -> tuple[Float[Array, "B T H E"], Cost]:
-  """`attend` by blocks: no scores of all pairs, nor blocks of the future.
+  """Causal attention to all keys by blocks: those of the future are left out.
 
-  Arguments are as there, and sizes of blocks (static).  For prompts: what fewer
-  queries than a tile ask is left to `attend`.
+  `attend`, whose arguments these are, without its scores of all pairs; what
+  fewer queries than a tile ask is left to it.  The items of the cost are
+  queries.
   """
+  full = 2.0 * q.size * keys.k.shape[2] * (1 + keys.v.shape[-1] / q.shape[-1])
+  dense = Cost.dense(full, q.shape[0] * q.shape[1])
   if q.shape[1] < block_q:
-    full = 2.0 * q.size * keys.k.shape[2] * (1 + keys.v.shape[-1] / q.shape[-1])
-    return attend(q, keys, positions), Cost.dense(full, q.shape[0] * q.shape[1])
+    return attend(q, keys, positions), dense
   sizes = {"block_q": block_q, "block_kv": block_kv}
-  mask = visible_blocks(positions, keys.pos, **sizes)
-  found, cost = attend_blocks(
-    q, keys, lists_from_mask(mask, **sizes), positions
-  )
-  return found.out, cost
+  lists = lists_from_mask(visible_blocks(positions, keys.pos, **sizes), **sizes)
+  found, cost = attend_blocks(q, keys, lists, positions)
+  return found.out, dense._replace(spent=jnp.minimum(cost.spent, full))
 
 
 def attend_blocks_dense(

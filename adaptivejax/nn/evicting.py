@@ -36,7 +36,7 @@ class Worth(NamedTuple):
     priority: by which keys stay, f32[B, G, N]; empty slots do not count.
     keep: keys that stay, i32[] or i32[B]; at most S - 1 do.
     asked: FLOPs of finding out, beside those of looking, f32[].
-    seen: keys that were looked at for a query, the mean, f32[]; all if None.
+    spent: FLOPs of looking, f32[], if not those of all pairs.
   """
 
   out: Array
@@ -44,7 +44,7 @@ class Worth(NamedTuple):
   priority: Array
   keep: Array
   asked: Array | float = 0.0
-  seen: Array | None = None
+  spent: Array | None = None
 
 
 class Evicting(Look):
@@ -104,8 +104,10 @@ class Evicting(Look):
     del x, key
     decodes = keys.k.shape[2] == 1
     run = self.decode if decodes else self.prefill
-    worth, cache, seen = run(q, keys, positions, cache, layer)
-    cost = look_cost(q, seen, live, worth.seen)
+    worth, cache, room = run(q, keys, positions, cache, layer)
+    cost = look_cost(q, room, live)
+    if worth.spent is not None:
+      cost = cost._replace(spent=worth.spent)
     full = cache.length.mean(dtype=jnp.float32) + keys.k.shape[2]
     cost = cost.with_overhead(worth.asked)._replace(full=4.0 * q.size * full)
     return Looked(worth.out, cost), cache

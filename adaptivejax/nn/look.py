@@ -74,7 +74,8 @@ class Look(nnx.Module):
       itself, in `step`, and takes no token back: drafts refuse it.
     alone: a token that comes alone is looked after otherwise than among others,
       so drafts, which are checked together, refuse it.
-    learns: it remembers how prompts were looked at, and not their keys only.
+    learns: it remembers what does not follow from the keys in the cache: how
+      prompts were looked at, or other keys.
   """
 
   rotated: bool = True
@@ -248,7 +249,7 @@ def tree_mask(cache: KVCache, tokens: int) -> Bool[Array, "B T S"] | None:
 
 def look_cost(
   q: Float[Array, "B T H W"],
-  keys: int,
+  keys: float,
   live: Bool[Array, "B T"] | None = None,
   seen: Float[Array, ""] | float | None = None,
 ) -> Cost:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax import lax
 
 from adaptivejax.core.cache import KVCache
+from adaptivejax.core.varying import vary, varying_axes
 from adaptivejax.nn.attention import Attention
 from adaptivejax.nn.look import Look
 from adaptivejax.nn.stack import layer_at
@@ -80,11 +81,11 @@ def adopt_cache(module: nnx.Module, cache: KVCache) -> KVCache:
 
   Args:
     module: the same model, with other looks.
-    cache: of all keys, as its looks made it; its `length` is adopted, too.
+    cache: made by looks that keep all keys (`Look.keeps_all`).
 
   Raises:
     ValueError: the cache has not all keys as they are, or the looks of `module`
-      do not keep them so.
+      do not keep them so, or its layers are not stacked alike.
   """
   attentions = _attentions(module)
   for look in looks_of(module):
@@ -100,22 +101,24 @@ def adopt_cache(module: nnx.Module, cache: KVCache) -> KVCache:
       " other look can take them over."
     )
   _, layers, heads, slots, width = cache.k.shape
-  leads = [a.query.kernel.shape[:-2] for a in attentions]  # () if not stacked
-  if sum(math.prod(lead) for lead in leads) != layers:
+  leads = {a.query.kernel.shape[:-2] for a in attentions}
+  lead = leads.pop() if len(leads) == 1 else (0,)  # () if not stacked
+  repeats = math.prod(lead)
+  if repeats * len(attentions) != layers or len(lead) > 1:
     raise ValueError(
-      f"the cache has {layers} layers, and {type(module).__name__} attends in"
-      f" {sum(math.prod(lead) for lead in leads)}."
+      f"the cache has {layers} layers, which are not those of"
+      f" {type(module).__name__}, or these are not stacked alike."
     )
   shape = layers, len(cache.length), heads, slots, width, cache.k.dtype
-  made = empty_cache_of(module, *shape)
-  for first, (attention, lead) in enumerate(zip(attentions, leads)):
+  made = vary(empty_cache_of(module, *shape), varying_axes(cache.k))
+  for first, attention in enumerate(attentions):
 
-    def read(i, made, first=first, attention=attention, lead=lead):
-      layer = i * len(attentions) + first
+    def read(i, made, first=first, attention=attention):
       look = layer_at(attention.look, i) if lead else attention.look
+      layer = i * len(attentions) + first
       return look.append(made, layer, cache.read(layer))
 
-    made = lax.fori_loop(0, math.prod(lead), read, made)
+    made = lax.fori_loop(0, repeats, read, made)
   return made._replace(length=cache.length)
 
 

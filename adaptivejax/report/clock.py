@@ -36,8 +36,8 @@ def interleave(
     least, most: limits on the number of rounds, which win over `seconds`.
     floor: repeat a call within its round until it has run for so long, and
       take the mean: short calls drown in the noise of the timer.
-    warm: call each once before, untimed; programs that run for long and were
-      compiled need no such call.
+    warm: call each once before, untimed; programs that were compiled ahead
+      (`jit(f).lower(..).compile()`) and run for long may do without.
     before: run ahead of each call, untimed.
     clock: seconds that only go up.
 
@@ -47,7 +47,7 @@ def interleave(
     jax.block_until_ready(call(0))
   times: list[list[float]] = [[] for _ in calls]
   begin = clock()
-  for i in range(most):
+  for i in range(max(most, least)):
     if i >= least and clock() - begin > seconds:
       break
     order = range(len(calls))

@@ -11,7 +11,8 @@ import pytest
 from adaptivejax import adapt
 from adaptivejax.adapt import exits, recipes, run
 from adaptivejax.adapt.measure import Trial, measure
-from adaptivejax.nn import Lens, out_major
+from adaptivejax.methods.attention import Quest
+from adaptivejax.nn import Lens, adopt_cache, out_major, with_look
 from adaptivejax.report.data import Point, Report
 from tests import pretrained_tiny as tiny
 from tests.methods.host import shaken
@@ -96,6 +97,42 @@ def test_recipes_are_exact_at_their_full_budget(bench, name):
     assert trial.exact is not None and trial.exact < 1e-4
     if trial.method in ("Quest", "SnapKV", "StreamingLLM", "TokenSelect"):
       assert bench.exact_after(trial.model) > 1e-3  # not with fewer keys
+
+
+def test_behind_an_adopted_prompt_the_method_decodes(bench):
+  """Behind keys of the model as it was, a look decodes by itself."""
+  dense = Trial("dense", "", bench.fast)
+  quest = with_look(bench.fast, Quest(1, page=2, dense_layers=0))
+  starts = {}
+
+  def nats(trial):
+    _, _, reading = measure(
+      dense,
+      trial,
+      bench.text.long,
+      regime="long decode",
+      prompt=bench.config.long,
+      seconds=0.01,
+      bytes_per_token=1.0,
+      starts=starts,
+    )
+    return reading.nats
+
+  whole = nats(dense)
+  adopted = nats(Trial("Quest", "", quest, adopts=True))
+  # the same by hand: keys of the model as it was, read by Quest's decoding
+  size = bench.config.long
+  text = jnp.asarray(bench.text.long)
+  cache = bench.fast.empty_cache(*text.shape)
+  out = bench.fast(text[:, :size], cache)
+  cache, logits, want = adopt_cache(quest, out.cache), out.logits[:, -1], []
+  for t in range(size, text.shape[1]):
+    odds = jax.nn.log_softmax(logits)
+    want.append(-jnp.take_along_axis(odds, text[:, t, None], 1)[:, 0])
+    out = quest(text[:, t, None], cache)
+    cache, logits = out.cache, out.logits[:, -1]
+  np.testing.assert_allclose(adopted, jnp.stack(want).mean(0), rtol=1e-4)
+  assert np.abs(adopted - whole).max() > 1e-3
 
 
 def test_a_lens_that_is_not_trained_changes_nothing(bench):

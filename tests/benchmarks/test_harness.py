@@ -54,6 +54,15 @@ def test_rounds_end_with_the_time_and_with_the_most():
     clock_lib.interleave([clock.work("a", 1.0)], seconds=seconds, **limits)[0]
   )
   assert [count(s) for s in (0, 3.5, 100)] == [2, 4, 6]
+  limits["least"] = 9  # wins over the most
+  assert count(0) == 9
+
+
+def test_what_is_not_warmed_is_called_in_rounds_only():
+  clock = Clock()
+  call = clock.work("a", 1.0)
+  clock_lib.interleave([call], seconds=0, least=2, warm=False, clock=clock)
+  assert clock.log == ["a", "a"]
 
 
 def test_short_calls_are_repeated_and_hooks_are_not_timed():

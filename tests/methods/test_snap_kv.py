@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adaptivejax.core.attention import Keys
+from adaptivejax.core.attention import Keys, attend
 from adaptivejax.decode import generate
-from adaptivejax.methods.kv import SnapKV
+from adaptivejax.methods.kv import SnapKV, snap_kv
 from adaptivejax.nn import adjust, with_look
 from tests.methods import host, kv
 
@@ -119,6 +119,33 @@ def test_generates_what_each_row_does_alone():
   large = with_look(host.model(), SnapKV(host.T, window=2))
   all_of_it = generate(large, host.TOKENS, steps=6, lengths=lengths).tokens
   np.testing.assert_array_equal(all_of_it, full)
+
+
+def test_long_prompts_are_read_by_blocks(monkeypatch):
+  """What is found, kept and voted is that of plain attention; at less cost."""
+  rng = np.random.default_rng(5)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  tokens, look = 300, SnapKV(20, window=4)
+  q, k, v = draw(2, tokens, 4, 8), draw(2, 2, tokens, 8), draw(2, 2, tokens, 8)
+  at = jnp.arange(tokens) - jnp.array([[0], [99]])  # a row is shorter
+  at = jnp.maximum(jnp.where(at < 150, at, at - 20), -1)
+
+  def read():
+    cache = look.empty_cache(1, 2, 2, tokens, 8, jnp.float32)
+    step = jax.jit(lambda *a: look.step(*a))
+    return step(q, Keys(k, v, at[:, None]), at, cache, 0)
+
+  looked, cache = read()
+  cost = []
+  plain = lambda q, keys, at: (attend(q, keys, at), cost[0])
+  cost.append(looked.cost._replace(spent=looked.cost.bound))
+  monkeypatch.setattr(snap_kv, "attend_visible", plain)
+  want, kept = read()
+  np.testing.assert_allclose(looked.out, want.out, atol=2e-5)
+  np.testing.assert_array_equal(cache.pos, kept.pos)
+  np.testing.assert_allclose(cache.memory, kept.memory, atol=1e-5)
+  assert looked.cost.spent < 0.8 * looked.cost.bound
+  assert looked.cost.spent <= looked.cost.bound
 
 
 def test_settings_share_a_trace():

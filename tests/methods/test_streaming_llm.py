@@ -12,7 +12,7 @@ import pytest
 from adaptivejax.core.attention import Keys
 from adaptivejax.core.eviction import compacted_positions
 from adaptivejax.decode import generate, score
-from adaptivejax.methods.kv import StreamingLLM, streaming_llm
+from adaptivejax.methods.kv import StreamingLLM
 from adaptivejax.nn import adjust, with_look
 from tests import reference
 from tests.methods import host, kv
@@ -39,13 +39,12 @@ def oracle(q, k, v, sinks, window):
   return out
 
 
-@pytest.mark.parametrize("piece", [256, 4, 2])
+@pytest.mark.parametrize("chunk", [256, 5, 2])
 @pytest.mark.parametrize(("sinks", "window"), [(2, 5), (4, 1), (0, 6), (30, 9)])
-def test_a_token_sees_sinks_and_window(sinks, window, piece, monkeypatch):
-  """Prompt, in pieces or whole, and decoding alike; rows of other lengths."""
-  monkeypatch.setattr(streaming_llm, "PIECE", piece)
+def test_a_token_sees_sinks_and_window(sinks, window, chunk):
+  """Prompt, in chunks or whole, and decoding alike; rows of other lengths."""
   q, k, v = kv.text()
-  look = StreamingLLM(sinks, window)
+  look = StreamingLLM(sinks, window, chunk=chunk)
   out, held = kv.read(look, q, k, v)
   want = oracle(q, k, v, sinks, window)
   np.testing.assert_allclose(out, want, atol=2e-5)

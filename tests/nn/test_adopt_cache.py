@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from adaptivejax.core.cache import crop
 from adaptivejax.methods.attention import (
+  APE,
   DELTA,
   NSA,
   Kinetics,
@@ -87,8 +90,27 @@ def test_it_goes_on_behind_what_another_look_read():
   assert adopt_cache(with_look(dense, Coded()), cache).k.dtype == jnp.int8
 
 
+def test_inside_shard_map_it_is_the_same():
+  model = with_look(host.model(), Quest(2, page=3))
+  cache = read(host.model())
+  over = jax.shard_map(
+    adopt_cache,
+    mesh=jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,)),
+    in_specs=(P(), P("data")),
+    out_specs=P("data"),
+  )
+  chex.assert_trees_all_equal(over(model, cache), adopt_cache(model, cache))
+
+
 @pytest.mark.parametrize(
-  "look", [SnapKV(4, window=2), StreamingLLM(1, 4), SpAtten(), H2O(2, 2)]
+  "look",
+  [
+    SnapKV(4, window=2),
+    StreamingLLM(1, 4),
+    SpAtten(),
+    H2O(2, 2),
+    APE(1, 2),
+  ],
 )
 def test_looks_that_do_not_keep_all_keys_are_refused(look):
   with pytest.raises(ValueError, match="let it read them itself"):
@@ -101,5 +123,5 @@ def test_caches_without_all_keys_are_refused():
     with pytest.raises(ValueError, match="given keys up, merged them or"):
       adopt_cache(host.model(), cache)
   cache = read(host.model()).take(jnp.arange(2))
-  with pytest.raises(ValueError, match="has 2 layers, and DecoderLM .* in 4"):
+  with pytest.raises(ValueError, match="has 2 layers, .* not those of Dec"):
     adopt_cache(host.model(), cache)

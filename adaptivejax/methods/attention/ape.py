@@ -40,6 +40,8 @@ class APE(Look):
     temperature, scale: T and S, above 0.
   """
 
+  learns = True  # contexts, which the cache has no slots for
+
   def __init__(
     self,
     contexts: int,

@@ -12,7 +12,8 @@ where pooling over neighbours keeps details together.  Once the prompt is read,
 each key head keeps the window and the best others, `capacity` in all; the keys
 of generated tokens are added to them.
 
-Primitive: `attention_mass` of the window, then `evict` (`nn.Evicting`).
+Primitive: `attention_mass` of the window, then `evict` (`nn.Evicting`); long
+prompts are read by blocks (`attend_visible`).
 Departs: `group_reduce` says how query heads that share keys vote (the published
 code keeps other keys for each query head).  There is room for `extra` generated
 tokens; beyond it the prompt's least key makes way, and then the oldest one.
@@ -77,17 +78,17 @@ class SnapKV(Evicting):
     return min(slots, self.capacity + self.extra + 1)
 
   def worth(self, q, keys: Keys, positions, score) -> Worth:
-    out, spent = attend_visible(q, keys, positions)
-    seen, room = spent.spent / (4.0 * q.size), keys.pos.shape[-1]
+    out, looking = attend_visible(q, keys, positions)
+    room = keys.pos.shape[-1]
     if q.shape[1] == 1:  # a generated token outlives the prompt, by its age
       new = keys.pos == positions[:, None]
       score = jnp.where(new, 1.0 + keys.pos, score)
-      return Worth(out, score, score, jnp.int32(room), seen=seen)
+      return Worth(out, score, score, jnp.int32(room))
     voted, cost = self.votes(q, keys, positions)
     read = (positions >= 0).any(1)
     score = jnp.where(read[:, None, None], voted, score)
     keep = jnp.where(read, self.share_of(self.capacity), room)
-    return Worth(out, score, score, keep, cost.spent, seen)
+    return Worth(out, score, score, keep, cost.spent, looking.spent)
 
   def votes(
     self, q, keys: Keys, positions

@@ -9,26 +9,23 @@ Positions are those in the cache (sec. 3.2): keys are cached without, and what
 is kept counts 0, 1, .., n + w - 1 when it is read.  So neither memory nor
 positions grow with the text.
 
-Primitive: `replace_victim`, the oldest key but for the sinks.
+Primitive: `replace_victim`, the oldest key but for the sinks; for prompts
+`scan_chunks` and `evict`.
 Departs: the prompt, too, is read through sinks and window, each token as if it
-were decoded, so that it does not matter how a text is cut into calls; a long
-prompt is cut into pieces, so that reading it costs O(T (n + w)).
+were decoded, so that it does not matter how a text is cut into calls; a cache
+reads long prompts in chunks, each at n + w keys and its own.
 Axes: B batch, T tokens, N keys, H query heads, G key heads, W head width.
 """
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from adaptivejax.core.attention import Keys, attend, rotary
+from adaptivejax.core.attention import Keys, attend, rotary, turn
 from adaptivejax.core.cache import KVCache, put
 from adaptivejax.core.eviction import best, candidates, evict, replace_victim
+from adaptivejax.core.token_chunks import chunk_sizes, scan_chunks
 from adaptivejax.nn.look import Look, Looked, look_cost
 from adaptivejax.nn.setting import Setting
-
-PIECE = 256
-"""Tokens of a prompt that are read at once."""
 
 
 class StreamingLLM(Look):
@@ -37,6 +34,7 @@ class StreamingLLM(Look):
   Args:
     sinks: n, first tokens that stay (static).
     window: w, last tokens that stay (static).
+    chunk: tokens of a prompt that are read at once (static).
 
   The `Setting` is the share of the window that is not used, 1 leaves the token
   itself.
@@ -45,10 +43,12 @@ class StreamingLLM(Look):
   rotated = False
   evicts = True
 
-  def __init__(self, sinks: int = 4, window: int = 512):
-    if sinks < 0 or window < 1:
-      raise ValueError(f"{sinks=} must not be negative, {window=} at least 1.")
-    self.sinks, self.window = sinks, window
+  def __init__(self, sinks: int = 4, window: int = 512, *, chunk: int = 256):
+    if sinks < 0 or min(window, chunk) < 1:
+      raise ValueError(
+        f"{sinks=} must not be negative, {window=} and {chunk=} at least 1."
+      )
+    self.sinks, self.window, self.chunk = sinks, window, chunk
     self.level = Setting(jnp.zeros(()))
 
   def span(self) -> Int[Array, ""]:
@@ -67,7 +67,10 @@ class StreamingLLM(Look):
     seen = self.sees(keys.pos, positions)
     seen = seen if mask is None else seen & mask
     out = attend(*self.placed(q, keys, positions), positions, mask=seen)
-    return Looked(out, look_cost(q, keys.k.shape[2], live))
+    cost = look_cost(q, keys.k.shape[2], live)
+    if q.shape[1] > 1:  # heads are twice as wide, see `placed`
+      cost = cost.with_overhead(cost.full / 2)
+    return Looked(out, cost)
 
   def step(
     self, q, keys: Keys, positions, cache: KVCache, layer=0, *, x=None,
@@ -78,46 +81,27 @@ class StreamingLLM(Look):
     if tokens == 1:
       sink = held.pos < self.sinks
       cache, _ = replace_victim(cache, layer, keys, held.pos, sink)
-      out, seen = self(q, cache.read(layer), positions).out, cache.slots
+      out, pairs = self(q, cache.read(layer), positions).out, cache.slots
     else:
-      held, out = self.read(held, q, keys, positions)
-      cache, seen = put(cache, layer, held), cache.slots + min(tokens, PIECE)
+      new = q, keys.k, keys.v, keys.pos, positions
+      axes, fills = (1, 2, 2, 2, 1), (0, 0, 0, -1, -1)
+      held, out = scan_chunks(self.read, held, new, axes, fills, self.chunk)
+      count, size = chunk_sizes(tokens, self.chunk)
+      cache = put(cache, layer, held)
+      pairs = 1.5 * (cache.slots + size) * count * size / tokens  # `placed`
     full = cache.length.mean(dtype=jnp.float32) + tokens
-    cost = look_cost(q, seen, live)._replace(full=4.0 * q.size * full)
+    cost = look_cost(q, pairs, live)._replace(full=4.0 * q.size * full)
     return Looked(out, cost), cache
 
-  def read(
-    self, held: Keys, q, keys: Keys, positions: Int[Array, "B T"]
-  ) -> tuple[Keys, Array]:
-    """What is held after many tokens, and what these found, piece by piece."""
-
-    def piece(held, new):
-      q, keys, positions = new
-      both = candidates(held, keys)
-      worth = jnp.where(both.pos < self.sinks, jnp.inf, both.pos)
-      worth = jnp.where(both.pos < 0, -jnp.inf, worth)
-      slots = held.pos.shape[-1]
-      left = evict(both, best(worth, slots, slots))
-      return left, self(q, both, positions).out
-
-    tokens = q.shape[1]
-    if tokens <= PIECE:
-      return piece(held, (q, keys, positions))
-    pieces = -(-tokens // PIECE)
-
-    def cut(a, axis, empty=0):
-      """The pieces first; [.., T, ..] has the tokens on an axis."""
-      spare = [(0, 0)] * a.ndim
-      spare[axis] = 0, pieces * PIECE - tokens
-      a = jnp.pad(a, spare, constant_values=empty)
-      shape = *a.shape[:axis], pieces, PIECE, *a.shape[axis + 1 :]
-      return jnp.moveaxis(a.reshape(shape), axis, 0)
-
-    new = jax.tree.map(lambda a: cut(a, 2), keys)
-    new = new._replace(pos=cut(keys.pos, 2, -1))
-    held, out = lax.scan(piece, held, (cut(q, 1), new, cut(positions, 1, -1)))
-    out = jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])
-    return held, out[:, :tokens]
+  def read(self, held: Keys, new) -> tuple[Keys, Array]:
+    """What is held after more tokens, and what these found."""
+    q, k, v, pos, positions = new
+    both = candidates(held, Keys(k, v, pos))
+    worth = jnp.where(both.pos < self.sinks, jnp.inf, both.pos)
+    worth = jnp.where(both.pos < 0, -jnp.inf, worth)
+    slots = held.pos.shape[-1]
+    left = evict(both, best(worth, slots, slots))
+    return left, self(q, both, positions).out
 
   def sees(self, pos, positions) -> Bool[Array, "B T N"]:
     """Sinks and window; one table for all heads."""
@@ -139,9 +123,8 @@ class StreamingLLM(Look):
     if q.shape[1] == 1:
       shift = (positions - rank)[:, :, None]
       at = jnp.where(sink, pos, pos - shift)
-      return rotary(q, rank, self.rope), keys._replace(
-        k=self.ranked(keys.k, at)
-      )
+      turned = keys._replace(k=self.ranked(keys.k, at))
+      return rotary(q, rank, self.rope), turned
     begin = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions).min(1)
     begin = jnp.maximum(begin - self.window, 0)[:, None]  # keeps angles small
     far = jnp.where(sink[..., None], self.turned(keys.k, pos), 0)
@@ -153,14 +136,8 @@ class StreamingLLM(Look):
 
   def ranked(self, k: Float[Array, "B G N W"], at: Int[Array, "B 1 N"]):
     """`turned` by places in the cache, whose angles are known beforehand."""
-    with jax.ensure_compile_time_eval():
-      places = jnp.arange(self.sinks + self.window, dtype=jnp.float32)
-      angles = places[:, None] * self.rope.rates(k.shape[-1] // 2)
-      table = jnp.cos(angles), jnp.sin(angles)
-    cos, sin = (a.at[at].get(mode="clip") for a in table)
-    a, b = jnp.split(k.astype(jnp.float32), 2, axis=-1)
-    both = a * cos - b * sin, b * cos + a * sin
-    return jnp.concatenate(both, -1).astype(k.dtype)
+    table = self.rope.table(self.sinks + self.window, k.shape[-1] // 2)
+    return turn(k, *(a.at[at].get(mode="clip") for a in table))
 
   def turned(self, k: Float[Array, "B G N W"], at: Int[Array, "B 1 N"]):
     """Keys with rotary positions, the same for all heads."""
