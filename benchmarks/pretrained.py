@@ -26,7 +26,7 @@ from adaptivejax import adapt, decode, io
 from adaptivejax.adapt.run import RISE, SPEED, reached
 from adaptivejax.methods.decode import SelfSpeculation
 from adaptivejax.models import DecoderConfig, DecoderLM
-from adaptivejax.nn import out_major
+from adaptivejax.nn import ByBlocks, out_major, with_look
 from adaptivejax.report.clock import interleave
 from benchmarks.harness import Options, Row, main
 from configs.adapt import smollm2
@@ -41,7 +41,8 @@ class Sizes(NamedTuple):
 
   prompt: int = 32
   steps: int = 16
-  prefill: int = 256
+  short: int = 256
+  prefill: int = 1024
   seconds: float = 20.0
 
 
@@ -70,7 +71,7 @@ def tiny() -> io.Pretrained:
 
 def rows(options: Options) -> Iterator[Row]:
   cases = options.select(CASES)
-  sizes = Sizes(8, 8, 32, 0.1) if options.quick else Sizes()
+  sizes = Sizes(8, 8, 16, 32, 0.1) if options.quick else Sizes()
   try:
     loaded = tiny() if options.quick else smollm2.load()
   except ValueError as error:
@@ -113,14 +114,22 @@ def _beside_transformers(loaded, fast, prompts, sizes, cases) -> Iterator[Row]:
   ours = lambda i: decode.generate(
     fast, jnp.asarray(prompts[i % PROMPTS][None]), steps=sizes.steps
   )
-  long = np.resize(prompts.reshape(-1), (1, sizes.prefill))
-  read = lambda i: _prefill(fast, jnp.asarray(long))
+  many = lambda size: np.resize(prompts.reshape(-1), (1, size))
+  size = 512 if sizes.prefill >= 512 else 8  # see `adapt.Bench.by_blocks`
+  by_blocks = with_look(fast, ByBlocks(block_q=size, block_kv=size))
+  prefills = (
+    ("plain attention", fast, many(sizes.short), None),
+    ("by blocks", by_blocks, many(sizes.prefill), 1.2),
+  )
   theirs = _transformers(loaded)
   if theirs is None:
-    speed = interleave([ours, read], seconds=sizes.seconds, least=3)
-    yield Row.of("plain", "tokens/s", [sizes.steps / t for t in speed[0]])
-    rate = [sizes.prefill / t for t in speed[1]]
-    yield Row.of("plain", "prefill tokens/s", rate)
+    (times,) = interleave([ours], seconds=sizes.seconds, least=3)
+    yield Row.of("plain", "tokens/s", [sizes.steps / t for t in times])
+    for how, model, text, _ in prefills:
+      read = lambda i, m=model, t=text: _prefill(m, jnp.asarray(t))
+      (times,) = interleave([read], seconds=sizes.seconds, least=3)
+      rate = [text.size / t for t in times]
+      yield Row.of("plain", f"prefill of {text.size} {how}, tokens/s", rate)
     return
   write, answer = theirs
   if "plain" in cases:
@@ -130,12 +139,16 @@ def _beside_transformers(loaded, fast, prompts, sizes, cases) -> Iterator[Row]:
     yield Row.of("plain", "transformers tokens/s", [sizes.steps / t for t in b])
     ratio = [y / x for x, y in zip(a, b)]
     yield Row.of("plain", "decode / transformers", ratio, target=1.0)
-    a, b = interleave(
-      [read, lambda i: answer(long)], seconds=sizes.seconds, least=3
-    )
-    yield Row.of("plain", "prefill tokens/s", [sizes.prefill / t for t in a])
-    ratio = [y / x for x, y in zip(a, b)]
-    yield Row.of("plain", "prefill / transformers", ratio, target=1.2)
+    for how, model, text, target in prefills:
+      calls = [
+        lambda i, m=model, t=text: _prefill(m, jnp.asarray(t)),
+        lambda i, t=text: answer(t),
+      ]
+      a, b = interleave(calls, seconds=sizes.seconds, least=3)
+      name = f"prefill of {text.size} {how}"
+      yield Row.of("plain", f"{name}, tokens/s", [text.size / t for t in a])
+      ratio = [y / x for x, y in zip(a, b)]
+      yield Row.of("plain", f"{name} / transformers", ratio, target=target)
     same = [
       float(
         (np.asarray(ours(i).tokens[0]) == write(prompts[i], sizes.steps)).all()

@@ -30,8 +30,8 @@ from adaptivejax.training.collectives import (
 from adaptivejax.training.config import TrainConfig
 from adaptivejax.training.decoding import Decoding, abstract_decoding
 from adaptivejax.training.hlo import Module
-from adaptivejax.training.hlo_cost import Work, largest, work
-from adaptivejax.training.kernels import Kernel, is_kernel, kernels
+from adaptivejax.training.hlo_cost import Work, is_kernel, largest, work
+from adaptivejax.training.kernels import Kernel, kernels
 from adaptivejax.training.mesh import (
   Placed,
   batch_spec,

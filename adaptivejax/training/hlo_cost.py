@@ -29,8 +29,7 @@ FREE = {
 }  # fmt: skip
 """Instructions that move nothing, or whose insides are counted."""
 
-
-KERNEL = 'custom_call_target="tpu_custom_call"'
+KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|mosaic_gpu)')
 
 
 class Visit(NamedTuple):
@@ -89,6 +88,11 @@ def work(module: Module) -> Work:
   return Work(flops[0], flops[1], moved[0], moved[1], unknown)
 
 
+def is_kernel(op: Op) -> bool:
+  """Whether an instruction calls a kernel."""
+  return bool(KERNEL.search(op.attributes))
+
+
 def walk(module: Module) -> Iterator[Visit]:
   """Every instruction that runs, from the entry on."""
   dear: dict[str, tuple[bool, float]] = {}
@@ -98,7 +102,7 @@ def walk(module: Module) -> Iterator[Visit]:
     if name not in dear:
       runs = [v for v in go(name, 1, False, False) if v.times]
       flops = sum(v.times * op_flops(v.op, v.around) for v in runs)
-      dear[name] = any(KERNEL in v.op.attributes for v in runs), flops
+      dear[name] = any(is_kernel(v.op) for v in runs), flops
     return dear[name]
 
   def go(name, times, by_data, fused):

@@ -5,11 +5,9 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from adaptivejax.training.hlo import Module, Op
-from adaptivejax.training.hlo_cost import Visit, op_flops, walk
+from adaptivejax.training.hlo import Module
+from adaptivejax.training.hlo_cost import Visit, is_kernel, op_flops, walk
 from adaptivejax.training.tpu_schedule import Schedule
-
-KERNEL = re.compile(r"tpu_custom_call|mosaic_gpu")
 
 
 class Kernel(NamedTuple):
@@ -35,12 +33,6 @@ class Kernel(NamedTuple):
   pace: float | None = None
   spills: int | None = None
   cycles: float | None = None
-
-
-def is_kernel(op: Op) -> bool:
-  """Whether an instruction calls a kernel."""
-  target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
-  return bool(target and KERNEL.match(target[1]))
 
 
 def kernels(
