@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from adaptivejax.training.hlo import Module
+from adaptivejax.training.hlo import Module, Op
 from adaptivejax.training.hlo_cost import Visit, is_kernel, op_flops, walk
 from adaptivejax.training.tpu_schedule import Schedule
 
