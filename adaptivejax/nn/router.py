@@ -4,6 +4,8 @@
 Axes: D features, M choices.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +15,15 @@ from adaptivejax.nn.linear import linear
 
 
 class Router(nnx.Module):
-  """Scores `choices` per item, linearly or through one hidden layer."""
+  """Scores `choices` per item, linearly or through one hidden layer.
+
+  Args:
+    features, choices: D and M (static).
+    hidden: width of the hidden layer; none if not given (static).
+    norm: makes a norm of what it reads, from D; none if not given.  States
+      between layers of a trained model have single features in the thousands.
+    rngs: for the parameters.
+  """
 
   def __init__(
     self,
@@ -21,6 +31,7 @@ class Router(nnx.Module):
     choices: int = 1,
     *,
     hidden: int | None = None,
+    norm: Callable[[int], nnx.Module] | None = None,
     rngs: nnx.Rngs,
   ):
     if min(features, choices) < 1 or (hidden is not None and hidden < 1):
@@ -28,12 +39,15 @@ class Router(nnx.Module):
         f"a router needs at least one of each: {features=}, {choices=},"
         f" {hidden=}."
       )
+    self.norm = None if norm is None else norm(features)
     self.inner = (
       linear(features, hidden, rngs=rngs, bias=True) if hidden else None
     )
     self.outer = linear(hidden or features, choices, rngs=rngs, bias=True)
 
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... M"]:
+    if self.norm is not None:
+      x = self.norm(x)
     if self.inner is not None:
       x = jax.nn.gelu(self.inner(x))
     return self.outer(x)

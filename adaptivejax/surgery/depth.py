@@ -13,6 +13,7 @@ from flax import nnx
 
 from adaptivejax.core.plans import specialize
 from adaptivejax.methods.depth import MixtureOfDepths
+from adaptivejax.nn.norm import RMSNorm
 from adaptivejax.surgery.layers import Model, group_layers, map_layers
 
 TIES = 1e-6
@@ -25,7 +26,8 @@ def to_mixture_of_depths(
   """Every `every`-th layer behind a Mixture-of-Depths router.
 
   The routers weigh all tokens by 1, so that at its full budget (`full_budget`)
-  it says what `model` says, until it is trained.
+  it says what `model` says, until it is trained.  They read normalised states:
+  those of a trained model have features so large that no small weight is.
 
   Args:
     model: trained.
@@ -37,7 +39,9 @@ def to_mixture_of_depths(
   dtype = model.embedding.get_value().dtype
 
   def route(layer):
-    routed = MixtureOfDepths(layer, features, capacity=capacity, rngs=rngs)
+    routed = MixtureOfDepths(
+      layer, features, capacity=capacity, norm=RMSNorm, rngs=rngs
+    )
     last = routed.router.outer
     last.kernel.set_value(last.kernel.get_value() * TIES)
     last.bias = nnx.Param(jnp.ones(1))

@@ -58,6 +58,16 @@ def test_a_full_budget_is_the_model(cut):
     np.testing.assert_array_equal(a, b)  # pure
 
 
+@pytest.mark.parametrize("name", ["mixture of depths", "experts", "acm"])
+def test_huge_states_are_no_other_matter(name):
+  """Trained models have features of 25,000 between their layers."""
+  loud = jax.tree.map(lambda a: a, model())
+  table = loud.embedding.get_value()
+  loud.embedding.set_value(table.at[:, 3].set(25_000.0))
+  changed = CUTS[name](loud)
+  assert surgery.exactness(loud, changed, TOKENS) < 1e-4
+
+
 @pytest.mark.parametrize(
   "stack",
   [

@@ -21,6 +21,7 @@ Axes: B batch, T tokens, K tokens kept, D features.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class MixtureOfDepths(Layer):
 
   Given a `key` (training) it takes the top-k of each sequence; without, it asks
   the predictor, which gives the same result for a prompt at once and token by
-  token.
+  token.  `norm` makes that of what these two read; none if not given.
   """
 
   def __init__(
@@ -50,6 +51,7 @@ class MixtureOfDepths(Layer):
     features: int,
     *,
     capacity: float = 0.125,
+    norm: Callable[[int], nnx.Module] | None = None,
     rngs: nnx.Rngs,
   ):
     if not 0 < capacity <= 1:
@@ -58,8 +60,9 @@ class MixtureOfDepths(Layer):
         " at all leave the block out."
       )
     self.block = block
-    self.router = Router(features, rngs=rngs)
-    self.predictor = Router(features, hidden=max(8, features // 4), rngs=rngs)
+    hidden = max(8, features // 4)
+    self.router = Router(features, norm=norm, rngs=rngs)
+    self.predictor = Router(features, hidden=hidden, norm=norm, rngs=rngs)
     self.level = Setting(jnp.zeros(()))
     self.capacity = capacity
     self.depth = block.depth
