@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from adaptivejax import adapt, decode, io
+from adaptivejax.adapt.bench import DENSE_BLOCK
 from adaptivejax.adapt.run import RISE, SPEED, reached
 from adaptivejax.methods.decode import SelfSpeculation
 from adaptivejax.models import DecoderConfig, DecoderLM
@@ -115,7 +116,7 @@ def _beside_transformers(loaded, fast, prompts, sizes, cases) -> Iterator[Row]:
     fast, jnp.asarray(prompts[i % PROMPTS][None]), steps=sizes.steps
   )
   many = lambda size: np.resize(prompts.reshape(-1), (1, size))
-  size = 512 if sizes.prefill >= 512 else 8  # see `adapt.Bench.by_blocks`
+  size = min(DENSE_BLOCK, sizes.prefill // 2)
   by_blocks = with_look(fast, ByBlocks(block_q=size, block_kv=size))
   prefills = (
     ("plain attention", fast, many(sizes.short), None),

@@ -20,6 +20,8 @@ from adaptivejax.nn import ByBlocks, Lens, adjust, with_look
 from adaptivejax.nn.stack import layer_count
 from adaptivejax.training.distill import distill
 
+DENSE_BLOCK = 512
+"""Keys of a block where all are to be read: the fastest, on a CPU."""
 PROBE = 256
 """Tokens of training text on which exactness and budgets are looked at."""
 
@@ -68,12 +70,9 @@ class Bench:
     return self.by_blocks(self.fast)
 
   def by_blocks(self, model) -> Any:
-    """Reads prompts by blocks: all keys, but not the future.
-
-    These are as large as is fastest on a CPU, where all are to be read.
-    """
-    sizes = {name: 4 * size for name, size in self.blocks.items()}
-    return with_look(model, ByBlocks(**sizes))
+    """Reads prompts by blocks: all keys, but not the future."""
+    size = min(DENSE_BLOCK, self.config.read)
+    return with_look(model, ByBlocks(block_q=size, block_kv=size))
 
   @functools.cached_property
   def probe(self) -> jax.Array:

@@ -67,7 +67,7 @@ _adopt = jax.jit(adopt_cache)
 
 
 class Reading(NamedTuple):
-  """Nats per token of each text, f32[W]; depth, the mean; cost."""
+  """Nats per token of each text, f32[W]; mean depth; cost, on the clock."""
 
   nats: Array
   depth: Array

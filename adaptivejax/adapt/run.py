@@ -31,20 +31,20 @@ SPEED = 1.3
 MEASURED = (
   "Each method was timed in turn with the model as it was, text by text, in one"
   " process; the speed is the median ratio of a round, with its quartiles. All"
-  " is warm, but for long prompts, each of which is read once. Both have their"
-  " kernels stored out-major, as decoding wants.",
+  " is warm, but for long prompts: these are read once or more, without a run"
+  " before. Both have their kernels stored out-major, as decoding wants.",
   "decode: one token after the other at batch 1, each after its true past,"
   " behind a short prompt; long decode: behind a long one, which the model as"
   " it was has read, or, if it gives keys up, the method itself; prompt and"
   f" long prompt: reading a text at once, judged by its last {JUDGED} tokens."
-  " There the model as it was reads by blocks and leaves out the future, some"
-  " times as fast as plainly. Looks at prompts"
+  " There the model as it was reads by blocks and leaves out the future, which"
+  " is much faster than plain attention. Looks at prompts"
   " choose keys for many tokens at once, the later ones among them, which"
   " decoding cannot."
   " Drafts are timed on greedy texts, the prompt included.",
   "Perplexity is per token, on documents from which nothing was learned, over"
   " all windows. All budgets that are measured are shown. FLOPs are those of"
-  " matrix products really executed.",
+  " matrix products really executed, by what ran on the clock.",
 )
 
 

@@ -102,7 +102,7 @@ def attend_with_mass(
 
   arrays = (q, positions) if mask is None else (q, positions, mask)
   none = jnp.zeros((q.shape[0], q.shape[2], keys.k.shape[2]), jnp.float32)
-  none = vary(none, varying_axes(q))
+  none = vary(none, varying_axes(keys, *arrays))
   mass, out = scan_chunks(some, none, arrays, (1, 1, 1), (0, -1, False), chunk)
   return out, mass
 

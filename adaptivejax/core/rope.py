@@ -13,8 +13,8 @@ the formula is that of its published code).
 import math
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -51,16 +51,16 @@ class Rope:
     if not (self.base > 0 and self.factor > 0):
       raise ValueError(f"base and factor must be positive; got {self}.")
 
-  def rates(self, half: int) -> Float[Array, " {half}"]:
+  def rates(self, half: int) -> Float[np.ndarray, " {half}"]:
     """Radians per position of the `half` pairs of a head."""
-    rate = self.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    rate = self.base ** (-np.arange(half, dtype=np.float32) / half)
     if self.factor == 1:
       return rate
     if self.ramp is None:
       return rate / self.factor
     low, high = self.ramp.low, self.ramp.high
     turns = self.ramp.length * rate / (2 * math.pi)
-    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
     return rate * (kept + (1 - kept) / self.factor)
 
   def table(self, count: int, half: int) -> tuple[Array, Array]:
@@ -68,10 +68,8 @@ class Rope:
 
     For keys that are turned again at every step: to look up is cheaper.
     """
-    with jax.ensure_compile_time_eval():
-      places = jnp.arange(count, dtype=jnp.float32)[:, None]
-      angles = places * self.rates(half)
-      return jnp.cos(angles), jnp.sin(angles)
+    angles = np.arange(count, dtype=np.float32)[:, None] * self.rates(half)
+    return jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles))
 
 
 USUAL = Rope()

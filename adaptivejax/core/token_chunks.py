@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from adaptivejax.core.varying import vary, varying_axes
+
 
 def chunk_sizes(tokens: int, chunk: int) -> tuple[int, int]:
   """Number and size of the fewest chunks, equal and at most `chunk`; static."""
-  count = -(-tokens // chunk)
+  count = max(-(-tokens // chunk), 1)
   return count, -(-tokens // count)
 
 
@@ -52,10 +54,11 @@ def scan_chunks(
     shape = *a.shape[:axis], count, size, *a.shape[axis + 1 :]
     return jnp.moveaxis(a.reshape(shape), axis, 0)
 
+  carry = vary(carry, varying_axes(carry, arrays))
   carry, out = lax.scan(f, carry, tuple(map(cut, arrays, axes, fills)))
 
   def join(a):
     a = jnp.moveaxis(a, 0, 1)
-    return a.reshape(len(a), -1, *a.shape[3:])[:, :tokens]
+    return a.reshape(len(a), count * size, *a.shape[3:])[:, :tokens]
 
   return carry, jax.tree.map(join, out)

@@ -19,7 +19,7 @@ class ByPhase(Look):
 
   Raises:
     ValueError: `decode` gives keys up, merges them, wants them without their
-      rotary positions or learns from how a prompt was looked at; or `prefill`
+      rotary positions or remembers more than follows from them; or `prefill`
       is no `SparsePrefill`, or remembers something.
   """
 
@@ -37,8 +37,8 @@ class ByPhase(Look):
     if not decode.keeps_all:
       raise ValueError(
         f"decode={type(decode).__name__} does not keep all keys as they are, or"
-        " learns from prompts, so no other look can read these: take one such"
-        " as Quest."
+        " remembers more than follows from them, so no other look can read"
+        " these: take one such as Quest."
       )
     self.prefill, self.decode = prefill, decode
     self.per_head, self.coded = decode.per_head, decode.coded

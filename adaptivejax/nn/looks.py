@@ -81,7 +81,8 @@ def adopt_cache(module: nnx.Module, cache: KVCache) -> KVCache:
 
   Args:
     module: the same model, with other looks.
-    cache: made by looks that keep all keys (`Look.keeps_all`).
+    cache: made by looks that keep all keys (`Look.keeps_all`), of which it does
+      not tell all itself.
 
   Raises:
     ValueError: the cache has not all keys as they are, or the looks of `module`
@@ -91,14 +92,14 @@ def adopt_cache(module: nnx.Module, cache: KVCache) -> KVCache:
   for look in looks_of(module):
     if not look.keeps_all:
       raise ValueError(
-        f"{type(look).__name__} does not keep all keys as they are, or learns"
-        " from prompts: let it read them itself."
+        f"{type(look).__name__} does not keep all keys as they are, or"
+        " remembers more than follows from them: let it read them itself."
       )
-  lacking = cache.evicts, cache.bias, cache.scale
+  lacking = cache.evicts, cache.bias, cache.scale, cache.tree
   if any(part is not None for part in lacking):
     raise ValueError(
-      "the cache has given keys up, merged them or stored them in 8 bits, so no"
-      " other look can take them over."
+      "the cache has given keys up, merged them, stored them in 8 bits or holds"
+      " a tree of drafts, so no other look can take them over."
     )
   _, layers, heads, slots, width = cache.k.shape
   leads = {a.query.kernel.shape[:-2] for a in attentions}

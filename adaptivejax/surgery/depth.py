@@ -17,7 +17,10 @@ from adaptivejax.nn.norm import RMSNorm
 from adaptivejax.surgery.layers import Model, group_layers, map_layers
 
 TIES = 1e-6
-"""Size of a new router's weights: breaks ties, and changes nothing."""
+"""Size of a new router's weights: breaks ties, and changes nothing.
+
+In bf16 ties stay, and the first tokens win them: teach in f32.
+"""
 
 
 def to_mixture_of_depths(

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from adaptivejax.core.token_chunks import chunk_sizes, scan_chunks
 
@@ -44,3 +46,22 @@ def test_what_fills_the_last_chunk():
     seen, jnp.int32(0), (jnp.ones((B, T)),), (1,), (-7,), 4
   )
   assert total == B and out.shape == (B, T) and (out == 1).all()
+
+
+def test_no_tokens_are_one_chunk():
+  both = lambda total, new: (total, new[0])
+  _, out = scan_chunks(both, 0, (jnp.ones((B, 0)),), (1,), (0,), 4)
+  assert out.shape == (B, 0) and chunk_sizes(0, 4) == (1, 0)
+
+
+def test_a_carry_varies_as_the_arrays_do():
+  """Inside shard_map: one device suffices to ask for the types."""
+  add = lambda total, new: (total + new[0].sum(1), new[0])
+  over = jax.shard_map(
+    lambda a: scan_chunks(add, jnp.zeros(B), (a,), (1,), (0,), 4),
+    mesh=jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,)),
+    in_specs=P("data"),
+    out_specs=P("data"),
+  )
+  total, out = over(jnp.ones((B, T)))
+  assert (total == T).all() and out.shape == (B, T)

@@ -120,8 +120,11 @@ def test_looks_that_do_not_keep_all_keys_are_refused(look):
 def test_caches_without_all_keys_are_refused():
   for look in (H2O(2, 2), Coded()):
     cache = read(with_look(host.model(), look))
-    with pytest.raises(ValueError, match="given keys up, merged them or"):
+    with pytest.raises(ValueError, match="given keys up, merged them, stored"):
       adopt_cache(host.model(), cache)
+  tree = jnp.ones((host.B, 2, 2), bool)
+  with pytest.raises(ValueError, match="a tree of drafts"):
+    adopt_cache(host.model(), read(host.model())._replace(tree=tree))
   cache = read(host.model()).take(jnp.arange(2))
   with pytest.raises(ValueError, match="has 2 layers, .* not those of Dec"):
     adopt_cache(host.model(), cache)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from adaptivejax.decode import generate
-from adaptivejax.methods.attention import DELTA, Quest, XAttention
+from adaptivejax.methods.attention import APE, DELTA, Quest, XAttention
 from adaptivejax.methods.decode import SelfSpeculation
 from adaptivejax.methods.kv import SnapKV, SpAtten, StreamingLLM
 from adaptivejax.nn import (
@@ -88,8 +88,9 @@ def test_drafts_are_refused():
     (Look(), Quest(2), "prefill=Look must be a SparsePrefill"),
     (ByBlocks(), SnapKV(4, window=2), "decode=SnapKV does not keep all keys"),
     (ByBlocks(), StreamingLLM(1, 4), "decode=StreamingLLM does not keep all"),
-    (ByBlocks(), SpAtten(), "decode=SpAtten .* or learns from prompts"),
-    (ByBlocks(), Watch([], 2), "decode=Watch .* or learns from prompts"),
+    (ByBlocks(), SpAtten(), "decode=SpAtten .* or remembers more than"),
+    (ByBlocks(), Watch([], 2), "decode=Watch .* or remembers more than"),
+    (ByBlocks(), APE(1, 2), "decode=APE .* or remembers more than"),
   ],
 )
 def test_refuses_looks_that_cannot_share_a_cache(prefill, decode, said):
