@@ -20,7 +20,7 @@ quick-adapt := --name adapt/smollm2-quick --recipes exits neurons long_decode lo
   --context 48 --prompt 16 --windows 2 --read 64 --long 128 --long_windows 1 --steps 2 \
   --batch 1 --seconds 0.1 --sample 8
 
-adapt-demo: $(VENV)/.demo $(VENV)/.smollm2 ## make SmolLM2-135M adaptive, measure and report (QUICK=1: 3 minutes)
+adapt-demo: $(VENV)/.demo $(VENV)/.smollm2 ## make SmolLM2-135M adaptive, measure and report (QUICK=1: some minutes)
 	$(BIN)/adaptivejax adapt configs/adapt/smollm2.py $(if $(QUICK),$(quick-adapt))
 
 test: $(VENV)/.test ## run every test
